@@ -11,7 +11,7 @@ ROOT = Path(weightstream.__file__).parent
 
 # One line per layer; a module may import from its own line and from those above it.
 LAYERS = (
-    ("errors", "units"),
+    ("errors", "units", "section"),
     ("blocks", "cluster"),
     ("schedule",),
     ("sparse",),
