@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightstream.engine import Engine
-    from weightstream.store.optimizers import SGD, Adafactor, AdamW, Group, Lion, Torch, constant, cosine, linear, wsd
+    from weightstream.store.optimizers import SGD, Adafactor, AdamW, Group, Lion, Torch
+    from weightstream.store.schedules import constant, cosine, linear, wsd
     from weightstream.store.store import Store
 
 __version__ = "0.1.0"
@@ -30,10 +31,8 @@ __all__ = [
 _HOMES = {
     "Engine": "weightstream.engine",
     "Store": "weightstream.store.store",
-    **dict.fromkeys(
-        ("SGD", "Adafactor", "AdamW", "Group", "Lion", "Torch", "constant", "cosine", "linear", "wsd"),
-        "weightstream.store.optimizers",
-    ),
+    **dict.fromkeys(("SGD", "Adafactor", "AdamW", "Group", "Lion", "Torch"), "weightstream.store.optimizers"),
+    **dict.fromkeys(("constant", "cosine", "linear", "wsd"), "weightstream.store.schedules"),
 }
 
 

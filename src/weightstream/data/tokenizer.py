@@ -61,7 +61,7 @@ def train_tokenizer(documents: Sequence[Document], size: int) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator(_first_pieces(documents), trainer)
-    return Tokenizer(inner, inner.token_to_id(END_OF_TEXT))
+    return Tokenizer(inner, _end_of_text(inner, "the trained tokenizer"))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -82,13 +82,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(inner, _end_of_text(inner, file))
 
 
-def _end_of_text(inner: Any, file: Path) -> int:
+def _end_of_text(inner: Any, name: object) -> int:
     vocabulary = inner.get_vocab(with_added_tokens=True)
     for name in (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]"):
         if name in vocabulary:
             return int(vocabulary[name])
     raise DataError(
-        f"{file} has no token that ends a text (looked for {END_OF_TEXT}, </s>, <eos> and the like); add one"
+        f"{name} has no token that ends a text (looked for {END_OF_TEXT}, </s>, <eos> and the like); add one"
     )
 
 

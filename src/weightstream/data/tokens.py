@@ -49,8 +49,8 @@ class TokenFile:
         """
         if self.facts.largest_id >= vocabulary:
             raise DataError(
-                f"{self.path.name} holds token id {self.facts.largest_id}, the model's vocabulary ends at {vocabulary - 1}"
-                f"; give the model vocab_size: {self.facts.largest_id + 1} or more, or a smaller tokenizer"
+                f"{self.path.name} holds token id {self.facts.largest_id}, the model's vocabulary ends at "
+                f"{vocabulary - 1}; give the model vocab_size: {self.facts.largest_id + 1} or more"
             )
 
 
@@ -104,7 +104,7 @@ def open_tokens(path: Path) -> TokenFile:
     if not facts.tokens:
         return TokenFile(path, facts, np.zeros(0, facts.dtype))
     ids = np.memmap(path, dtype=facts.dtype, mode="r")
-    if expected_bytes <= _FULL_CHECK_BYTES and xxhash.xxh3_128_hexdigest(ids) != facts.digest:
+    if expected_bytes <= _FULL_CHECK_BYTES and xxhash.xxh3_128_hexdigest(ids.data) != facts.digest:
         raise DataError(
             f"{path} differs from what was written (digest {facts.digest}); delete {path.parent}, it is made anew"
         )
