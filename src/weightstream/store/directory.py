@@ -1,0 +1,173 @@
+"""The store as a directory: its names, its lock, making it, and what its files say when it is opened.
+
+manifest.sqlite     the catalogue; where it exists the store is whole
+segments/           one safetensors file per record and version
+scratch/            bytes of the running process only
+lock                held by the process that writes
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
+from weightstream.store.layout import RecordLayout
+from weightstream.store.manifest import RecordRow
+from weightstream.store.records import FILES_PER_RECORD, Entry, Record, slot_of
+
+MANIFEST = "manifest.sqlite"
+SEGMENTS = "segments"
+SCRATCH = "scratch"
+LOCK = "lock"
+
+
+def make(path: Path) -> int:
+    """Make the empty directories of a new store and lock it; what an interrupted creation left is cleared first.
+
+    Raises:
+        StoreError: the path holds a store, or something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"'{path}': expected a new or empty directory for a store, found a file; give another path")
+    if (path / MANIFEST).exists():
+        raise StoreError(f"'{path}' already holds a store; open it, or give another path")
+    ours = {SEGMENTS, SCRATCH, LOCK}
+    strangers = [entry.name for entry in path.iterdir() if _is_strange(entry, ours)] if path.exists() else []
+    if strangers:
+        raise StoreError(
+            f"'{path}': expected a new or empty directory for a store, found {', '.join(sorted(strangers)[:3])}"
+            f"{' and more' if len(strangers) > 3 else ''}; give another path"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = lock(path)
+        for name in (SEGMENTS, SCRATCH):
+            shutil.rmtree(path / name, ignore_errors=True)
+            (path / name).mkdir()
+    except OSError as error:
+        raise StoreError(f"'{path}': a store cannot be made there: {error.strerror}; give another path") from error
+    return handle
+
+
+def require_store(path: Path) -> None:
+    """Refuse a path that holds no store.
+
+    Raises:
+        StoreError: saying what is there instead.
+    """
+    if (path / MANIFEST).is_file():
+        return
+    if not path.exists():
+        found = "nothing"
+    elif not path.is_dir():
+        found = "a file"
+    else:
+        names = sorted(entry.name for entry in path.iterdir())
+        found = (
+            f"a directory with {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+            if names
+            else ("an empty directory")
+        )
+    raise StoreError(f"'{path}': expected a store (a directory with {MANIFEST}), found {found}; give a store's path")
+
+
+def lock(path: Path) -> int:
+    """Become the store's only writer; the lock goes with the process, however it ends.
+
+    Raises:
+        StoreInUseError: another process is.
+    """
+    try:
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StoreError(f"store '{path}' cannot be written: {error.strerror}; open it for reading") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(handle, 20, 0).decode(errors="replace").strip()
+        os.close(handle)
+        raise StoreInUseError(
+            f"store '{path}' is being written by process {holder or 'unknown'}; wait for it, end it, or open the "
+            "store for reading"
+        ) from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    return handle
+
+
+def unlock(handle: int) -> None:
+    """Let another process write."""
+    os.close(handle)
+
+
+def clear_scratch(path: Path) -> None:
+    """Remove what a process kept for itself."""
+    shutil.rmtree(path / SCRATCH, ignore_errors=True)
+    (path / SCRATCH).mkdir()
+
+
+def records(
+    path: Path, layouts: Sequence[RecordLayout], rows: Sequence[RecordRow], held: Collection[int], *, keep_dead: bool
+) -> list[Record]:
+    """The state of every record as of the last commit.
+
+    `held` are the commits that snapshots name. Files that nothing points to are kept to be recycled if `keep_dead`, and
+    removed where they are too many or of another size; for a reader they do not exist.
+
+    Raises:
+        StoreError: a file is missing.
+        DamagedRecordError: a file was cut short.
+    """
+    sizes: dict[str, int] = {}
+    for entry in os.scandir(path / SEGMENTS) if (path / SEGMENTS).is_dir() else ():
+        sizes[entry.name] = entry.stat().st_size
+    found: list[Record] = []
+    for _ in layouts:
+        first = Entry(version=0, optimizer_steps=0)
+        found.append(Record(committed=first, newest=first))
+    for row in rows:
+        expected = layouts[row.block].image_nbytes
+        if row.file not in sizes:
+            raise StoreError(
+                f"store '{path}': version {row.version} of block {row.block} should be in {SEGMENTS}/{row.file}, which "
+                "is missing; restore the file from a copy of the store"
+            )
+        if sizes[row.file] != expected:
+            raise DamagedRecordError(
+                f"store '{path}': {SEGMENTS}/{row.file} should have {expected} bytes, it has {sizes[row.file]}; "
+                "restore the file from a copy of the store"
+            )
+        record, slot = found[row.block], slot_of(row.file)
+        version = Entry(row.version, row.optimizer_steps, slot, row.checksums)
+        record.slots[slot] = version
+        if row.died is None:
+            record.committed = record.newest = version
+        if any(row.born <= number and (row.died is None or number < row.died) for number in held):
+            record.held.add(slot)
+    if keep_dead:
+        _adopt_dead(path, layouts, found, sizes, {row.file for row in rows})
+    return found
+
+
+def _adopt_dead(
+    path: Path, layouts: Sequence[RecordLayout], found: list[Record], sizes: dict[str, int], live: set[str]
+) -> None:
+    for name, nbytes in sorted(sizes.items()):
+        if name in live:
+            continue
+        index = int(name.split(".")[0]) if name.count(".") == 2 and name.split(".")[0].isdigit() else len(layouts)
+        record = found[index] if index < len(layouts) else None
+        if (
+            record is not None
+            and nbytes == layouts[index].image_nbytes
+            and len(record.slots) - len(record.held) < FILES_PER_RECORD
+        ):
+            record.slots[slot_of(name)] = None
+        else:
+            (path / SEGMENTS / name).unlink()
+
+
+def _is_strange(entry: Path, ours: Collection[str]) -> bool:
+    return entry.name not in ours and not entry.name.startswith("manifest.partial")

@@ -1,0 +1,193 @@
+"""Where each number of a record lies: the image of a segment file, as data.
+
+A segment file is one image: a safetensors header, padded so that data starts on a page boundary, then the record's
+parts one after another: `copy` (what is streamed, in bf16 precision), `param` (fp32 masters), one part per optimizer
+state. Every part starts on a page, so that it can be moved by direct I/O alone; every tensor starts on a cache line.
+The gaps are declared as U8 tensors named `pad/<n>`, because safetensors refuses files with holes.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal, Protocol
+
+import torch
+
+from weightstream.blocks import Block
+from weightstream.errors import StoreError
+from weightstream.units import align
+
+ALIGN_TENSOR = 64
+ALIGN_PART = 4096
+FORMAT = "weightstream-1"
+
+Precision = Literal["bf16", "fp32"]
+
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+# Keys of the file begin with a part's name; these are taken.
+_RESERVED_STATES = ("copy", "param", "pad")
+
+
+class HasStates(Protocol):
+    """The little that a layout needs to know of an optimizer."""
+
+    def states(self, shape: tuple[int, ...]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of one part; `name` is the parameter's name, `offset` counts bytes from the start of its part."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is read and checked as a whole: `offset` in the image and `nbytes` are multiples of `ALIGN_PART`."""
+
+    name: str
+    offset: int
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """The image of one record: header, then parts without gaps, `image_nbytes` in all. The same for every version."""
+
+    block: str
+    parts: tuple[Part, ...]
+    header_nbytes: int
+    image_nbytes: int
+
+    def header(self, version: int) -> bytes:
+        """The `header_nbytes` bytes in front of the parts: a safetensors header padded with spaces."""
+        return _header(self.block, self._tensors_json, version).ljust(self.header_nbytes, b" ")
+
+    def part(self, name: str) -> Part:
+        """The part of that name.
+
+        Raises:
+            KeyError: this record has no such part.
+        """
+        try:
+            return self._by_name[name]
+        except KeyError:
+            known = ", ".join(self._by_name)
+            raise KeyError(f"block {self.block!r} has no part {name!r}; its parts are {known}") from None
+
+    def has(self, name: str) -> bool:
+        """Whether this record has a part of that name (blocks without trained parameters have no states)."""
+        return name in self._by_name
+
+    @property
+    def streamed(self) -> Part:
+        """What workers fetch: the bf16 copy, else the masters themselves."""
+        return self.parts[0]
+
+    @property
+    def states(self) -> tuple[Part, ...]:
+        """What an update needs: the masters and the optimizer's states."""
+        return tuple(part for part in self.parts if part.name != "copy")
+
+    @cached_property
+    def _by_name(self) -> dict[str, Part]:
+        return {part.name: part for part in self.parts}
+
+    @cached_property
+    def _tensors_json(self) -> str:
+        return _tensors_json(self.parts)
+
+
+def record_layout(block: Block, precision: Precision, optimizer: HasStates) -> RecordLayout:
+    """The layout of a block's record: a pure function, the same in every run.
+
+    Raises:
+        StoreError: the optimizer has a state whose name or dtype cannot be stored.
+    """
+    wanted: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = {}
+    for part_name, dtype in [("copy", torch.bfloat16)] * (precision == "bf16") + [("param", torch.float32)]:
+        wanted[part_name] = [(parameter.name, dtype, parameter.shape) for parameter in block.parameters]
+    for parameter in block.parameters:
+        if not parameter.trainable:
+            continue
+        for state, (dtype, shape) in optimizer.states(parameter.shape).items():
+            if state in _RESERVED_STATES or "/" in state or dtype not in DTYPE_NAMES:
+                raise StoreError(
+                    f"block {block.name!r}: optimizer state {state!r} of {dtype} cannot be stored; expected a name "
+                    f"without '/' other than {', '.join(_RESERVED_STATES)} and one of the dtypes "
+                    f"{', '.join(DTYPE_NAMES.values())}; rename the state or choose another optimizer"
+                )
+            wanted.setdefault(state, []).append((parameter.name, dtype, tuple(shape)))
+
+    parts: list[Part] = []
+    offset = 0
+    for part_name, tensors in wanted.items():
+        part = _part(part_name, offset, tensors)
+        parts.append(part)
+        offset += part.nbytes
+    # The header may not change its size with the version: room is left for the longest one.
+    header_nbytes = align(len(_header(block.name, _tensors_json(parts), 2**63)), ALIGN_PART)
+    placed = tuple(Part(part.name, header_nbytes + part.offset, part.nbytes, part.tensors) for part in parts)
+    return RecordLayout(block.name, placed, header_nbytes, header_nbytes + offset)
+
+
+def gaps(part: Part) -> list[tuple[int, int]]:
+    """The padding of a part as (start, stop) in bytes from its start."""
+    found, position = [], 0
+    for spec in part.tensors:
+        if spec.offset > position:
+            found.append((position, spec.offset))
+        position = spec.offset + spec.nbytes
+    if part.nbytes > position:
+        found.append((position, part.nbytes))
+    return found
+
+
+def _part(name: str, offset: int, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Part:
+    specs, position = [], 0
+    for tensor_name, dtype, shape in tensors:
+        position = align(position, ALIGN_TENSOR)
+        nbytes = prod(shape) * dtype.itemsize
+        specs.append(TensorSpec(tensor_name, dtype, tuple(shape), position, nbytes))
+        position += nbytes
+    return Part(name, offset, align(position, ALIGN_PART), tuple(specs))
+
+
+def _tensors_json(parts: Iterable[Part]) -> str:
+    """The header's tensor entries, in order of offset; offsets count from the end of the header."""
+    entries: dict[str, dict[str, object]] = {}
+    pads = 0
+    base = 0
+    for part in parts:
+        spans: list[tuple[int, int, str, str, tuple[int, ...]]] = [
+            (spec.offset, spec.offset + spec.nbytes, f"{part.name}/{spec.name}", DTYPE_NAMES[spec.dtype], spec.shape)
+            for spec in part.tensors
+        ]
+        for start, stop in gaps(part):
+            spans.append((start, stop, f"pad/{pads}", "U8", (stop - start,)))
+            pads += 1
+        for start, stop, key, dtype, shape in sorted(spans, key=lambda span: span[:2]):
+            entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [base + start, base + stop]}
+        base += part.nbytes
+    return json.dumps(entries, separators=(",", ":"))
+
+
+def _header(block: str, tensors_json: str, version: int) -> bytes:
+    metadata = json.dumps({"block": block, "format": FORMAT, "version": str(version)}, separators=(",", ":"))
+    text = f'{{"__metadata__":{metadata}' + (f",{tensors_json[1:]}" if tensors_json != "{}" else "}")
+    body = text.encode()
+    # The length that safetensors stores counts the padding, so the body is padded before it is measured.
+    padded = body.ljust(align(8 + len(body), ALIGN_PART) - 8, b" ")
+    return len(padded).to_bytes(8, "little") + padded

@@ -1,0 +1,374 @@
+"""The two tiers that records live in: the disk, through direct I/O, and memory.
+
+The disk is two thread pools, one for reads and one for writes, each first in first out. A transfer is cut into chunks,
+so that one record alone fills the queue; each chunk is checked (xxh3_64) in the thread that moves it, while it is in
+the cache. Python holds its lock in none of this: `preadv`, `pwritev`, xxhash and memmove all let it go.
+"""
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from weightstream.errors import DamagedRecordError
+from weightstream.store.futures import gather, new_future, settle
+from weightstream.store.layout import ALIGN_PART
+from weightstream.store.segments import AlignedBuffer, address
+from weightstream.units import align
+
+log = logging.getLogger("weightstream.store")
+
+Extent = tuple[int, memoryview]
+"""Where bytes lie in a file (a multiple of 4,096) and where they lie in memory."""
+
+CHUNK_BYTES = 4 << 20
+
+# A memmove that releases the interpreter's lock, which a memoryview assignment does not.
+_memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+
+
+def part_checksum(chunk_digests: Sequence[bytes]) -> int:
+    """The checksum of a part: xxh3_64 over the digests of its chunks."""
+    return xxhash.xxh3_64_intdigest(b"".join(chunk_digests))
+
+
+class Traffic:
+    """What a tier has moved: bytes by kind and direction, and the seconds in which at least one operation ran."""
+
+    def __init__(self) -> None:
+        self.read_bytes: Counter[str] = Counter()
+        self.written_bytes: Counter[str] = Counter()
+        self.busy_s = {"read": 0.0, "write": 0.0}
+        self._active = {"read": 0, "write": 0}
+        self._since = {"read": 0.0, "write": 0.0}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def operation(self, direction: str, kind: str, nbytes: int) -> Any:
+        """Count one operation and the time it takes; bytes count when it succeeds."""
+        with self._lock:
+            if self._active[direction] == 0:
+                self._since[direction] = time.perf_counter()
+            self._active[direction] += 1
+        moved = 0
+        try:
+            yield
+            moved = nbytes
+        finally:
+            with self._lock:
+                self._active[direction] -= 1
+                if self._active[direction] == 0:
+                    self.busy_s[direction] += time.perf_counter() - self._since[direction]
+                (self.read_bytes if direction == "read" else self.written_bytes)[kind] += moved
+
+
+class Device:
+    """The system calls beneath the disk; wrap it to make it slow, full or faulty."""
+
+    def __init__(self) -> None:
+        self.direct = hasattr(os, "O_DIRECT")
+
+    def probe(self, directory: Path) -> None:
+        """Find out whether direct I/O works there; where it does not, say so once and go on buffered."""
+        path = directory / "probe"
+        buffer = AlignedBuffer(ALIGN_PART)
+        reason = "this system has no O_DIRECT"
+        if self.direct:
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o644)
+                try:
+                    os.pwrite(handle, buffer.view, 0)
+                    os.preadv(handle, [buffer.view], 0)
+                finally:
+                    os.close(handle)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                self.direct, reason = False, "the file system refuses O_DIRECT"
+            finally:
+                path.unlink(missing_ok=True)
+                buffer.close()
+        if not self.direct:
+            log.warning("store '%s': %s; reading and writing through the page cache", directory.parent, reason)
+
+    def open(self, path: Path, *, write: bool) -> int:
+        """A file descriptor, for direct I/O where there is any."""
+        flags = (os.O_RDWR | os.O_CREAT) if write else os.O_RDONLY
+        if self.direct:
+            try:
+                return os.open(path, flags | os.O_DIRECT, 0o644)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.direct = False
+                log.warning("file '%s': the file system refuses O_DIRECT; going on through the page cache", path)
+        return os.open(path, flags, 0o644)
+
+    def allocate(self, handle: int, nbytes: int) -> None:
+        """Give the file its full size at once: writes that extend a file are done one at a time by the kernel."""
+        if os.fstat(handle).st_size >= nbytes:
+            return
+        try:
+            os.posix_fallocate(handle, 0, nbytes)
+        except (OSError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            os.ftruncate(handle, nbytes)
+
+    def read(self, handle: int, view: memoryview, offset: int) -> int:
+        return os.preadv(handle, [view], offset)
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        return os.pwritev(handle, [view], offset)
+
+    def sync(self, handle: int) -> None:
+        """Data, and what of the metadata is needed to read it back, are on the medium."""
+        getattr(os, "fdatasync", os.fsync)(handle)
+
+    def close(self, handle: int, *, wrote: bool) -> None:
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # or the page cache would grow with the store
+        os.close(handle)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def links(self, handle: int) -> int:
+        """How many names the file has; more than one means that a branch shares it."""
+        return os.fstat(handle).st_nlink
+
+    def sync_directory(self, directory: Path) -> None:
+        """Names made or removed in the directory are on the medium."""
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@dataclass
+class _Transfer:
+    """One read or write of several extents of a file, while its chunks are on their way."""
+
+    path: Path
+    kind: str
+    extents: Sequence[Extent]
+    write: bool
+    digest: bool
+    sync: bool = False
+    allocate_bytes: int = 0
+    recycle: bool = False
+    chunks: list[tuple[int, int, memoryview]] = field(default_factory=list)  # (extent, file offset, memory)
+    digests: list[bytes] = field(default_factory=list)
+    handle: int | None = None
+    remaining: int = 0
+    error: BaseException | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    future: "Future[list[int]]" = field(default_factory=new_future)
+
+
+class Disk:
+    """Direct reads and writes of whole extents, in the background, in order of issue."""
+
+    def __init__(
+        self,
+        read_depth: int = 4,
+        write_depth: int = 4,
+        chunk_bytes: int = CHUNK_BYTES,
+        device: Device | None = None,
+    ) -> None:
+        if chunk_bytes <= 0 or chunk_bytes % ALIGN_PART:
+            raise ValueError(f"chunk_bytes must be a positive multiple of {ALIGN_PART}, found {chunk_bytes}")
+        self.chunk_bytes = chunk_bytes
+        self.device = device or Device()
+        self.traffic = Traffic()
+        self._readers = ThreadPoolExecutor(read_depth, thread_name_prefix="store-read")
+        self._writers = ThreadPoolExecutor(write_depth, thread_name_prefix="store-write")
+        self._bounce = threading.local()
+
+    def read(self, path: Path, extents: Sequence[Extent], kind: str, *, digest: bool = True) -> "Future[list[int]]":
+        """Fill each extent's memory from the file; the future gives the checksum of each (0 without `digest`).
+
+        The memory may lie anywhere and have any length; what is not page-aligned goes through a bounce buffer.
+
+        Raises (in the future):
+            DamagedRecordError: the file ends too early.
+            OSError: the system could not read.
+        """
+        return self._issue(_Transfer(path, kind, extents, write=False, digest=digest), self._readers)
+
+    def write(
+        self,
+        path: Path,
+        extents: Sequence[Extent],
+        kind: str,
+        *,
+        allocate_bytes: int,
+        digest: bool = True,
+        sync: bool = True,
+        recycle: bool = False,
+    ) -> "Future[list[int]]":
+        """Write each extent to a file of at least `allocate_bytes`; done when synced. Gives the checksum of each.
+
+        With `recycle`, a file that has other hard links is left to them and a new one takes its name.
+
+        Raises (in the future):
+            OSError: the system could not write, for example for want of space.
+        """
+        transfer = _Transfer(path, kind, extents, True, digest, sync, allocate_bytes, recycle)
+        return self._issue(transfer, self._writers)
+
+    def close(self) -> None:
+        """Finish what was issued and end the threads."""
+        self._readers.shutdown(wait=True)
+        self._writers.shutdown(wait=True)
+
+    def _issue(self, transfer: _Transfer, pool: ThreadPoolExecutor) -> "Future[list[int]]":
+        for index, (offset, view) in enumerate(transfer.extents):
+            for start in range(0, view.nbytes, self.chunk_bytes):
+                transfer.chunks.append((index, offset + start, view[start : start + self.chunk_bytes]))
+        transfer.remaining = len(transfer.chunks)
+        transfer.digests = [b""] * len(transfer.chunks)
+        if not transfer.chunks:
+            transfer.future.set_result([0] * len(transfer.extents))
+        for number in range(len(transfer.chunks)):
+            pool.submit(self._run_chunk, transfer, number)
+        return transfer.future
+
+    def _run_chunk(self, transfer: _Transfer, number: int) -> None:
+        if transfer.error is None:
+            try:
+                with self.traffic.operation(
+                    "write" if transfer.write else "read", transfer.kind, transfer.chunks[number][2].nbytes
+                ):
+                    self._move(transfer, number)
+            except BaseException as error:
+                transfer.error = error
+        with transfer.lock:
+            transfer.remaining -= 1
+            if transfer.remaining:
+                return
+        settle(transfer.future, lambda: self._finish(transfer))
+
+    def _move(self, transfer: _Transfer, number: int) -> None:
+        handle = self._open(transfer)
+        _, offset, view = transfer.chunks[number]
+        direct = view
+        if self.device.direct and (view.nbytes % ALIGN_PART or address(view) % ALIGN_PART):
+            direct = self._bounce_view(align(view.nbytes, ALIGN_PART))
+        if transfer.write:
+            if transfer.digest:
+                transfer.digests[number] = xxhash.xxh3_64_digest(view)
+            if direct is not view:
+                _memmove(address(direct), address(view), view.nbytes)
+            self._all_of(transfer.path, self.device.write, handle, direct, offset)
+        else:
+            self._all_of(transfer.path, self.device.read, handle, direct, offset)
+            if direct is not view:
+                _memmove(address(view), address(direct), view.nbytes)
+            if transfer.digest:
+                transfer.digests[number] = xxhash.xxh3_64_digest(view)
+
+    def _all_of(
+        self, path: Path, call: Callable[[int, memoryview, int], int], handle: int, view: memoryview, offset: int
+    ) -> None:
+        """Repeat a system call until all bytes are moved; the kernel may move fewer at a time."""
+        position = 0
+        while position < view.nbytes:
+            moved = call(handle, view[position:] if position else view, offset + position)
+            if moved <= 0:
+                raise DamagedRecordError(
+                    f"file '{path}': expected {view.nbytes} bytes at offset {offset}, found {position}; the file was "
+                    "cut short, restore it from a snapshot or a copy"
+                )
+            position += moved
+
+    def _open(self, transfer: _Transfer) -> int:
+        with transfer.lock:
+            if transfer.handle is None:
+                handle = self.device.open(transfer.path, write=transfer.write)
+                if transfer.recycle and self.device.links(handle) > 1:
+                    os.close(handle)
+                    self.device.unlink(transfer.path)
+                    handle = self.device.open(transfer.path, write=True)
+                transfer.handle = handle
+                if transfer.write:
+                    self.device.allocate(handle, transfer.allocate_bytes)
+            return transfer.handle
+
+    def _finish(self, transfer: _Transfer) -> list[int]:
+        if transfer.handle is not None:
+            try:
+                if transfer.sync and transfer.error is None:
+                    with self.traffic.operation("write", transfer.kind, 0):
+                        self.device.sync(transfer.handle)
+            finally:
+                self.device.close(transfer.handle, wrote=transfer.write)
+        if transfer.error is not None:
+            raise transfer.error
+        if not transfer.digest:
+            return [0] * len(transfer.extents)
+        by_extent: list[list[bytes]] = [[] for _ in transfer.extents]
+        for (index, _, _), digest in zip(transfer.chunks, transfer.digests, strict=True):
+            by_extent[index].append(digest)
+        return [part_checksum(digests) for digests in by_extent]
+
+    def _bounce_view(self, nbytes: int) -> memoryview:
+        """This thread's own aligned memory, for what direct I/O cannot move where it lies."""
+        if not hasattr(self._bounce, "buffer"):
+            self._bounce.buffer = AlignedBuffer(self.chunk_bytes)
+        view: memoryview = self._bounce.buffer.view
+        return view[:nbytes]
+
+
+class Memory:
+    """Work on memory in the background: copies of pinned parts, and parts made by the generator.
+
+    Its own threads, so that a record that needs no disk does not queue behind those that do.
+    """
+
+    def __init__(self, threads: int = 2, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.traffic = Traffic()
+        self.chunk_bytes = chunk_bytes
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="store-memory")
+
+    def copy(self, source: memoryview, target: memoryview, kind: str, *, write: bool) -> "Future[None]":
+        """Copy bytes; `write` tells into the tier from out of it."""
+        assert source.nbytes == target.nbytes
+        direction = "write" if write else "read"
+        tasks = []
+        for start in range(0, source.nbytes, self.chunk_bytes):
+            stop = start + self.chunk_bytes
+            tasks.append(partial(self._copy, source[start:stop], target[start:stop], kind, direction))
+        return self.run(tasks)
+
+    def run(self, tasks: Sequence[Callable[[], None]]) -> "Future[None]":
+        """Run every task in the pool; done when all are."""
+        out: Future[None] = new_future()
+
+        def finish(finished: "Future[Any]") -> None:
+            settle(out, lambda: finished.result() and None)
+
+        gather([self._pool.submit(task) for task in tasks]).add_done_callback(finish)
+        return out
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    def _copy(self, source: memoryview, target: memoryview, kind: str, direction: str) -> None:
+        with self.traffic.operation(direction, kind, source.nbytes):
+            _memmove(address(target), address(source), source.nbytes)
