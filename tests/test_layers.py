@@ -22,7 +22,7 @@ LAYERS = (
     ("runtime", "simulator"),
     ("engine", "nn"),
     ("data", "hub", "training", "report"),
-    ("config", "demo", "cli"),
+    ("config", "architectures", "run", "demo", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PUBLIC = {"__init__", "__main__"}  # the face of the package: may import anything, and nothing may import it

@@ -107,6 +107,16 @@ def test_a_token_id_beyond_the_vocabulary_is_refused(corpus: Path) -> None:
         dataset.train.check_vocabulary(256)
 
 
+def test_what_is_refused_leaves_nothing_behind(corpus: Path) -> None:
+    before = sorted(corpus.rglob("*"))
+    with pytest.raises(DataError, match="vocabulary ends at 199"):
+        prepare(CONFIG, corpus / "runs" / "one" / "data", base=corpus, vocabulary_of=lambda _: 200)
+    assert sorted(corpus.rglob("*")) == before
+    prepare(CONFIG, corpus / "data", base=corpus, vocabulary_of=lambda tokenizer: tokenizer.size)
+    with pytest.raises(DataError, match="vocabulary ends at 199"):
+        prepare(CONFIG, corpus / "data", base=corpus, vocabulary_of=lambda _: 200)
+
+
 def test_a_cut_or_changed_token_file_is_refused(corpus: Path) -> None:
     dataset = prepare(CONFIG, corpus / "data", base=corpus)
     path = dataset.train.path

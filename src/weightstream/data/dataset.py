@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 from pydantic import Field
@@ -72,11 +76,16 @@ class Dataset:
         return Order(len(sequences), seed)
 
 
-def prepare(config: DataConfig, folder: Path, *, base: Path) -> Dataset:
+def prepare(
+    config: DataConfig, folder: Path, *, base: Path, vocabulary_of: Callable[[Tokenizer], int] | None = None
+) -> Dataset:
     """Find, split and encode the text, or open what an earlier call left in `folder` for the same text and settings.
 
+    `vocabulary_of` tells how many token ids the model knows, given the tokenizer. If anything is refused, `folder` is
+    as it was before.
+
     Raises:
-        DataError: text or tokenizer missing, empty or unreadable.
+        DataError: text or tokenizer missing, empty or unreadable, or a token id beyond the vocabulary.
     """
     documents = find_documents(config.sources, base=base)
     given = None
@@ -94,15 +103,17 @@ def prepare(config: DataConfig, folder: Path, *, base: Path) -> Dataset:
     if place is None:
         split = split_documents(documents, config.validation_share)
         place = folder / _digest({**settings, "text": split.digest})[:16]
-        if not (place / "validation.json").is_file():  # written last
-            place.mkdir(parents=True, exist_ok=True)
-            tokenizer = given or train_tokenizer(split.train, config.tokenizer.size)
-            tokenizer.save(place / "tokenizer.json")
-            write_tokens(place / "train.bin", split.train, tokenizer)
-            write_tokens(place / "validation.bin", split.validation, tokenizer)
+        if not place.is_dir():
+            with _appearing(place) as unfinished:
+                tokenizer = given or train_tokenizer(split.train, config.tokenizer.size)
+                tokenizer.save(unfinished / "tokenizer.json")
+                train = write_tokens(unfinished / "train.bin", split.train, tokenizer)
+                validation = write_tokens(unfinished / "validation.bin", split.validation, tokenizer)
+                _check(train, validation, tokenizer, vocabulary_of)
         note.write_text(json.dumps({"key": key, "place": place.name}), encoding="utf-8")
     train, validation = open_tokens(place / "train.bin"), open_tokens(place / "validation.bin")
     tokenizer = given or load_tokenizer(place / "tokenizer.json")
+    _check(train, validation, tokenizer, vocabulary_of)
     digest = _digest(
         {"train": train.facts.digest, "validation": validation.facts.digest, "tokenizer": tokenizer.digest}
     )
@@ -114,9 +125,33 @@ def _place_of(note: Path, key: str) -> Path | None:
     try:
         seen = json.loads(note.read_text(encoding="utf-8"))
         place = note.parent / seen["place"]
-        return place if seen["key"] == key and (place / "validation.json").is_file() else None
+        return place if seen["key"] == key and place.is_dir() else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _check(
+    train: TokenFile, validation: TokenFile, tokenizer: Tokenizer, vocabulary_of: Callable[[Tokenizer], int] | None
+) -> None:
+    if vocabulary_of is not None:
+        for side in (train, validation):
+            side.check_vocabulary(vocabulary_of(tokenizer))
+
+
+@contextmanager
+def _appearing(place: Path) -> Iterator[Path]:
+    """A folder that is `place` when the block ends well; else nothing is left, nor folders made for it."""
+    made = [parent for parent in (place.parent, *place.parent.parents) if not parent.exists()]
+    unfinished = place.parent / f"unfinished-{os.getpid()}"  # two processes may prepare the same text at once
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(place)
+    except BaseException:
+        rmtree(unfinished, ignore_errors=True)
+        for parent in made:
+            parent.rmdir()
+        raise
 
 
 def _sequences(tokens: TokenFile, length: int, at_least: int, side: str) -> Sequences:

@@ -1,0 +1,194 @@
+"""The command line. Results go to stdout, progress to stderr; what a person can put right ends with exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from weightstream.errors import WeightstreamError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from weightstream.config import RunConfig
+
+# Commands import what they need when they run: --help and wrong arguments do not wait for torch.
+app = typer.Typer(
+    name="weightstream",
+    help="Train PyTorch models that do not fit in memory: weights stream from a store that is the checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="Look at a store, check it, and move weights in and out.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or the folder that a run left.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.steps=100.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder, or that of its run.")]
+
+
+@app.command()
+def fit(source: Source, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train; the same command again goes on where the last one stopped."""
+    config, console = _config(source, overrides), _stderr()
+    from weightstream.run import fit as run_fit
+    from weightstream.run import summary
+
+    report = run_fit(config, console)
+    _print(report, summary, as_json)
+    if report["stopped_by"]:
+        import signal
+
+        console.print(f"stopped at step {report['step']}; go on with: weightstream {_command_again()}", markup=False)
+        raise typer.Exit(128 + signal.Signals[report["stopped_by"]].value)
+
+
+@app.command()
+def evaluate(
+    source: Source,
+    overrides: Overrides = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="How many; by default as in training.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The loss and perplexity of a trained store on held-out text."""
+    config = _config(source, overrides)
+    from weightstream.run import measure
+
+    _print(
+        measure(config, _say, sequences=sequences),
+        lambda found: (
+            f"step {found['step']}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}, "
+            f"{found['tokens']} tokens"
+        ),
+        as_json,
+    )
+
+
+@app.command()
+def generate(
+    source: Source,
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="Several at once cost little more than one.")
+    ],
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue prompts with a trained store; weights are fetched once per token for all of them."""
+    config = _config(source, set_)
+    from weightstream.run import complete
+
+    _print(
+        complete(config, _say, prompts, tokens=tokens, temperature=temperature, seed=seed),
+        lambda found: "\n\n".join(sample["prompt"] + sample["continued"] for sample in found["samples"]),
+        as_json,
+    )
+
+
+@app.command()
+def plan(source: Source, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """What a run would use: blocks, memory, bytes per step; nothing is created."""
+    config = _config(source, overrides)
+    from weightstream.run import plan as run_plan
+
+    _print(run_plan(config, _say), lambda found: str(found["text"]), as_json)
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """One minute, offline: train, kill in mid-step, go on, and compare with a run that was never interrupted."""
+    from weightstream.demo import run as run_demo
+    from weightstream.demo import summary
+
+    report = run_demo(_say)
+    _print(report, summary, as_json)
+    if not report["equal"]:
+        raise typer.Exit(1)
+
+
+@store_app.command("info")
+def store_info(store: StorePath, as_json: AsJson = False) -> None:
+    """Sizes, versions, step and settings of a store."""
+    with _open(store) as opened:
+        _print(opened.info(), _lines, as_json)
+
+
+@store_app.command("digest")
+def store_digest(store: StorePath, as_json: AsJson = False) -> None:
+    """A SHA-256 over every committed tensor, by which two runs are told equal."""
+    with _open(store) as opened:
+        _print({"digest": opened.digest(), "step": opened.step}, lambda found: str(found["digest"]), as_json)
+
+
+@store_app.command("verify")
+def store_verify(store: StorePath, as_json: AsJson = False) -> None:
+    """Read everything and compare it with its checksums; exit code 1 if anything is damaged."""
+    with _open(store) as opened:
+        damage = opened.verify()
+        whole = f"{opened.path}: whole at step {opened.step}"
+    _print({"damage": damage}, lambda found: "\n".join(found["damage"]) or whole, as_json)
+    if damage:
+        raise typer.Exit(1)
+
+
+def _config(source: Path, overrides: list[str] | None) -> "RunConfig":
+    from weightstream.config import load_config
+
+    return load_config(source, overrides or ())
+
+
+def _open(path: Path) -> Any:
+    from weightstream.store.store import Store
+
+    inner = path / "store"
+    return Store.open(inner if (inner / "manifest.sqlite").exists() else path, writable=False)
+
+
+def _stderr() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print(found: dict[str, Any], describe: Any, as_json: bool) -> None:
+    print(json.dumps(found, indent=2) if as_json else describe(found), flush=True)
+
+
+def _lines(found: dict[str, Any]) -> str:
+    width = max(map(len, found), default=0)
+    return "\n".join(f"{key:{width}}  {value}" for key, value in found.items())
+
+
+def _command_again() -> str:
+    import shlex
+
+    return shlex.join(sys.argv[1:])
+
+
+def main() -> NoReturn:
+    """The entry point: errors that a person can put right are one screen on stderr and exit code 2."""
+    try:
+        app()
+    except WeightstreamError as error:
+        _fail(str(error))
+    except OSError as error:
+        # A full disk or a folder that may not be written is the person's to put right; anything else is ours.
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"weightstream: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

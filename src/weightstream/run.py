@@ -1,0 +1,241 @@
+"""A configuration becomes a run: text, model and engine are put together, and what was asked for is reported.
+
+Each function here is a command without its printing; what it returns is what `--json` prints.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from weightstream.architectures import architecture, vocabulary_of
+from weightstream.config import RunConfig
+from weightstream.data.dataset import Dataset, prepare
+from weightstream.data.tokenizer import Tokenizer
+from weightstream.engine import Engine
+from weightstream.errors import StoreError
+from weightstream.store.optimizers import Optimizer
+from weightstream.store.store import Store
+from weightstream.training.display import Display
+from weightstream.training.evaluation import evaluate, generate
+from weightstream.training.loop import Outcome, Trainer
+from weightstream.training.metrics import MetricsLog
+from weightstream.units import format_bytes, format_count, format_seconds
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An open engine and the text that belongs to it."""
+
+    config: RunConfig
+    engine: Engine
+    dataset: Dataset
+
+
+@contextmanager
+def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
+    """Prepare the text, make or reopen the store, and close it in the end.
+
+    What can be refused is refused before the store is made: first the optimizer and the model's keys, then the text and
+    its tokens, then the budgets.
+
+    Raises:
+        StoreError: there is no store, and `create` is false.
+        WeightstreamError: anything else that is wrong with the configuration, the text or the store.
+    """
+    is_new = not (config.store / "manifest.sqlite").exists()
+    if is_new and not create:
+        raise StoreError(
+            f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
+        )
+    optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
+    architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
+    began_s = time.monotonic()
+
+    def model_of(tokenizer: Tokenizer) -> tuple[Any, Callable[[], nn.Module]]:
+        return architecture(config.model, vocabulary=tokenizer.size, end_of_text=tokenizer.end_of_text)
+
+    dataset = prepare(
+        config.data, config.out / "data", base=Path.cwd(), vocabulary_of=lambda t: vocabulary_of(model_of(t)[0])
+    )
+    say(_describe(dataset, time.monotonic() - began_s))
+    _, build = model_of(dataset.tokenizer)
+    settings = config.engine
+    engine = Engine(
+        model=build,
+        store=config.store,
+        optimizer=optimizer,
+        clip_norm=config.training.clip_norm,
+        precision=settings.precision,
+        device=settings.device,
+        device_memory=settings.device_memory,
+        host_memory=settings.host_memory,
+        seed=config.seed,
+        reduction_groups=settings.reduction_groups,
+        threads_per_worker=settings.threads_per_worker,
+        max_block_bytes=settings.max_block_bytes,
+        activations=settings.activations,
+        prefetch=settings.prefetch,
+        max_skipped_steps=settings.max_skipped_steps,
+        allow_other_numerics=settings.allow_other_numerics,
+        log=say,
+    )
+    try:
+        yield Run(config, engine, dataset)
+    finally:
+        engine.close()
+
+
+def fit(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Train to `training.steps`, from wherever the store stands; the result says what happened."""
+    say = _sayer(console)
+    with opened(config, say, create=True) as run:
+        engine = run.engine
+        (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        if engine.step_count:
+            say(f"going on from step {engine.step_count} of {config.training.steps}")
+        with (
+            Display(first_step=engine.step_count, steps=config.training.steps, console=console) as display,
+            MetricsLog(config.out, resumed_step=engine.step_count, tensorboard=config.training.tensorboard) as metrics,
+        ):
+            trainer = Trainer(engine, run.dataset, config.training, seed=config.seed, display=display, metrics=metrics)
+            outcome = trainer.train()
+        sample = config.training.sample
+        continued: list[str] = []
+        if outcome.stopped_by is None and sample.prompts:
+            continued = generate(
+                engine, run.dataset.tokenizer, sample.prompts,
+                tokens=sample.tokens, temperature=sample.temperature, seed=config.seed,
+            )  # fmt: skip
+        samples = [{"prompt": p, "continued": c} for p, c in zip(sample.prompts, continued, strict=False)]
+        return _report(run, outcome, samples)
+
+
+def measure(config: RunConfig, say: Say, *, sequences: int | None) -> dict[str, Any]:
+    """The validation loss of a trained store."""
+    with opened(config, say, create=False) as run:
+        rule, training = config.training.validation, config.training
+        found = evaluate(
+            run.engine,
+            run.dataset.validation_sequences(training.sequence_length),
+            limit=sequences or rule.sequences,
+            size=rule.micro_batch_size or training.micro_batch_size,
+        )
+        return {
+            "step": run.engine.step_count,
+            "loss": found.loss,
+            "perplexity": found.perplexity,
+            "tokens": found.tokens,
+        }
+
+
+def complete(
+    config: RunConfig, say: Say, prompts: Sequence[str], *, tokens: int, temperature: float, seed: int
+) -> dict[str, Any]:
+    """Text that a trained store continues."""
+    with opened(config, say, create=False) as run:
+        began_s = time.monotonic()
+        continued = generate(
+            run.engine, run.dataset.tokenizer, prompts, tokens=tokens, temperature=temperature, seed=seed
+        )
+        return {
+            "step": run.engine.step_count,
+            "seconds": time.monotonic() - began_s,
+            "samples": [{"prompt": p, "continued": c} for p, c in zip(prompts, continued, strict=True)],
+        }
+
+
+def _report(run: Run, outcome: Outcome, samples: list[dict[str, str]]) -> dict[str, Any]:
+    config, info = run.config, run.engine.store.info()
+    before, after = outcome.before, outcome.after
+    moved = outcome.read_bytes + outcome.written_bytes
+    return {
+        "step": outcome.step,
+        "steps": config.training.steps,
+        "stopped_by": outcome.stopped_by.name if outcome.stopped_by else None,
+        "parameters": info["parameters"],
+        "perplexity_before": before.perplexity,
+        "perplexity_after": after.perplexity if after else None,
+        "loss_before": before.loss,
+        "loss_after": after.loss if after else None,
+        "samples": samples,
+        "tokens": outcome.tokens,
+        "seconds": outcome.seconds,
+        "stalled_s": outcome.stalled_s,
+        "skipped_steps": outcome.skipped_steps,
+        "state_bytes": _state_bytes(run.engine.store),
+        "device_memory_bytes": config.engine.device_memory,
+        "host_memory_bytes": config.engine.host_memory,
+        "peak_rss_bytes": outcome.peak_rss_bytes,
+        "read_bytes": outcome.read_bytes,
+        "written_bytes": outcome.written_bytes,
+        "bound_bytes": outcome.bound_bytes,
+        "moved_over_bound": moved / outcome.bound_bytes if outcome.bound_bytes else None,
+        "store": str(config.store),
+    }
+
+
+def _state_bytes(store: Store) -> int:
+    """Masters and moments; not the copy that streams, which is made from them."""
+    layouts = [store.layout(block.index) for block in store.blocks]
+    return sum(part.nbytes for layout in layouts for part in layout.parts if part.name != "copy")
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report of `fit` as a person reads it."""
+    lines = [f"{report['step']} of {report['steps']} steps, {format_count(report['parameters'])} parameters"]
+    after, before = report["perplexity_after"], report["perplexity_before"]
+    if after is not None:
+        lines.append(f"perplexity   {_plain(before)} before, {_plain(after)} after, on held-out text")
+    if report["tokens"]:
+        seconds, stalled = report["seconds"], report["stalled_s"] / report["seconds"]
+        speed = format_count(report["tokens"] / seconds)
+        lines.append(
+            f"trained      {format_count(report['tokens'])} tokens in {format_seconds(seconds)}, {speed} tokens/s"
+        )
+        lines.append(f"waited       {format_seconds(report['stalled_s'])} for the store ({stalled:.1%})")
+        lines.append(
+            f"moved        {format_bytes(report['read_bytes'])} read, {format_bytes(report['written_bytes'])} written, "
+            f"{report['moved_over_bound'] or 0:.3f} times the lower bound"
+        )
+    times = report["state_bytes"] / report["device_memory_bytes"]
+    lines += [
+        f"state        {format_bytes(report['state_bytes'])} of masters and moments, {times:.1f} times device_memory "
+        f"({format_bytes(report['device_memory_bytes'])})",
+        f"memory       {format_bytes(report['peak_rss_bytes'])} at most, of the whole process",
+        f"store        {report['store']}, committed at step {report['step']}",
+    ]
+    if report["skipped_steps"]:
+        lines.append(f"skipped      {report['skipped_steps']} steps whose gradients were not finite")
+    for sample in report["samples"]:
+        lines += ["", f"sample, after {sample['prompt']!r}:", *(f"    {line}" for line in _shown(sample))]
+    return "\n".join(lines)
+
+
+def _shown(sample: dict[str, str]) -> list[str]:
+    return (sample["prompt"] + sample["continued"]).splitlines()
+
+
+def _plain(number: float) -> str:
+    return f"{number:.2f}" if isfinite(number) and number < 1e6 else f"{number:.3g}"
+
+
+def _describe(dataset: Dataset, seconds: float) -> str:
+    train, validation = dataset.train.facts, dataset.validation.facts
+    return (
+        f"text: {format_bytes(train.text_bytes)} in {train.documents} documents, {format_count(train.tokens)} tokens; "
+        f"{validation.documents} documents, {format_count(validation.tokens)} tokens held out; "
+        f"tokenizer of {dataset.tokenizer.size} ({format_seconds(seconds)})"
+    )
+
+
+def _sayer(console: Console) -> Say:
+    return lambda text: console.print(text, markup=False, highlight=False)
