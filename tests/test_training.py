@@ -125,8 +125,9 @@ def run(store: FakeStore, dataset: Dataset, folder: Path, config: TrainingConfig
     run.engine = engine  # type: ignore[attr-defined]
     engine.after_step = after_step or engine.after_step
     display = Display(first_step=store.step, steps=config.steps, console=Console(file=io.StringIO()))
+    trainer = Trainer(engine, dataset, config, seed=1)  # type: ignore[arg-type]
     with display, MetricsLog(folder, resumed_step=store.step, tensorboard=config.tensorboard) as metrics:
-        return Trainer(engine, dataset, config, seed=1, display=display, metrics=metrics).train()  # type: ignore[arg-type]
+        return trainer.train(display, metrics)
 
 
 def test_a_run_learns_and_reports(dataset: Dataset, tmp_path: Path) -> None:

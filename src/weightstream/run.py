@@ -59,13 +59,19 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
     optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
     architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
     began_s = time.monotonic()
+    training = config.training
 
     def model_of(tokenizer: Tokenizer) -> tuple[Any, Callable[[], nn.Module]]:
         return architecture(config.model, vocabulary=tokenizer.size, end_of_text=tokenizer.end_of_text)
 
-    dataset = prepare(
-        config.data, config.out / "data", base=Path.cwd(), vocabulary_of=lambda t: vocabulary_of(model_of(t)[0])
-    )
+    def check(dataset: Dataset) -> None:
+        vocabulary = vocabulary_of(model_of(dataset.tokenizer)[0])
+        for side in (dataset.train, dataset.validation):
+            side.check_vocabulary(vocabulary)
+        dataset.train_sequences(training.sequence_length, at_least=training.sequences_per_step)
+        dataset.validation_sequences(training.sequence_length)
+
+    dataset = prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
     say(_describe(dataset, time.monotonic() - began_s))
     _, build = model_of(dataset.tokenizer)
     settings = config.engine
@@ -99,6 +105,7 @@ def fit(config: RunConfig, console: Console) -> dict[str, Any]:
     say = _sayer(console)
     with opened(config, say, create=True) as run:
         engine = run.engine
+        trainer = Trainer(engine, run.dataset, config.training, seed=config.seed)
         (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         if engine.step_count:
             say(f"going on from step {engine.step_count} of {config.training.steps}")
@@ -106,8 +113,7 @@ def fit(config: RunConfig, console: Console) -> dict[str, Any]:
             Display(first_step=engine.step_count, steps=config.training.steps, console=console) as display,
             MetricsLog(config.out, resumed_step=engine.step_count, tensorboard=config.training.tensorboard) as metrics,
         ):
-            trainer = Trainer(engine, run.dataset, config.training, seed=config.seed, display=display, metrics=metrics)
-            outcome = trainer.train()
+            outcome = trainer.train(display, metrics)
         sample = config.training.sample
         continued: list[str] = []
         if outcome.stopped_by is None and sample.prompts:

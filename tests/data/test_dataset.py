@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from weightstream.data.dataset import DataConfig, TokenizerConfig, prepare
+from weightstream.data.dataset import DataConfig, Dataset, TokenizerConfig, prepare
 from weightstream.data.documents import find_documents
 from weightstream.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from weightstream.data.tokens import open_tokens, write_tokens
@@ -108,13 +108,16 @@ def test_a_token_id_beyond_the_vocabulary_is_refused(corpus: Path) -> None:
 
 
 def test_what_is_refused_leaves_nothing_behind(corpus: Path) -> None:
+    def check(dataset: Dataset) -> None:
+        dataset.train.check_vocabulary(200)
+
     before = sorted(corpus.rglob("*"))
     with pytest.raises(DataError, match="vocabulary ends at 199"):
-        prepare(CONFIG, corpus / "runs" / "one" / "data", base=corpus, vocabulary_of=lambda _: 200)
+        prepare(CONFIG, corpus / "runs" / "one" / "data", base=corpus, check=check)
     assert sorted(corpus.rglob("*")) == before
-    prepare(CONFIG, corpus / "data", base=corpus, vocabulary_of=lambda tokenizer: tokenizer.size)
+    prepare(CONFIG, corpus / "data", base=corpus)
     with pytest.raises(DataError, match="vocabulary ends at 199"):
-        prepare(CONFIG, corpus / "data", base=corpus, vocabulary_of=lambda _: 200)
+        prepare(CONFIG, corpus / "data", base=corpus, check=check)
 
 
 def test_a_cut_or_changed_token_file_is_refused(corpus: Path) -> None:

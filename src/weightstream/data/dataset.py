@@ -76,16 +76,13 @@ class Dataset:
         return Order(len(sequences), seed)
 
 
-def prepare(
-    config: DataConfig, folder: Path, *, base: Path, vocabulary_of: Callable[[Tokenizer], int] | None = None
-) -> Dataset:
+def prepare(config: DataConfig, folder: Path, *, base: Path, check: Callable[[Dataset], None] | None = None) -> Dataset:
     """Find, split and encode the text, or open what an earlier call left in `folder` for the same text and settings.
 
-    `vocabulary_of` tells how many token ids the model knows, given the tokenizer. If anything is refused, `folder` is
-    as it was before.
+    `check` may refuse the dataset by raising; whoever refuses, `folder` is then as it was before.
 
     Raises:
-        DataError: text or tokenizer missing, empty or unreadable, or a token id beyond the vocabulary.
+        DataError: text or tokenizer missing, empty or unreadable.
     """
     documents = find_documents(config.sources, base=base)
     given = None
@@ -107,13 +104,20 @@ def prepare(
             with _appearing(place) as unfinished:
                 tokenizer = given or train_tokenizer(split.train, config.tokenizer.size)
                 tokenizer.save(unfinished / "tokenizer.json")
-                train = write_tokens(unfinished / "train.bin", split.train, tokenizer)
-                validation = write_tokens(unfinished / "validation.bin", split.validation, tokenizer)
-                _check(train, validation, tokenizer, vocabulary_of)
+                write_tokens(unfinished / "train.bin", split.train, tokenizer)
+                write_tokens(unfinished / "validation.bin", split.validation, tokenizer)
+                if check is not None:
+                    check(_open(unfinished))
         note.write_text(json.dumps({"key": key, "place": place.name}), encoding="utf-8")
+    dataset = _open(place)
+    if check is not None:
+        check(dataset)
+    return dataset
+
+
+def _open(place: Path) -> Dataset:
     train, validation = open_tokens(place / "train.bin"), open_tokens(place / "validation.bin")
-    tokenizer = given or load_tokenizer(place / "tokenizer.json")
-    _check(train, validation, tokenizer, vocabulary_of)
+    tokenizer = load_tokenizer(place / "tokenizer.json")
     digest = _digest(
         {"train": train.facts.digest, "validation": validation.facts.digest, "tokenizer": tokenizer.digest}
     )
@@ -128,14 +132,6 @@ def _place_of(note: Path, key: str) -> Path | None:
         return place if seen["key"] == key and place.is_dir() else None
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _check(
-    train: TokenFile, validation: TokenFile, tokenizer: Tokenizer, vocabulary_of: Callable[[Tokenizer], int] | None
-) -> None:
-    if vocabulary_of is not None:
-        for side in (train, validation):
-            side.check_vocabulary(vocabulary_of(tokenizer))
 
 
 @contextmanager

@@ -45,23 +45,17 @@ class Outcome:
 class Trainer:
     """Drives an engine over a dataset; one object per process and run."""
 
-    def __init__(
-        self,
-        engine: "Engine",
-        dataset: Dataset,
-        config: TrainingConfig,
-        *,
-        seed: int,
-        display: Display,
-        metrics: MetricsLog,
-    ) -> None:
+    display: Display
+    metrics: MetricsLog
+
+    def __init__(self, engine: "Engine", dataset: Dataset, config: TrainingConfig, *, seed: int) -> None:
         """Check that the store was trained on this text so far.
 
         Raises:
             StoreMismatchError: it was trained on other text, or with another sequence length.
             DataError: the text has too few tokens for one step, or for one sequence of validation.
         """
-        self.engine, self.config, self.display, self.metrics = engine, config, display, metrics
+        self.engine, self.config = engine, config
         train = dataset.train_sequences(config.sequence_length, at_least=config.sequences_per_step)
         self.validation = dataset.validation_sequences(config.sequence_length)
         self.batches = Batches(
@@ -75,8 +69,9 @@ class Trainer:
                     "text and settings, or another `out`"
                 )
 
-    def train(self) -> Outcome:
+    def train(self, display: Display, metrics: MetricsLog) -> Outcome:
         """Go on to `config.steps`, or until Ctrl-C or SIGTERM; commits before it returns."""
+        self.display, self.metrics = display, metrics
         engine, first_step, began_s = self.engine, self.engine.step_count, time.monotonic()
         stalled_s, read, written, bound, skipped = 0.0, 0, 0, 0, 0
         after = None
