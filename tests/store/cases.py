@@ -1,0 +1,206 @@
+"""A small model's records, an oracle that writes them, and devices that are slow, full or dead."""
+
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightstream.blocks import Block, Parameter
+from weightstream.store.initial import Recipe
+from weightstream.store.layout import Precision, RecordLayout
+from weightstream.store.optimizers import AdamW
+from weightstream.store.recipes import Step
+from weightstream.store.segments import AlignedBuffer, RecordBuffer, part_tensors
+from weightstream.store.store import Store
+from weightstream.store.tiers import Device, Disk
+
+CHUNK_BYTES = 4096  # several chunks per part, even of these small records
+CONTRACT = {"seed": 3, "reduction_groups": 8, "shape": [1, 2]}
+
+
+_SHAPES = {
+    "embed": {"weight": (500, 8)},
+    "odd": {"weight": (33, 80), "bias": (33,), "scale": (), "none": (0, 4), "frozen": (5, 3)},
+    "still": {"weight": (4, 4), "bias": (4,)},
+}  # awkward ones, and a block that is never trained
+
+
+def _block(index: int, name: str, shapes: dict[str, tuple[int, ...]]) -> Block:
+    parameters = tuple(
+        Parameter(f"{name}.{key}", shape, trainable=key != "frozen" and name != "still")
+        for key, shape in shapes.items()
+    )
+    return Block(index, f'{name} ü "{index}"', parameters, (name,))
+
+
+BLOCKS = tuple(_block(index, name, shapes) for index, (name, shapes) in enumerate(_SHAPES.items()))
+TRAINED = [block.index for block in BLOCKS if block.trainable]
+RECIPES = {p.name: Recipe((Step("normal", (0.0, 0.5)),)) for block in BLOCKS for p in block.parameters}
+
+
+def make(path: Path, precision: Precision = "bf16", device: Any = None, **changes: Any) -> Store:
+    """A new store of the small model."""
+    arguments: dict[str, Any] = {
+        "blocks": BLOCKS,
+        "recipes": RECIPES,
+        "optimizer": AdamW(lr=0.1),
+        "precision": precision,
+        "contract": CONTRACT,
+        "disk": Disk(chunk_bytes=CHUNK_BYTES, device=device),
+    }
+    return Store.create(path, **(arguments | changes))
+
+
+def reopen(path: Path, device: Any = None, *, writable: bool = True) -> Store:
+    return Store.open(path, writable=writable, disk=Disk(chunk_bytes=CHUNK_BYTES, device=device))
+
+
+def filled(layout: RecordLayout, value: int) -> RecordBuffer:
+    """A record whose every tensor is a function of `value`."""
+    record_buffer = RecordBuffer(layout)
+    for number, part in enumerate(layout.states):
+        for name, tensor in record_buffer.tensors(part.name).items():
+            tensor.copy_(expected_tensor(tensor, number, name, value))
+    if layout.has("copy"):
+        for name, tensor in record_buffer.tensors("copy").items():
+            tensor.copy_(record_buffer.tensors("param")[name])
+    return record_buffer
+
+
+def expected_tensor(like: Tensor, number: int, name: str, value: int) -> Tensor:
+    count = torch.arange(like.numel(), dtype=torch.float32).reshape(like.shape)
+    return count % 97 + value * 1000 + number * 10 + len(name)
+
+
+def loaded(store: Store, index: int) -> dict[str, Tensor]:
+    """Everything that `load` serves, as copies, by `part/parameter`."""
+    buffer = RecordBuffer(store.layout(index))
+    store.load(index, buffer).result(timeout=30)
+    return {
+        f"{part.name}/{name}": tensor.clone()
+        for part in store.layout(index).states
+        for name, tensor in buffer.tensors(part.name).items()
+    }
+
+
+def fetched(store: Store, index: int) -> dict[str, Tensor]:
+    """What `fetch` serves, as copies, by parameter."""
+    part = store.layout(index).streamed
+    buffer = AlignedBuffer(part.nbytes)
+    store.fetch(index, buffer.view).result(timeout=30)
+    return {name: tensor.clone() for name, tensor in part_tensors(part, buffer.view).items()}
+
+
+def assert_holds(store: Store, index: int, value: int | None, initial: dict[int, dict[str, Tensor]]) -> None:
+    """The store serves `value` for this record, or its initial values if that is None."""
+    found = loaded(store, index)
+    if value is None:
+        wanted = initial[index]
+    else:
+        record_buffer = filled(store.layout(index), value)
+        wanted = {
+            f"{part.name}/{name}": tensor
+            for part in store.layout(index).states
+            for name, tensor in record_buffer.tensors(part.name).items()
+        }
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for name, tensor in fetched(store, index).items():
+        assert torch.equal(tensor, wanted[f"param/{name}"].to(tensor.dtype))
+
+
+class Wrapped:
+    """A device that passes everything on; those below change one thing."""
+
+    def __init__(self, device: Device | None = None) -> None:
+        self._device = device or Device()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+
+class Slow(Wrapped):
+    """Every read and write takes this long."""
+
+    def __init__(self, *, read_s: float = 0.0, write_s: float = 0.0) -> None:
+        super().__init__()
+        self.read_s, self.write_s = read_s, write_s
+
+    def read(self, handle: int, view: memoryview, offset: int) -> int:
+        time.sleep(self.read_s)
+        return self._device.read(handle, view, offset)
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        time.sleep(self.write_s)
+        return self._device.write(handle, view, offset)
+
+
+class Gated(Wrapped):
+    """Writes wait until the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        assert self.gate.wait(timeout=30)
+        return self._device.write(handle, view, offset)
+
+
+class Full(Wrapped):
+    """No space once `full` is set."""
+
+    full = False
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._device.write(handle, view, offset)
+
+
+class Mortal(Wrapped):
+    """After `writes_left` more writes nothing reaches the disk any more, as when the process dies."""
+
+    writes_left: int | None = None
+
+    def _live(self) -> None:
+        if self.writes_left is not None:
+            self.writes_left -= 1
+            if self.writes_left < 0:
+                raise OSError(errno.EIO, "the process is dead")
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        self._live()
+        return self._device.write(handle, view, offset)
+
+    def sync(self, handle: int) -> None:
+        self._live()
+        self._device.sync(handle)
+
+
+class Buffered(Wrapped):
+    """A file system without direct I/O."""
+
+    direct = False
+
+    def open(self, path: Path, *, write: bool) -> int:
+        return os.open(path, (os.O_RDWR | os.O_CREAT) if write else os.O_RDONLY, 0o644)
+
+
+def abandon(store: Store) -> None:
+    """End the store as a crash would: nothing more is written or committed, the lock goes."""
+    device = store.disk.device
+    if isinstance(device, Mortal):
+        device.writes_left = 0
+    store.disk.close()
+    store._committer.shutdown(wait=True)
+    store.memory.close()
+    store.manifest.close()
+    assert store._lock_handle is not None
+    os.close(store._lock_handle)

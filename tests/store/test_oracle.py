@@ -1,0 +1,147 @@
+"""The store against a dictionary: Hypothesis writes, commits, discards, pins, snapshots, closes and crashes."""
+
+import shutil
+import tempfile
+from concurrent.futures import Future
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from tests.store.cases import TRAINED, Mortal, abandon, assert_holds, filled, loaded, make, reopen
+
+from weightstream.store.store import Store
+
+PARTS = ("copy", "param", "exp_avg", "exp_avg_sq")
+blocks = st.sampled_from(TRAINED)
+Values = dict[int, tuple[int, int]]  # block → (value, version); a block without one holds its initial values
+
+
+class StoreMachine(RuleBasedStateMachine):
+    store: Store
+    device: Mortal
+
+    @initialize(precision=st.sampled_from(("bf16", "fp32")))
+    def create(self, precision: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="oracle "))
+        self.device = Mortal()
+        self.store = make(self.directory / "store", precision, self.device)  # type: ignore[arg-type]
+        self.initial = {index: loaded(self.store, index) for index in TRAINED}
+        self.committed: Values = {}
+        self.newest: Values = {}
+        self.step = 0
+        self.value = 0
+        self.digests: dict[str, str] = {self._key(): self.store.digest()}
+        self.snapshots: dict[str, int] = {}
+
+    @rule(index=blocks, wait=st.booleans())
+    def write(self, index: int, wait: bool) -> None:
+        self.value += 1
+        version = self.newest.get(index, (0, 0))[1] + 1
+        future = self.store.write(index, filled(self.store.layout(index), self.value), version, version)
+        self.newest[index] = (self.value, version)
+        if wait:
+            future.result(timeout=30)
+
+    @rule(wait=st.booleans())
+    def commit(self, wait: bool) -> None:
+        self.step += 1
+        future = self.store.commit(self.step, {"value": self.value})
+        self.committed = dict(self.newest)
+        if wait:
+            future.result(timeout=30)
+            assert (self.store.step, self.store.progress) == (self.step, {"value": self.value})
+
+    @rule()
+    def discard(self) -> None:
+        self.store.discard()
+        self.newest = dict(self.committed)
+
+    @rule(index=blocks)
+    def check(self, index: int) -> None:
+        value, version = self.newest.get(index, (None, 0))
+        assert self.store.version(index) == version
+        assert_holds(self.store, index, value, self.initial)
+
+    @rule(index=blocks, parts=st.sets(st.sampled_from(PARTS)))
+    def pin(self, index: int, parts: set[str]) -> None:
+        self.store.pin(index, parts)
+
+    @rule(index=blocks, parts=st.sets(st.sampled_from(PARTS)))
+    def unpin(self, index: int, parts: set[str]) -> None:
+        self.store.unpin(index, parts)
+
+    @rule(name=st.sampled_from("xyz"))
+    def snapshot(self, name: str) -> None:
+        self._settle()
+        if name in self.snapshots:
+            self.store.remove_snapshot(name)
+            del self.snapshots[name]
+        else:
+            self.store.snapshot(name)
+            self.snapshots[name] = self.step
+        assert self.store.snapshots() == self.snapshots
+
+    @rule(crash=st.booleans())
+    def reopen(self, crash: bool) -> None:
+        self._settle()
+        if crash:
+            abandon(self.store)
+        else:
+            self.store.close()
+        self._open()
+
+    @rule(index=blocks, writes_left=st.integers(0, 12))
+    def crash_in_a_commit(self, index: int, writes_left: int) -> None:
+        """Either all of the commit is there afterwards or nothing of it."""
+        self._settle()
+        before = dict(self.committed)
+        self.device.writes_left = writes_left
+        self.write(index, False)
+        future: Future[None] = self.store.commit(self.step + 1, {"value": self.value})
+        failed = future.exception(timeout=30) is not None
+        abandon(self.store)
+        if failed:
+            self.committed = before
+        else:
+            self.step += 1
+            self.committed = dict(self.newest)
+        self._open()
+
+    @precondition(lambda self: hasattr(self, "store"))
+    @rule()
+    def digest(self) -> None:
+        """Equal contents give equal digests, unequal ones do not."""
+        self._settle()
+        found = self.store.digest()
+        assert self.digests.setdefault(self._key(), found) == found
+        assert len(set(self.digests.values())) == len(self.digests)
+        assert self.store.verify() == []
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            shutil.rmtree(self.directory)
+
+    def _open(self) -> None:
+        self.device = Mortal()
+        self.store = reopen(self.directory / "store", self.device)
+        self.newest = dict(self.committed)
+        assert self.store.step == self.step
+        assert self.store.snapshots() == self.snapshots
+        for index in TRAINED:
+            self.check(index)
+
+    def _settle(self) -> None:
+        """Wait for commits under way, so that the committed state is the one expected."""
+        self.store.commit(self.step, {"value": self.value}).result(timeout=30)
+        self.committed = dict(self.newest)
+
+    def _key(self) -> str:
+        return repr(sorted(self.committed.items()))
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
