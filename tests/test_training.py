@@ -279,12 +279,22 @@ def test_plain_lines_hold_the_facts_and_are_not_many() -> None:
     assert lines[-1] == "a [note]"
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def test_a_terminal_of_80_columns_gets_a_bar_and_all_facts() -> None:
     out = io.StringIO()
-    with Display(first_step=0, steps=2, console=Console(file=out, force_terminal=True, width=200)) as display:
+    console = Console(file=out, force_terminal=True, width=80, height=24, color_system=None)
+    with Display(first_step=0, steps=2, console=console) as display:
         display.step(_facts(1))
-    assert "step 1/2" in out.getvalue()
-    assert "loss 2.5000" in out.getvalue()
+        display.note("a [note]")
+    shown = out.getvalue()
+    assert "━" in shown
+    for expected in (
+        "step 1/2",
+        "loss 2.5000  |grad| 0.75",
+        "moved 4.00 MiB (1.00x bound)  stalled 25%",
+        "2.00 s left",
+    ):
+        assert expected in shown, shown
+    assert "a [note]" in shown
 
 
 def test_importing_the_package_does_not_import_torch() -> None:

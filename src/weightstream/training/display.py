@@ -6,8 +6,11 @@ from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from weightstream.units import format_bytes, format_count, format_seconds
 
@@ -33,13 +36,19 @@ class StepFacts:
     skipped: bool
 
     def describe(self) -> str:
+        return f"{self.describe_learning()}  {self.describe_machine()}"
+
+    def describe_learning(self) -> str:
         norm = "" if self.grad_norm is None else f"  |grad| {self.grad_norm:.3g}"
+        skipped = "  SKIPPED: gradients not finite" if self.skipped else ""
+        return f"loss {self.loss:.4f}{norm}  lr {self.lr:.3g}{skipped}"
+
+    def describe_machine(self) -> str:
         moved = self.read_bytes + self.written_bytes
         against = f"{moved / self.bound_bytes:.2f}x bound" if self.bound_bytes else "no bound"
         return (
-            f"loss {self.loss:.4f}{norm}  lr {self.lr:.3g}  {format_count(self.tokens / self.seconds)} tokens/s"
-            f"  memory {format_bytes(self.rss_bytes)}  moved {format_bytes(moved)} ({against})"
-            f"  stalled {self.stalled_s / self.seconds:.0%}{'  SKIPPED: gradients not finite' if self.skipped else ''}"
+            f"{format_count(self.tokens / self.seconds)} tokens/s  memory {format_bytes(self.rss_bytes)}"
+            f"  moved {format_bytes(moved)} ({against})  stalled {self.stalled_s / self.seconds:.0%}"
         )
 
 
@@ -51,16 +60,9 @@ class Display:
         self._steps = steps
         self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._last_line_s = -math.inf
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._live: Live | None = None
         if self.console.is_terminal:
-            columns = (
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=16),
-                TextColumn("{task.fields[left]} left  {task.fields[facts]}"),
-            )
-            self._bar = Progress(*columns, console=self.console, auto_refresh=False)
-            self._task = self._bar.add_task("train", total=steps, completed=first_step, left="?", facts="")
+            self._live = Live(self._drawn(first_step, "?", None), console=self.console, auto_refresh=False)
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -70,8 +72,8 @@ class Display:
     def step(self, facts: StepFacts) -> None:
         self._recent.append(facts.seconds)
         left = format_seconds(sum(self._recent) / len(self._recent) * (self._steps - facts.step))
-        if self._bar is not None:
-            self._bar.update(self._task, completed=facts.step, left=left, facts=facts.describe(), refresh=True)
+        if self._live is not None:
+            self._live.update(self._drawn(facts.step, left, facts), refresh=True)
             return
         now = time.monotonic()
         if facts.skipped or facts.step in (1, self._steps) or now - self._last_line_s >= _PLAIN_LINE_EVERY_S:
@@ -79,12 +81,19 @@ class Display:
             self.note(f"step {facts.step}/{self._steps}  {facts.describe()}  {left} left")
 
     def __enter__(self) -> "Display":
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
+
+    def _drawn(self, step: int, left: str, facts: StepFacts | None) -> Group:
+        """Three short lines: a terminal of 80 columns shows them whole."""
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(f"step {step}/{self._steps}", ProgressBar(self._steps, step, width=40), f"{left} left")
+        lines = [facts.describe_learning(), facts.describe_machine()] if facts else []
+        return Group(bar, *(Text(line) for line in lines))
