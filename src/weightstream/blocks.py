@@ -4,8 +4,18 @@ A block is the unit that is fetched, computed and evicted as a whole: the parame
 embedding, the head), or of several modules that share a tied parameter. The split is a pure function of the module tree.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
+from typing import Literal
+
+from torch import nn
+
+from weightstream.errors import ConfigError, PlanError
+
+Rule = Literal["block", "split", "resident"]
+ROOT = "(root)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +54,150 @@ class Block:
     def trainable(self) -> bool:
         """Whether any of its parameters is trained; a block that is not streams and nothing else."""
         return any(parameter.trainable for parameter in self.parameters)
+
+
+@dataclass(slots=True)
+class _Group:
+    """A block in the making: the modules whose parameters stream together."""
+
+    name: str
+    modules: list[str]
+    parameters: list[nn.Parameter]
+    resident: bool = False
+
+
+def split(
+    model: nn.Module,
+    *,
+    max_block_bytes: int | None = None,
+    element_bytes: int = 4,
+    rules: Mapping[str, Rule] | None = None,
+) -> tuple[Block, ...]:
+    """Splits a model, usually on the meta device, into blocks in order of registration.
+
+    An element of a `ModuleList` or `Sequential` is a block (a decoder layer), and so is a leaf with a matrix (an
+    embedding, the head). A module above `max_block_bytes` is split into its children; what is left of it joins the
+    first block of that layer. What belongs to no layer (the final norm, bare parameters of the model) becomes the root
+    block, which stays resident. Modules that share a parameter share a block.
+
+    Args:
+        max_block_bytes: bound on the streamed bytes of a block; a leaf is never cut.
+        element_bytes: bytes per streamed element (2 for bf16, 4 for fp32).
+        rules: `{pattern of module names: "block" | "split" | "resident"}`, first match wins, over the rules above.
+
+    Raises:
+        ConfigError: a rule matches no module.
+        PlanError: the model has no parameter, or one that is not floating point.
+    """
+    rules = dict(rules or {})
+    names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters()))}
+    if not names:
+        raise PlanError(f"the model {type(model).__name__} has no parameter: there is nothing to stream or train")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise PlanError(f"parameter '{name}' is {parameter.dtype}: expected floating point; make it a buffer")
+    unused = set(rules)
+    groups: list[_Group] = []
+    root = _Group(ROOT, [], [], resident=True)
+
+    def streamed_bytes(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters()) * element_bytes
+
+    def rule_of(name: str) -> Rule | None:
+        for pattern, rule in rules.items():
+            if fnmatchcase(name, pattern):
+                unused.discard(pattern)
+                return rule
+        return None
+
+    def add(group: _Group, name: str, module: nn.Module) -> None:
+        group.modules.append(name)
+        group.parameters.extend(module.parameters())
+
+    def walk(name: str, module: nn.Module, repeated: bool, leftovers: list[tuple[str, nn.Module]] | None) -> None:
+        if next(module.parameters(), None) is None:
+            return
+        rule = rule_of(name)
+        children = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+        inner = [child for _, child in children if next(child.parameters(), None) is not None]
+        container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        leaf = not inner
+        fits = max_block_bytes is None or streamed_bytes(module) <= max_block_bytes
+        if rule == "resident":
+            add(root, name, module)
+            return
+        inside = leftovers is not None  # of a layer that is being split
+        if leaf and not container and rule is None and not repeated:
+            # a norm, a router: too small to be worth a trip of its own
+            small = inside and max_block_bytes is not None and streamed_bytes(module) * 64 <= max_block_bytes
+            if small or all(parameter.ndim < 2 for parameter in module.parameters()):
+                if leftovers is not None:
+                    leftovers.append((name, module))
+                else:
+                    add(root, name, module)
+                return
+        if not container and (rule == "block" or (rule != "split" and (leaf or (fits and (repeated or inside))))):
+            group = _Group(name, [], [])
+            add(group, name, module)
+            groups.append(group)
+            return
+        root.parameters.extend(module.parameters(recurse=False))
+        repeats = container or isinstance(module, nn.Sequential)
+        is_layer = repeated and not container
+        rest: list[tuple[str, nn.Module]] | None = [] if is_layer else leftovers
+        first = len(groups)
+        for child_name, child in children:
+            walk(child_name, child, repeats, rest)
+        if is_layer and rest:
+            target = groups[first] if len(groups) > first else root
+            for left_name, left_module in rest:
+                add(target, left_name, left_module)
+
+    walk("", model, False, None)
+    if unused:
+        raise ConfigError(f"block rule {sorted(unused)[0]!r} matches no module of the model; see `weightstream plan`")
+    if root.parameters:
+        groups.insert(0, root)
+    return _blocks(model, _merge_tied(groups), names)
+
+
+def _merge_tied(groups: list[_Group]) -> list[_Group]:
+    """Joins groups that share a parameter, so that it streams with one record and is updated once."""
+    merged: list[_Group] = []
+    owner: dict[int, _Group] = {}
+    for group in groups:
+        sharing = {id(owner[id(p)]): owner[id(p)] for p in group.parameters if id(p) in owner}
+        target, *others = [*sharing.values(), group]
+        for other in others:
+            target.modules.extend(other.modules)
+            target.parameters.extend(other.parameters)
+            target.resident |= other.resident
+            if other in merged:
+                merged.remove(other)
+        if not sharing:
+            merged.append(target)
+        for parameter in target.parameters:
+            owner[id(parameter)] = target
+    return merged
+
+
+def _blocks(model: nn.Module, groups: list[_Group], names: dict[int, str]) -> tuple[Block, ...]:
+    order = {name: position for position, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    blocks = []
+    for index, group in enumerate(groups):
+        unique = {id(parameter): parameter for parameter in group.parameters}
+        parameters = tuple(
+            Parameter(names[key], tuple(parameter.shape), parameter.requires_grad) for key, parameter in unique.items()
+        )
+        modules = tuple(sorted(set(group.modules), key=order.__getitem__))
+        blocks.append(Block(index, group.name, parameters, modules, group.resident))
+    return tuple(blocks)
+
+
+def call_order(model: nn.Module, blocks: tuple[Block, ...]) -> tuple[tuple[int, str], ...]:
+    """The first guess of a forward pass, `(block index, module name)` in order of registration.
+
+    Right for most models; where it is not, the first step finds out and later steps are planned from what it saw.
+    """
+    block_of = {module: block.index for block in blocks if not block.resident for module in block.modules}
+    return tuple((block_of[name], name) for name, _ in model.named_modules(remove_duplicate=False) if name in block_of)

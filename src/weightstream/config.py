@@ -115,7 +115,9 @@ class EngineConfig(Section):
     """Bounds the RAM tier, I/O buffers, staged gradients and spilled activations."""
     precision: Literal["fp32", "bf16"] = "bf16"
     activations: Literal["auto", "keep", "recompute"] = "auto"
-    prefetch: int | None = Field(default=None, ge=1)
+    prefetch: int = Field(default=2, ge=1)
+    ram_tier: bool = True
+    """Whether records may stay in RAM between uses, within `host_memory`."""
     reduction_groups: int = Field(default=8, ge=1)
     threads_per_worker: int | None = Field(default=None, ge=1)
     max_block_bytes: Bytes | None = None

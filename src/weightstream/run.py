@@ -74,11 +74,21 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
     dataset = prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
     say(_describe(dataset, time.monotonic() - began_s))
     _, build = model_of(dataset.tokenizer)
+    engine = _engine(config, config.store, optimizer, build, say)
+    try:
+        yield Run(config, engine, dataset)
+    finally:
+        engine.close()
+
+
+def _engine(
+    config: RunConfig, store: Path, optimizer: Optimizer, build: Callable[[], nn.Module], say: Say | None
+) -> Engine:
     settings = config.engine
-    engine = Engine(
-        model=build,
-        store=config.store,
-        optimizer=optimizer,
+    return Engine(
+        build,
+        store,
+        optimizer,
         clip_norm=config.training.clip_norm,
         precision=settings.precision,
         device=settings.device,
@@ -90,14 +100,11 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
         max_block_bytes=settings.max_block_bytes,
         activations=settings.activations,
         prefetch=settings.prefetch,
+        ram_tier=settings.ram_tier,
         max_skipped_steps=settings.max_skipped_steps,
         allow_other_numerics=settings.allow_other_numerics,
         log=say,
     )
-    try:
-        yield Run(config, engine, dataset)
-    finally:
-        engine.close()
 
 
 def fit(config: RunConfig, console: Console) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The workers: slabs for weights, the tape, and nothing that outlives a step."""

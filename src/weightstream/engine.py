@@ -1,0 +1,527 @@
+"""The public API: an engine that trains a model out of a store, within the memory that it is given."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from weightstream.blocks import Block, Rule, call_order, split
+from weightstream.captures import SideOutputs, find_side_outputs
+from weightstream.errors import ConfigError, NonFiniteError, PlanError, StoreMismatchError
+from weightstream.fabric.staging import gradient_bytes
+from weightstream.runtime import Runtime, StepOutcome
+from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
+from weightstream.schedule.operations import Schedule, Visit
+from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
+from weightstream.schedule.verify import verify
+from weightstream.store.layout import Precision
+from weightstream.store.optimizers import Optimizer
+from weightstream.store.recording import record
+from weightstream.store.store import Store
+from weightstream.streaming import StreamedModel, without_cache
+from weightstream.units import format_bytes, parse_bytes
+from weightstream.worker.allocator import keep_memory
+from weightstream.worker.audit import check_model
+from weightstream.worker.slabs import Parameters
+from weightstream.worker.worker import LossFunction, Worker
+
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class MovedBytes:
+    """Bytes between host and disk in one step, beside the least that it could have been."""
+
+    read: int
+    written: int
+    bound: int
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One step: mean loss over target tokens, norm before clipping, and what it cost.
+
+    `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    elapsed_s: float
+    stalled_s: float
+    bytes: MovedBytes
+    skipped: bool
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.elapsed_s
+
+
+def default_loss(model: nn.Module, micro_batch: Any) -> Tensor:
+    """The loss that a transformers model returns for a micro-batch that is a dict of its arguments."""
+    return model(**micro_batch).loss  # type: ignore[no-any-return]
+
+
+def target_tokens(micro_batch: Any) -> int:
+    """How many tokens of a micro-batch are predicted: labels that are not -100, less the first where inputs are shifted.
+
+    Inputs without labels count their rows.
+    """
+    if isinstance(micro_batch, Mapping) and isinstance(labels := micro_batch.get("labels"), Tensor):
+        inputs = micro_batch.get("input_ids")
+        shifted = labels.ndim == 2 and isinstance(inputs, Tensor) and inputs.shape == labels.shape
+        if labels.is_floating_point():
+            return labels.numel()
+        return int((labels[:, 1:] if shifted else labels).ne(-100).sum())
+    leaves = torch.utils._pytree.tree_leaves(micro_batch)
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+    return 1 if first is None or first.ndim == 0 else int(first.shape[0])
+
+
+class Engine:
+    """Trains one model whose parameters and optimizer state live in a store.
+
+    Args:
+        model: builds the model; called on the meta device, so it never exists as a whole.
+        store: directory of the store; created, or reopened at its last commit.
+        optimizer: one of `AdamW`, `SGD`, `Lion`, `Adafactor`, `Torch(cls, …)`.
+        clip_norm: global norm to clip to; updates then wait for the norm and overlap the next forward, exactly.
+        precision: what streams and computes; masters, moments and sums are fp32.
+        device_memory: bytes for slabs, gradient sums and activations.
+        host_memory: bytes for record buffers, staged gradients, spilled activations and what stays in RAM.
+        reduction_groups: in how many groups micro-batches are summed; fixed when the store is made.
+        max_block_bytes: bound on a block's streamed bytes; default: as small as `device_memory` asks for.
+        ram_tier: whether records may stay in RAM between uses, within `host_memory`.
+        max_skipped_steps: how many steps in a row may have gradients that are not finite.
+
+    Raises:
+        PlanError: a budget is too small; the message names the smallest that works.
+        StoreError: the store cannot be opened; `StoreMismatchError`: it holds another model or other fixed settings.
+        AuditError: the model would train wrong.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        store: str | os.PathLike[str],
+        optimizer: Optimizer,
+        *,
+        clip_norm: float | None = None,
+        precision: Precision = "fp32",
+        device: str = "cpu",
+        device_memory: str | int = "1GiB",
+        host_memory: str | int = "4GiB",
+        seed: int = 0,
+        reduction_groups: int = 8,
+        threads_per_worker: int | None = None,
+        max_block_bytes: str | int | None = None,
+        block_rules: Mapping[str, Rule] | None = None,
+        activations: Activations = "auto",
+        prefetch: int = 2,
+        ram_tier: bool = True,
+        max_skipped_steps: int = 10,
+        allow_other_numerics: bool = False,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        if precision not in DTYPES:
+            raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigError(f"clip_norm: expected a positive number or None, found {clip_norm!r}")
+        if reduction_groups < 1 or prefetch < 1:
+            raise ConfigError(f"reduction_groups={reduction_groups}, prefetch={prefetch}: expected at least 1 each")
+        self._log = log or (lambda text: None)
+        self._closed = False
+        self.device = torch.device(device)
+        if self.device.type == "cpu":
+            keep_memory()
+        self.threads = threads_per_worker or torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        self.optimizer, self.clip_norm, self.precision, self.seed = optimizer, clip_norm, precision, seed
+        self.max_skipped_steps = max_skipped_steps
+        self._memory = parse_bytes(device_memory), parse_bytes(host_memory)
+        self._settings: dict[str, Any] = {"activations": activations, "prefetch": prefetch, "ram_tier": ram_tier}
+        self._groups = reduction_groups
+        path = Path(store)
+        exists = Store.exists(path)
+        self.model, recipes = record(model, seed)
+        self.model.train()
+        check_model(self.model)
+        if exists:
+            self.store = self._reopen(path, allow_other_numerics)
+        else:
+            blocks = self._split(None if max_block_bytes is None else parse_bytes(max_block_bytes), block_rules)
+            contract = self._contract()
+            self._check_disk(path, blocks)
+            self.store = Store.create(
+                path, blocks=blocks, recipes=recipes, optimizer=optimizer, precision=precision, contract=contract
+            )
+        try:
+            self._start()
+        except BaseException:
+            self.store.close()
+            if not exists:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    # opening
+
+    def _contract(self) -> dict[str, Any]:
+        """What a resumed run may not change. Learning rate, decay, budgets, device memory and logging may."""
+        shapes = [(n, list(p.shape), p.requires_grad) for n, p in sorted(self.model.named_parameters())]
+        return {
+            "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "precision": self.precision,
+            "seed": self.seed,
+            "reduction_groups": self._groups,
+            "clip_norm": self.clip_norm,
+            "optimizer": self.optimizer.fixed(),
+            "numerics": {
+                "torch": torch.__version__.split("+")[0],
+                "device": self.device.type,
+                "threads_per_worker": self.threads,
+            },
+        }
+
+    def _reopen(self, path: Path, allow_other_numerics: bool) -> Store:
+        store = Store.open(path)
+        try:
+            contract = self._contract()
+            if allow_other_numerics:
+                contract["numerics"] = store.contract.get("numerics")
+            store.check_contract(contract)
+            found = {p.name: p.shape for block in store.blocks for p in block.parameters}
+            wanted = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+            for name in sorted(found.keys() ^ wanted.keys()):
+                raise StoreMismatchError(
+                    f"store '{path}' {'has' if name in found else 'lacks'} parameter '{name}', the model "
+                    f"{'lacks' if name in found else 'has'} it; give another store or the same model"
+                )
+            store.optimizer = self.optimizer  # learning rate, decay and groups are this run's
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _split(self, max_block_bytes: int | None, rules: Mapping[str, Rule] | None) -> tuple[Block, ...]:
+        """Splits as coarsely as the budgets allow, unless told how."""
+        element = DTYPES[self.precision].itemsize
+        if max_block_bytes is not None:
+            return split(self.model, max_block_bytes=max_block_bytes, element_bytes=element, rules=rules)
+        bound: int | None = None
+        error: PlanError | None = None
+        while True:
+            blocks = split(self.model, max_block_bytes=bound, element_bytes=element, rules=rules)
+            try:
+                allot(self._facts_of(blocks, self._layout_bytes(blocks), (), 1))
+                return blocks
+            except PlanError as refused:
+                error = error or refused
+                largest = max(block.numel for block in blocks if not block.resident) * element
+                if bound is not None and largest > bound:  # leaves: they are never cut
+                    raise refused from None
+                bound = largest // 2
+
+    def _layout_bytes(self, blocks: Sequence[Block]) -> list[tuple[int, int, int]]:
+        from weightstream.store.layout import record_layout
+
+        layouts = [record_layout(block, self.precision, self.optimizer) for block in blocks]
+        return [
+            (layout.streamed.nbytes, sum(part.nbytes for part in layout.states), layout.image_nbytes)
+            for layout in layouts
+        ]
+
+    def _check_disk(self, path: Path, blocks: Sequence[Block]) -> None:
+        """Three versions of every record and the scratch must fit before anything is made."""
+        images = sum(image for _, _, image in self._layout_bytes(blocks))
+        staged = sum(gradient_bytes(block) for block in blocks) if self.clip_norm is not None else 0
+        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+        free = shutil.disk_usage(parent).free
+        if 3 * images + staged > free:
+            raise PlanError(
+                f"store '{path}' needs up to {format_bytes(3 * images + staged)} (three versions of "
+                f"{format_bytes(images)}, staged gradients {format_bytes(staged)}), its disk has {format_bytes(free)} free; "
+                f"free some space or give a store on another disk"
+            )
+
+    def _start(self) -> None:
+        self.parameters = Parameters(self.model, self.store.blocks, self.device, DTYPES[self.precision])
+        self.model.to(self.device)
+        side_outputs: SideOutputs | None = find_side_outputs(self.model)
+        self.worker = Worker(self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs)
+        self._restore_cache = without_cache(self.model)
+        self.step_count = self.store.step
+        self.progress: dict[str, Any] = {k: v for k, v in self.store.progress.items() if k != "(engine)"}
+        own = self.store.progress.get("(engine)", {})
+        self.skipped_steps: int = own.get("skipped", 0)
+        self._skipped_in_a_row: int = own.get("skipped_in_a_row", 0)
+        visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
+                       if m in self.worker.block_of_module)  # fmt: skip
+        self._visits = visits
+        self._measured: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+        self._uniform = True
+        self._schedules: dict[Any, Schedule] = {}
+        self._next_loads: tuple[int, ...] = ()
+        self._counted = (0, 0)
+        facts = self._facts(1)
+        self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allot(facts))
+
+    def _gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
+        self.runtime.gradient(block, name, use, micro_batch, grad)
+
+    # planning
+
+    def _facts_of(
+        self, blocks: Sequence[Block], sizes: Sequence[tuple[int, int, int]], visits: tuple[Visit, ...], micro_batches: int
+    ) -> Facts:
+        uses = self.worker.uses(visits) if visits else {}
+        block_facts = tuple(
+            BlockFacts(
+                block.index, block.name, streamed, load, image, gradient_bytes(block), block.trainable, block.resident,
+                sum(4 * p.numel * uses[p.name] for p in block.parameters if p.trainable and uses.get(p.name, 0) > 1),
+            )
+            for block, (streamed, load, image) in zip(blocks, sizes, strict=True)
+        )  # fmt: skip
+        if not visits:
+            visits = tuple(Visit(block.index, block.name) for block in blocks if not block.resident)
+        boundary = kept = None
+        workspace = 0
+        if self._measured_for(visits):
+            assert self._measured is not None
+            boundary, kept, workspace = self._measured
+        return Facts(
+            blocks=block_facts, visits=visits, micro_batches=micro_batches, reduction_groups=self._groups,
+            deferred=self.clip_norm is not None, device_memory=self._memory[0], host_memory=self._memory[1],
+            host_is_device=self.device.type == "cpu", boundary_bytes=boundary, kept_bytes=kept,
+            workspace_bytes=workspace, **self._settings,
+        )  # fmt: skip
+
+    def _measured_for(self, visits: tuple[Visit, ...]) -> bool:
+        measured = getattr(self, "_measured", None)
+        return measured is not None and len(measured[0]) == len(visits)
+
+    def _facts(self, micro_batches: int) -> Facts:
+        return self._facts_of(
+            self.store.blocks, self._layout_bytes(self.store.blocks), self._visits, micro_batches
+        )
+
+    def _plan(self, micro_batches: int) -> Schedule:
+        """The schedule of the next step; memory is allotted anew when the facts have changed."""
+        facts = self._facts(micro_batches)
+        if facts != self.runtime.facts:
+            allotment = allot(facts)
+            self._schedules.clear()
+            if _same_buffers(allotment, self.runtime.allotment) and facts.visits == self.runtime.facts.visits:
+                self.runtime.facts, self.runtime.allotment = facts, allotment
+            else:
+                self._next_loads = ()
+                self.runtime.close()
+                self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allotment)
+        pending = self.runtime.pending
+        loaded = tuple(block for block in self._next_loads if block in pending and self.runtime.is_loaded(block))
+        self.runtime.keep_loaded(loaded)
+        key = (pending, loaded)
+        schedule = self._schedules.get(key)
+        if schedule is None:
+            schedule = build(facts, self.runtime.allotment, pending=pending, loaded=loaded)
+            verify(schedule, facts, self.runtime.allotment)
+            self._schedules[key] = schedule
+        return schedule
+
+    @property
+    def allotment(self) -> Allotment:
+        """Who has which memory at present."""
+        return self.runtime.allotment
+
+    # training
+
+    def step(
+        self,
+        micro_batches: Sequence[Any],
+        loss_fn: LossFunction = default_loss,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> StepResult:
+        """One optimizer step over all micro-batches.
+
+        Args:
+            micro_batches: whatever `loss_fn` takes; tensors are moved to the device.
+            loss_fn: `(model, micro_batch) -> scalar tensor`, the mean over the micro-batch's target tokens.
+            weights: what each loss is multiplied by; default: the micro-batch's share of the step's target tokens.
+
+        Raises:
+            AuditError: the model would train wrong; nothing was changed.
+            NonFiniteError: too many steps in a row had gradients that are not finite.
+        """
+        if not micro_batches:
+            raise ConfigError("engine.step: expected at least one micro-batch, found none")
+        tokens = [target_tokens(micro_batch) for micro_batch in micro_batches]
+        if weights is None:
+            whole = sum(tokens)
+            if not whole:
+                raise ConfigError("engine.step: no micro-batch has a target token; give weights, or labels other than -100")
+            weights = [count / whole for count in tokens]
+        elif len(weights) != len(micro_batches):
+            raise ConfigError(f"engine.step: {len(micro_batches)} micro-batches, but {len(weights)} weights")
+        start = time.perf_counter()
+        if self.device.type != "cpu":
+            micro_batches = [_to_device(micro_batch, self.device) for micro_batch in micro_batches]
+        schedule = self._plan(len(micro_batches))
+        number = self.step_count + 1
+        measuring = self.worker.measuring = self._measured is None
+        outcome = self.runtime.step(
+            schedule, micro_batches, weights, loss_fn, seed=self.seed, step=number, progress=self._progress_after
+        )
+        self._next_loads = schedule.loads_next
+        self._learn(outcome, measuring)
+        self.step_count = number
+        norm = outcome.norm
+        if self.clip_norm is not None:
+            coefficient = self.clip_norm / (norm + 1e-6) if math.isfinite(norm) else 1.0
+            self.runtime.coefficient = min(1.0, coefficient)
+        self._count_skipped(outcome, number)
+        loss = sum(weight * value for weight, value in zip(weights, outcome.losses, strict=True))
+        elapsed = time.perf_counter() - start
+        return StepResult(
+            step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
+            elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=self._moved(), skipped=not outcome.finite,
+            seconds=dict(outcome.seconds),
+        )  # fmt: skip
+
+    def _progress_after(self, finite: bool) -> dict[str, Any]:
+        """What is committed with a step: the caller's progress, and how many steps were skipped."""
+        own = {
+            "skipped": self.skipped_steps + (not finite),
+            "skipped_in_a_row": 0 if finite else self._skipped_in_a_row + 1,
+        }
+        return {**self.progress, "(engine)": own}
+
+    def _count_skipped(self, outcome: StepOutcome, number: int) -> None:
+        own = self._progress_after(outcome.finite)["(engine)"]
+        self.skipped_steps, self._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
+        if outcome.finite:
+            return
+        self._log(f"step {number} skipped: the gradient of {outcome.first_bad} is not finite")
+        if self._skipped_in_a_row > self.max_skipped_steps:
+            raise NonFiniteError(
+                f"{self._skipped_in_a_row} steps in a row had gradients that are not finite, at step {number} first in "
+                f"{outcome.first_bad}; the store holds the last good state: lower the learning rate or look at the data, "
+                f"then run again (limit: max_skipped_steps={self.max_skipped_steps})"
+            )
+
+    def _learn(self, outcome: StepOutcome, measuring: bool) -> None:
+        """Takes what the step has shown into the facts of the next one."""
+        if outcome.uniform and outcome.visits != self._visits:
+            self._visits, self._measured = outcome.visits, None
+        if measuring and outcome.uniform:
+            measured = self.worker.measured
+            count = len(outcome.visits)
+            boundary = [measured.boundary_bytes.get(visit, 0) for visit in range(count)]
+            boundary[-1] = max(boundary)
+            kept = tuple(measured.kept_bytes.get(visit, 0) for visit in range(count))
+            workspace = max(2 * max(kept), kept[-1] + measured.loss_bytes)
+            self._measured = tuple(boundary), kept, workspace
+            self.worker.measuring = False
+
+    def _moved(self) -> MovedBytes:
+        read = written = 0
+        for (tier, _), counts in self.store.counters.items():
+            if tier == "disk":
+                read, written = read + counts["read"], written + counts["written"]
+        before, self._counted = self._counted, (read, written)
+        bound = self.bytes_bound()
+        return MovedBytes(read - before[0], written - before[1], bound.total)
+
+    def bytes_bound(self) -> StepBytes:
+        """The least that a steady step must move between host and disk under the present allotment."""
+        facts, allotment = self.runtime.facts, self.runtime.allotment
+        recent = list(dict.fromkeys(visit.block for visit in reversed(facts.visits)))
+        visited = {visit.block for visit in facts.visits}
+        blocks = [block for block in facts.blocks if block.index in visited or block.resident]
+        staged = frozenset(b.index for b in blocks if b.trainable and facts.deferred) - allotment.staged_in_ram
+        return lower_bound(
+            blocks, deferred=facts.deferred, kept_across_turn=frozenset(recent[: allotment.slabs]),
+            staged_on_disk=staged, pinned_copies=allotment.pinned_copies, pinned_states=allotment.pinned_states,
+        )  # fmt: skip
+
+    # looking, and leaving
+
+    @contextmanager
+    def module(self) -> Iterator[nn.Module]:
+        """The model for evaluation and generation: weights stream, no gradients, eval mode, caches allowed."""
+        self.commit()
+        streamed = StreamedModel(
+            self.store, self.worker, self.parameters, self.runtime.slabs, self.runtime.allotment.slabs
+        )
+        self._restore_cache()
+        self.model.eval()
+        self.worker.outside = streamed.call
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.worker.outside = None
+            self._restore_cache = without_cache(self.model)
+            self.model.train()
+            streamed.close()
+
+    def commit(self) -> None:
+        """Applies what waits and commits; afterwards the store is at `step_count`."""
+        self.runtime.drain()
+        self._next_loads = ()
+
+    @property
+    def plan(self) -> str:
+        """The plan as text: blocks, memory, bytes."""
+        from weightstream.plan_text import plan_text
+
+        return plan_text(self)
+
+    def close(self) -> None:
+        """Flushes, commits and lets the store go."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.runtime.close()
+        finally:
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _same_buffers(one: Allotment, other: Allotment) -> bool:
+    """Whether two allotments differ only in what needs no buffers of its own."""
+    free = {"keep": frozenset(), "boundaries": (), "boundaries_cross": False, "device_bytes": 0, "host_bytes": 0}
+    return replace(one, **free) == replace(other, **free)  # type: ignore[arg-type]
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), value)
+
+
+__all__ = ["Engine", "MovedBytes", "StepResult"]

@@ -1,0 +1,230 @@
+"""Staged gradients: reduced, and waiting at the store for their update.
+
+With clipping a block's gradient waits until the global norm is known; without, it waits for nothing. It lies in host
+memory if the plan has room for it there, else in scratch on disk, through a ring of buffers.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from weightstream.blocks import Block
+from weightstream.fabric.reduction import BlockSum, sum_of_squares
+from weightstream.store.futures import chain, done, new_future
+from weightstream.store.segments import AlignedBuffer
+from weightstream.units import align
+
+T = TypeVar("T")
+
+
+class Pool(Generic[T]):
+    """Buffers that are taken in order of asking, each as soon as its last user is done. Nobody blocks."""
+
+    def __init__(self, buffers: Iterable[T]) -> None:
+        self.buffers = list(buffers)
+        self._free = deque(self.buffers)
+        self._waiting: deque[Future[T]] = deque()
+
+    def take(self) -> "Future[T]":
+        """A future that is done when a buffer is free; it is the taker's until `give`."""
+        if self._free and not self._waiting:
+            return done(self._free.popleft())
+        future: Future[T] = new_future()
+        self._waiting.append(future)
+        return future
+
+    def give(self, buffer: T, after: "Future[Any] | None" = None) -> None:
+        """Returns a buffer, at once or when `after` is settled."""
+        if after is not None and not after.done():
+            after.add_done_callback(lambda _: self.give(buffer))
+        elif self._waiting:
+            self._waiting.popleft().set_result(buffer)
+        else:
+            self._free.append(buffer)
+
+
+class Scratch(Protocol):
+    def scratch_write(self, key: object, view: memoryview) -> "Future[None]": ...
+    def scratch_read(self, key: object, view: memoryview) -> "Future[None]": ...
+    def scratch_free(self, key: object) -> None: ...
+
+
+@dataclass(slots=True)
+class _Staged:
+    """One block's gradient, from its first micro-batch until its update."""
+
+    buffer: "Future[AlignedBuffer]"
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    total: BlockSum | None = None
+    names: tuple[str, ...] = ()
+    ready: "Future[Any] | None" = None
+
+
+def gradient_bytes(block: Block) -> int:
+    """fp32 gradients of a block's trained parameters, each on a cache line, as staged."""
+    return align(sum(align(p.numel * 4, 64) for p in block.parameters if p.trainable), 4096)
+
+
+class Staging:
+    """Sums gradients as they come and holds them until they are used.
+
+    Args:
+        in_ram: blocks whose gradient has host memory of its own; the others pass through `ring` buffers to scratch.
+        partial_sums: how many partial sums may be alive beside the leftmost; each gets a buffer on the device.
+        immediate: every gradient is used as soon as it is complete, so that none goes to scratch.
+    """
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        blocks: Sequence[Block],
+        *,
+        in_ram: frozenset[int],
+        ring: int,
+        partial_sums: int,
+        device: torch.device,
+        immediate: bool,
+    ) -> None:
+        self._scratch, self._blocks, self._in_ram, self._immediate = scratch, blocks, in_ram, immediate
+        self._device = device
+        self._own = {index: AlignedBuffer(gradient_bytes(blocks[index])) for index in in_ram}
+        largest = max((gradient_bytes(block) for block in blocks if block.trainable), default=0)
+        self._ring = Pool([AlignedBuffer(largest) for _ in range(ring)])
+        self._partials = [AlignedBuffer(largest) for _ in range(partial_sums if device.type == "cpu" else 0)]
+        self._staged: dict[int, _Staged] = {}
+        self._places = {block.index: _places(block) for block in blocks if block.trainable}
+
+    def open(self, block: int, *, micro_batches: int, groups: int, tied: frozenset[str]) -> BlockSum:
+        """Makes room for a block's sum; waits for a buffer of the ring if it has none of its own."""
+        buffer = done(self._own[block]) if block in self._in_ram else self._ring.take()
+        staged = _Staged(buffer)
+        if self._device.type == "cpu":
+            staged.targets = self._tensors(block, buffer.result())
+        else:  # sums are made where the gradients are, and leave the device once
+            staged.targets = {
+                name: torch.empty(shape, device=self._device) for name, (_, shape) in self._places[block].items()
+            }
+        staged.total = BlockSum(
+            staged.targets, lambda slot, name: self._partial(block, slot, name),
+            micro_batches=micro_batches, groups=groups, tied=tied,
+        )  # fmt: skip
+        self._staged[block] = staged
+        return staged.total
+
+    def _tensors(self, block: int, buffer: AlignedBuffer) -> dict[str, Tensor]:
+        return {
+            name: buffer.tensor(torch.float32, offset, shape) for name, (offset, shape) in self._places[block].items()
+        }
+
+    def _partial(self, block: int, slot: int, name: str) -> Tensor:
+        offset, shape = self._places[block][name]
+        if self._device.type != "cpu" or slot >= len(self._partials):
+            # on a device the allocator keeps them; on the host, gradients that are absent can leave more sums open than planned
+            return torch.empty(shape, device=self._device)
+        return self._partials[slot].tensor(torch.float32, offset, shape)
+
+    def sum_of(self, block: int) -> BlockSum | None:
+        staged = self._staged.get(block)
+        return None if staged is None else staged.total
+
+    def close(self, block: int) -> dict[str, float]:
+        """Closes a block's sum and stages it.
+
+        Returns:
+            The fp64 sum of squares of each parameter's gradient; empty if the block got none.
+        """
+        staged = self._staged.get(block)
+        if staged is None or staged.total is None:
+            return {}
+        sums = staged.total.close()
+        if self._device.type != "cpu":
+            landing = self._tensors(block, staged.buffer.result())
+            sums = {name: landing[name].copy_(total) for name, total in sums.items()}
+            staged.targets = landing
+        staged.total, staged.names = None, tuple(sums)
+        squares = {name: sum_of_squares(total) for name, total in sums.items()}
+        if not sums:
+            self.release(block)
+        elif block not in self._in_ram and not self._immediate:
+            buffer = staged.buffer.result()
+            nbytes = gradient_bytes(self._blocks[block])
+            written = self._scratch.scratch_write(("gradient", block), buffer.view[:nbytes])
+            staged.targets = {}
+            self._ring.give(buffer, after=written)
+        else:
+            staged.ready = done(None)
+        return squares
+
+    def prefetch(self, block: int) -> None:
+        """Begins to bring a staged gradient back from scratch; does nothing if it is in memory or there is none."""
+        staged = self._staged.get(block)
+        if staged is None or staged.ready is not None:
+            return
+        nbytes = gradient_bytes(self._blocks[block])
+        staged.buffer = buffer = self._ring.take()
+        staged.ready = chain(
+            [buffer], lambda: self._scratch.scratch_read(("gradient", block), buffer.result().view[:nbytes])
+        )
+
+    def ready(self, block: int) -> "Future[Any]":
+        """Done when `gradients(block)` may be called."""
+        self.prefetch(block)
+        ready = self._staged[block].ready
+        assert ready is not None
+        return ready
+
+    def gradients(self, block: int) -> Mapping[str, Tensor]:
+        """`{name: fp32 gradient}` of the parameters that got one; may be changed in place."""
+        staged = self._staged[block]
+        if not staged.targets:
+            staged.targets = self._tensors(block, staged.buffer.result())
+        return {name: staged.targets[name] for name in staged.names}
+
+    def release(self, block: int) -> None:
+        """The gradient was used, or is not wanted."""
+        staged = self._staged.pop(block, None)
+        if staged is None or block in self._in_ram:
+            return
+        on_disk = staged.total is None and not self._immediate and bool(staged.names)
+        if not on_disk or staged.ready is not None:
+            self._ring.give(staged.buffer.result(), after=staged.ready)
+        if on_disk:
+            self._scratch.scratch_free(("gradient", block))
+
+    def staged(self) -> frozenset[int]:
+        """Blocks that have a gradient waiting."""
+        return frozenset(block for block, staged in self._staged.items() if staged.names)
+
+    def abort(self) -> None:
+        """Drops the sums that were never closed."""
+        for block, staged in list(self._staged.items()):
+            if staged.total is not None:
+                self.release(block)
+
+    def clear(self) -> None:
+        """Drops every gradient that waits."""
+        for block in list(self._staged):
+            self.release(block)
+
+    def close_buffers(self) -> None:
+        """Gives the memory back."""
+        self.clear()
+        for _ in range(len(self._ring.buffers)):
+            self._ring.take().result().close()
+        for buffer in (*self._own.values(), *self._partials):
+            buffer.close()
+
+
+def _places(block: Block) -> dict[str, tuple[int, tuple[int, ...]]]:
+    places, offset = {}, 0
+    for parameter in block.parameters:
+        if parameter.trainable:
+            places[parameter.name] = (offset, parameter.shape)
+            offset += align(parameter.numel * 4, 64)
+    return places
+

@@ -1,0 +1,43 @@
+"""A plan as a person reads it: blocks, who has which memory, bytes per step against their bound."""
+
+from typing import TYPE_CHECKING
+
+from weightstream.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from weightstream.engine import Engine
+
+
+def plan_text(engine: "Engine") -> str:
+    """The blocks of an engine's model and its present allotment, as a table of plain lines."""
+    facts, allotment = engine.runtime.facts, engine.allotment
+    lines = [f"{'block':>5}  {'parameters':>10}  {'streamed':>10}  {'record':>10}  name"]
+    for block, spec in zip(facts.blocks, engine.store.blocks, strict=True):
+        marks = [mark for mark, holds in (("resident", block.resident), ("frozen", not block.trainable)) if holds]
+        if len(spec.modules) > 1:
+            marks.append("modules " + ", ".join(spec.modules))
+        note = f"  [{'; '.join(marks)}]" if marks else ""
+        lines.append(
+            f"{block.index:>5}  {format_count(spec.numel):>10}  {format_bytes(block.streamed_bytes):>10}  "
+            f"{format_bytes(block.record_bytes):>10}  {spec.name}{note}"
+        )
+    state = sum(block.load_bytes for block in facts.blocks)
+    bound = engine.bytes_bound()
+    staged = f"{len(allotment.staged_in_ram)} of {sum(b.trainable for b in facts.blocks)} blocks in RAM"
+    kept = "not measured yet" if facts.kept_bytes is None else f"{len(allotment.keep)} of {len(facts.visits)} visits"
+    lines += [
+        "",
+        f"parameters        {format_count(sum(block.numel for block in engine.store.blocks))}, "
+        f"masters and moments {format_bytes(state)}",
+        f"device memory     {format_bytes(allotment.device_bytes)} of {format_bytes(facts.device_memory)}: "
+        f"{allotment.slabs} slabs of {format_bytes(allotment.slab_bytes)}, resident "
+        f"{format_bytes(allotment.resident_bytes)}, {allotment.partial_sums} partial gradient sums of "
+        f"{format_bytes(allotment.partial_bytes)}",
+        f"host memory       {format_bytes(allotment.host_bytes)} of {format_bytes(facts.host_memory)}: "
+        f"{allotment.record_buffers} record buffers of {format_bytes(allotment.record_bytes)}, staged gradients of "
+        f"{staged}",
+        f"RAM tier          copies of {len(allotment.pinned_copies)} blocks, states of {len(allotment.pinned_states)}",
+        f"activations kept  {kept}",
+        f"bytes per step    read {format_bytes(bound.read)}, written {format_bytes(bound.written)} (lower bound)",
+    ]
+    return "\n".join(lines)

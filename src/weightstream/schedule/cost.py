@@ -1,0 +1,71 @@
+"""Bytes: what a step must move at least, by arithmetic on the model alone.
+
+The formulas are those of the project's reference (Adam on disk, no RAM tier); `b_w` are streamed bytes per parameter,
+`b_g` bytes per staged gradient, `s` bytes of optimizer state per parameter, ρ the share kept across the turn.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFacts:
+    """What the planner knows of a block: bytes, and what kind of block it is.
+
+    `streamed_bytes` go to a slab; `load_bytes` are masters and optimizer state, read for an update; `record_bytes` the
+    whole image that an update writes; `gradient_bytes` the fp32 gradients of its trained parameters; `tied_bytes` the
+    fp32 gradients of parameters used by more than one visit, which are summed per use.
+    """
+
+    index: int
+    name: str
+    streamed_bytes: int
+    load_bytes: int
+    record_bytes: int
+    gradient_bytes: int
+    trainable: bool = True
+    resident: bool = False
+    tied_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """Bytes that one steady step moves between host and disk."""
+
+    read: int
+    written: int
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+def lower_bound(
+    blocks: Iterable[BlockFacts],
+    *,
+    deferred: bool,
+    kept_across_turn: frozenset[int] = frozenset(),
+    staged_on_disk: frozenset[int] = frozenset(),
+    pinned_copies: frozenset[int] = frozenset(),
+    pinned_states: frozenset[int] = frozenset(),
+) -> StepBytes:
+    """The least a step can move when every visited block is read, updated and written once.
+
+    With clipping (`deferred`) the forward needs no read of the streamed copy, since the update has just made it;
+    without, both directions read it, less what stays in a slab across the turn.
+    """
+    read = written = 0
+    for block in blocks:
+        copies = (0 if block.index in kept_across_turn or block.resident else 1) + (
+            1 if not (deferred and block.trainable) else 0
+        )
+        if block.index not in pinned_copies:
+            read += copies * block.streamed_bytes
+        if block.trainable:
+            written += block.record_bytes
+            if block.index not in pinned_states:
+                read += block.load_bytes
+            if block.index in staged_on_disk:
+                read += block.gradient_bytes
+                written += block.gradient_bytes
+    return StepBytes(read, written)

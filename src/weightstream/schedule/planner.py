@@ -1,0 +1,417 @@
+"""From facts to a plan: first memory is allotted, then one step is laid out as a schedule.
+
+Both are pure functions. `allot` decides how many slabs and record buffers there are, which activations are kept, where
+boundary activations and gradients wait, and what stays in RAM; it refuses what cannot work and names the smallest
+budget that does. `build` lays out the operations of one step for that allotment.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from weightstream.errors import PlanError
+from weightstream.schedule.cost import BlockFacts
+from weightstream.schedule.operations import (
+    Backward,
+    Commit,
+    Evict,
+    Fetch,
+    Forward,
+    Load,
+    Operation,
+    Reduce,
+    Restore,
+    Schedule,
+    Spill,
+    Turn,
+    Update,
+    Visit,
+    Write,
+)
+from weightstream.schedule.reduction import partial_sums
+from weightstream.units import MIB, format_bytes
+
+Activations = Literal["auto", "keep", "recompute"]
+Tier = Literal["device", "host", "disk"]
+RESTORE_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that a plan depends on.
+
+    `boundary_bytes` and `kept_bytes` are per visit and micro-batch: the inputs that backward needs again, and what a
+    block's forward saves if it is not recomputed. They are None until a first step has measured them.
+    """
+
+    blocks: tuple[BlockFacts, ...]
+    visits: tuple[Visit, ...]
+    micro_batches: int
+    reduction_groups: int
+    deferred: bool
+    device_memory: int
+    host_memory: int
+    activations: Activations = "auto"
+    prefetch: int = 2
+    ram_tier: bool = True
+    host_is_device: bool = True
+    boundary_bytes: tuple[int, ...] | None = None
+    kept_bytes: tuple[int, ...] | None = None
+    workspace_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Allotment:
+    """Who gets which memory."""
+
+    slabs: int
+    slab_bytes: int
+    resident_bytes: int
+    partial_sums: int
+    partial_bytes: int
+    tied_bytes: int
+    record_buffers: int
+    record_bytes: int
+    gradient_buffers: int
+    gradient_bytes: int
+    staged_in_ram: frozenset[int]
+    pinned_copies: frozenset[int]
+    pinned_states: frozenset[int]
+    keep: frozenset[int]
+    boundaries: tuple[Tier, ...]
+    boundaries_cross: bool
+    device_bytes: int
+    host_bytes: int
+
+
+def allot(facts: Facts) -> Allotment:
+    """Divides device and host memory; every figure is bytes.
+
+    Raises:
+        PlanError: a budget is too small; the message names the smallest that works.
+    """
+    streaming = [block for block in facts.blocks if not block.resident]
+    trained = [block for block in facts.blocks if block.trainable]
+    resident_bytes = sum(block.streamed_bytes for block in facts.blocks if block.resident)
+    slab_bytes = max((block.streamed_bytes for block in streaming), default=0)
+    gradient_bytes = max((block.gradient_bytes for block in trained), default=0)
+    record_bytes = max((block.record_bytes for block in trained), default=0)
+    partials = max(0, partial_sums(facts.micro_batches, facts.reduction_groups) - (1 if facts.host_is_device else 0))
+    tied_bytes = sum(block.tied_bytes for block in facts.blocks)
+    stations = _stations(facts.visits)
+    visits, micro_batches = len(facts.visits), facts.micro_batches
+    boundary = facts.boundary_bytes or (0,) * visits
+    largest_boundary = max(boundary, default=0)
+
+    # device memory: slabs, sums, workspace and the boundaries in flight; then more slabs, boundaries, kept activations
+    slabs = min(2, max(1, len({station.block for station in stations})))
+    in_flight = (RESTORE_AHEAD + 2) * largest_boundary
+    device = (
+        slabs * slab_bytes + resident_bytes + partials * gradient_bytes + tied_bytes + facts.workspace_bytes + in_flight
+    )
+    if device > facts.device_memory:
+        raise PlanError(
+            f"device_memory={format_bytes(facts.device_memory)} is too small: {slabs} slabs of "
+            f"{format_bytes(slab_bytes)}, resident parameters {format_bytes(resident_bytes)}, gradient sums "
+            f"{format_bytes(partials * gradient_bytes + tied_bytes)}, activations of one block and micro-batch "
+            f"{format_bytes(facts.workspace_bytes + in_flight)} need {format_bytes(device)}; the smallest value that "
+            f"works is device_memory={-(-device // MIB)}MiB (or fewer tokens in a micro-batch, or max_block_bytes)"
+        )
+    wanted = min(facts.prefetch + 1, len({station.block for station in stations}))
+    while slabs < wanted and device + slab_bytes <= facts.device_memory:
+        slabs, device = slabs + 1, device + slab_bytes
+    cross = micro_batches * largest_boundary - in_flight
+    boundaries_cross = facts.boundary_bytes is not None and device + max(0, cross) <= facts.device_memory
+    if boundaries_cross:
+        device += max(0, cross)
+    tiers: list[Tier] = ["disk"] * visits
+    for visit in reversed(range(visits)):
+        size = boundary[visit] * micro_batches
+        if facts.boundary_bytes is not None and device + size <= facts.device_memory:
+            tiers[visit], device = "device", device + size
+    keep, device = _choose_kept(facts, tiers, device)
+
+    # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
+    buffers = min(2, len(trained))
+    ring = 2 if trained else 0
+    host = buffers * record_bytes + ring * gradient_bytes + 2 * largest_boundary
+    if host > facts.host_memory:
+        raise PlanError(
+            f"host_memory={format_bytes(facts.host_memory)} is too small: {buffers} record buffers of "
+            f"{format_bytes(record_bytes)} and {ring} gradient buffers of {format_bytes(gradient_bytes)} need "
+            f"{format_bytes(host)}; the smallest value that works is host_memory={-(-host // MIB)}MiB "
+            f"(or a smaller max_block_bytes)"
+        )
+    for visit in reversed(range(visits)):
+        size = boundary[visit] * micro_batches
+        if facts.boundary_bytes is not None and tiers[visit] == "disk" and host + size <= facts.host_memory:
+            tiers[visit], host = "host", host + size
+    while buffers < min(3, len(trained)) and host + record_bytes <= facts.host_memory:
+        buffers, host = buffers + 1, host + record_bytes
+    staged: set[int] = set()
+    if facts.deferred:
+        for block in trained:
+            if host + block.gradient_bytes <= facts.host_memory:
+                staged.add(block.index)
+                host += block.gradient_bytes
+        if len(staged) == len(trained):
+            host -= ring * gradient_bytes
+            ring = 0
+    pinned_copies: set[int] = set()
+    pinned_states: set[int] = set()
+    if facts.ram_tier:
+        for block in streaming:
+            if host + block.streamed_bytes <= facts.host_memory:
+                pinned_copies.add(block.index)
+                host += block.streamed_bytes
+        for block in trained:
+            if host + block.load_bytes <= facts.host_memory:
+                pinned_states.add(block.index)
+                host += block.load_bytes
+    return Allotment(
+        slabs=slabs, slab_bytes=slab_bytes, resident_bytes=resident_bytes,
+        partial_sums=partials, partial_bytes=gradient_bytes, tied_bytes=tied_bytes,
+        record_buffers=buffers, record_bytes=record_bytes,
+        gradient_buffers=ring, gradient_bytes=gradient_bytes, staged_in_ram=frozenset(staged),
+        pinned_copies=frozenset(pinned_copies), pinned_states=frozenset(pinned_states),
+        keep=keep, boundaries=tuple(tiers), boundaries_cross=boundaries_cross,
+        device_bytes=device, host_bytes=host,
+    )  # fmt: skip
+
+
+def _choose_kept(facts: Facts, tiers: list[Tier], device: int) -> tuple[frozenset[int], int]:
+    """Which visits keep their activations: the latest first, as many as fit. The last one never recomputes anyway."""
+    if facts.kept_bytes is None or facts.boundary_bytes is None:  # not measured yet
+        return frozenset(range(len(facts.visits)) if facts.activations == "keep" else ()), device
+    kept: set[int] = set()
+    if facts.activations == "recompute":
+        return frozenset(), device
+    for visit in reversed(range(len(facts.visits) - 1)):
+        inputs = 0 if tiers[visit] == "device" else facts.boundary_bytes[visit]
+        size = (facts.kept_bytes[visit] + inputs) * facts.micro_batches
+        if device + size <= facts.device_memory:
+            kept.add(visit)
+            device += size
+        elif facts.activations == "keep":
+            missing = device + sum(facts.kept_bytes[: visit + 1]) * facts.micro_batches
+            raise PlanError(
+                f"activations='keep' does not fit in device_memory={format_bytes(facts.device_memory)}: the smallest "
+                f"value that works is device_memory={-(-missing // MIB)}MiB; or give activations='auto'"
+            )
+    return frozenset(kept), device
+
+
+@dataclass(frozen=True, slots=True)
+class _Station:
+    """Consecutive visits of one block: it is fetched once for all of them."""
+
+    block: int
+    visits: tuple[int, ...]
+
+
+def _stations(visits: Sequence[Visit]) -> list[_Station]:
+    stations: list[_Station] = []
+    for number, visit in enumerate(visits):
+        if stations and stations[-1].block == visit.block:
+            stations[-1] = _Station(visit.block, (*stations[-1].visits, number))
+        else:
+            stations.append(_Station(visit.block, (number,)))
+    return stations
+
+
+def build(
+    facts: Facts,
+    allotment: Allotment,
+    *,
+    pending: frozenset[int] = frozenset(),
+    loaded: tuple[int, ...] = (),
+) -> Schedule:
+    """Lays out one step.
+
+    Args:
+        pending: blocks that enter with a staged gradient, to be updated just before they are served.
+        loaded: blocks whose records the step before has already begun to load, in order.
+    """
+    return _Builder(facts, allotment, pending, loaded).build()
+
+
+class _Builder:
+    def __init__(self, facts: Facts, allotment: Allotment, pending: frozenset[int], loaded: tuple[int, ...]) -> None:
+        self.facts, self.allotment, self.pending, self.loaded = facts, allotment, pending, loaded
+        self.operations: list[Operation] = []
+        self.stations = _stations(facts.visits)
+        forward = [station.block for station in self.stations]
+        self.access = forward + forward[-2::-1]
+        self.free = list(range(allotment.slabs))[::-1]
+        self.slab_of: dict[int, int] = {}
+        self.updated: set[int] = set()
+        self.to_load: list[int] = []
+        self.backing: set[tuple[int, int]] = set()
+
+    def build(self) -> Schedule:
+        facts, emit = self.facts, self.operations.append
+        residents = [block.index for block in facts.blocks if block.resident]
+        order = residents + [station.block for station in self.stations] + [block.index for block in facts.blocks]
+        update_order = list(dict.fromkeys(index for index in order if index in self.pending))
+        self.to_load = [index for index in update_order if index not in self.loaded]
+        for _ in range(max(0, self.allotment.record_buffers - len(self.loaded))):
+            self._load_next()
+        for position, index in enumerate(residents):
+            self._update(index, self.allotment.slabs + position)
+        for position, station in enumerate(self.stations):
+            self._serve(position)
+            if position == len(self.stations) - 1:
+                for index in update_order:  # the sweep: what the forward did not fetch
+                    self._update(index)
+                if self.pending:
+                    emit(Commit())
+                self._turn(station)
+            else:
+                for visit in station.visits:
+                    self._forward(visit, station.block)
+        next_loads = self._backward_pass(update_order)
+        if not facts.deferred and self._trained():
+            emit(Commit())
+        return Schedule(
+            tuple(self.operations), facts.visits, facts.micro_batches, self.allotment.slabs,
+            self.allotment.record_buffers, self.pending, self.loaded, tuple(next_loads),
+        )  # fmt: skip
+
+    def _trained(self) -> list[int]:
+        return [block.index for block in self.facts.blocks if block.trainable]
+
+    def _load_next(self) -> None:
+        if self.to_load:
+            self.operations.append(Load(self.to_load.pop(0)))
+
+    def _update(self, block: int, slab: int | None = None) -> None:
+        """Update, then the streamed copy to its slab, then the write: the copy must not wait for the disk."""
+        if block not in self.pending or block in self.updated:
+            if slab is not None:
+                self.operations.append(Fetch(block, slab))
+            return
+        self.updated.add(block)
+        self.operations.append(Update(block))
+        if slab is not None:
+            self.operations.append(Fetch(block, slab))
+        self.operations.append(Write(block))
+        self._load_next()
+
+    def _serve(self, position: int) -> None:
+        """Makes the block at `position` of the access sequence present, and fetches ahead while slabs are free."""
+        last = min(position + self.facts.prefetch, len(self.access) - 1)
+        for ahead in range(position, last + 1):
+            block = self.access[ahead]
+            if block in self.slab_of:
+                continue
+            if ahead > position and block in self.pending and block not in self.updated:
+                break  # its copy comes out of its update, which computes: not before its turn
+            slab = self._slab(set(self.access[position : ahead + 1]), ahead)
+            if slab is None:
+                break
+            self.slab_of[block] = slab
+            self._update(block, slab)
+
+    def _slab(self, needed: set[int], ahead: int) -> int | None:
+        if self.free:
+            return self.free.pop()
+        distance = {
+            block: next((i for i in range(ahead, len(self.access)) if self.access[i] == block), len(self.access))
+            for block in self.slab_of
+            if block not in needed
+        }
+        if not distance:
+            return None
+        victim = max(distance, key=lambda block: distance[block])  # Belady: farthest next use
+        slab = self.slab_of.pop(victim)
+        self.operations.append(Evict(victim, slab))
+        return slab
+
+    def _forward(self, visit: int, block: int) -> None:
+        for micro_batch in range(self.facts.micro_batches):
+            self._forward_one(visit, block, micro_batch)
+
+    def _forward_one(self, visit: int, block: int, micro_batch: int) -> None:
+        emit, placed, cross = self.operations.append, self.allotment.boundaries, self.allotment.boundaries_cross
+        last = visit == len(self.facts.visits) - 1
+        if not cross and visit > 0 and placed[visit] != "device":
+            for ahead in range(micro_batch, min(micro_batch + RESTORE_AHEAD, self.facts.micro_batches)):
+                if (visit, ahead) in self.backing:
+                    emit(Restore(visit, ahead))
+                    self.backing.discard((visit, ahead))
+        emit(Forward(visit, block, micro_batch))
+        if placed[visit] != "device" and not last and visit not in self.allotment.keep:
+            emit(Spill(visit, micro_batch))
+        if not cross and not last and placed[visit + 1] != "device":
+            emit(Spill(visit + 1, micro_batch))
+            self.backing.add((visit + 1, micro_batch))
+
+    def _turn(self, station: _Station) -> None:
+        """All visits of the last block but the last one, then each micro-batch through loss and back before the next."""
+        for visit in station.visits[:-1]:
+            self._forward(visit, station.block)
+        last = station.visits[-1]
+        for micro_batch in range(self.facts.micro_batches):
+            self._forward_one(last, station.block, micro_batch)
+            self.operations.append(Turn(micro_batch))
+            self.operations.append(Backward(last, station.block, micro_batch))
+
+    def _backward_pass(self, update_order: list[int]) -> list[int]:
+        facts, emit = self.facts, self.operations.append
+        count = len(self.stations)
+        trained = set(self._trained())
+        first_visit = {station.block: position for position, station in reversed(list(enumerate(self.stations)))}
+        next_loads: list[int] = []
+        spacing = 1
+        if facts.deferred:
+            order = [block.index for block in facts.blocks if block.resident and block.trainable]
+            order += [station.block for station in self.stations if station.block in trained]
+            next_loads = list(dict.fromkeys(order))[: self.allotment.record_buffers]
+            spacing = max(1, count // (len(next_loads) + 1))
+        else:
+            order = [station.block for station in reversed(self.stations)]
+            self.to_load = [
+                index for index in dict.fromkeys(order) if index in trained
+            ] + [block.index for block in facts.blocks if block.resident and block.trainable]  # fmt: skip
+            for _ in range(self.allotment.record_buffers):
+                self._load_next()
+        restores = [
+            (visit, micro_batch)
+            for position in reversed(range(count))
+            for visit in reversed(self.stations[position].visits)
+            if self.allotment.boundaries[visit] != "device"
+            and visit != len(facts.visits) - 1
+            and visit not in self.allotment.keep
+            for micro_batch in range(facts.micro_batches)
+        ]
+        turn_of = {pair: turn for turn, pair in enumerate(restores)}
+        waiting = list(next_loads)
+        restored = 0
+        for step, position in enumerate(reversed(range(count))):
+            station = self.stations[position]
+            self._serve(count - 1 + step)
+            if waiting and (step + 1) % spacing == 0:
+                emit(Load(waiting.pop(0)))
+            for visit in reversed(station.visits):
+                if visit == len(facts.visits) - 1:
+                    continue  # done at the turn
+                for micro_batch in range(facts.micro_batches):
+                    target = turn_of.get((visit, micro_batch), -RESTORE_AHEAD) + RESTORE_AHEAD
+                    while restored < min(target, len(restores)):
+                        emit(Restore(*restores[restored]))
+                        restored += 1
+                    emit(Backward(visit, station.block, micro_batch))
+            if first_visit[station.block] == position and station.block in trained:
+                self._reduce(station.block)
+        for block in facts.blocks:
+            if block.resident and block.trainable:
+                self._reduce(block.index)
+        for index in waiting:
+            emit(Load(index))
+        return next_loads
+
+    def _reduce(self, block: int) -> None:
+        self.operations.append(Reduce(block))
+        if not self.facts.deferred:
+            self.operations += [Update(block), Write(block)]
+            self._load_next()

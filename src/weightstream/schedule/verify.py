@@ -1,0 +1,175 @@
+"""The legality of a schedule, checked before either executor runs it.
+
+Walks the operations once with a small abstract machine: what is in each slab and at which version, which records are in
+buffers, which inputs are in device memory, how far each micro-batch has come. The first operation whose precondition
+does not hold is named together with what it needed.
+"""
+
+from collections import Counter
+from typing import assert_never
+
+from weightstream.schedule.operations import (
+    Backward,
+    Commit,
+    Evict,
+    Fetch,
+    Forward,
+    Load,
+    Operation,
+    Reduce,
+    Restore,
+    Schedule,
+    Spill,
+    Turn,
+    Update,
+    Write,
+    describe,
+)
+from weightstream.schedule.planner import Allotment, Facts
+
+
+class IllegalScheduleError(Exception):
+    """A schedule that would compute something wrong or exceed its memory: a mistake of the planner."""
+
+
+def verify(schedule: Schedule, facts: Facts, allotment: Allotment) -> int:
+    """Checks versions, dependencies, write-after-read and memory at every point.
+
+    Returns:
+        The most device bytes that slabs and boundary activations hold at once.
+
+    Raises:
+        IllegalScheduleError: names the operation and what it needed.
+    """
+    return _Machine(schedule, facts, allotment).run()
+
+
+class _Machine:
+    def __init__(self, schedule: Schedule, facts: Facts, allotment: Allotment) -> None:
+        self.schedule, self.facts, self.allotment = schedule, facts, allotment
+        self.blocks = {block.index: block for block in facts.blocks}
+        self.version = dict.fromkeys(self.blocks, 0)
+        self.slabs: dict[int, tuple[int, int]] = {}  # slab -> (block, version)
+        self.records = set(schedule.loaded)
+        self.unwritten: set[int] = set()
+        self.updated: set[int] = set()
+        self.written: set[int] = set()
+        self.committed = True
+        self.reduced: set[int] = set()
+        self.progress = dict.fromkeys(range(schedule.micro_batches), 0)
+        self.returning: dict[int, int] = {}
+        self.left_to_walk: Counter[int] = Counter(visit.block for visit in schedule.visits)
+        self.spilled: set[tuple[int, int]] = set()
+        self.dropped: set[tuple[int, int]] = set()
+        self.peak = 0
+
+    def run(self) -> int:
+        for number, operation in enumerate(self.schedule.operations):
+            self.step(operation, f"operation {number}, {describe(operation)}")
+            self.peak = max(self.peak, self._device_bytes())
+            if self.peak > self.facts.device_memory:
+                raise IllegalScheduleError(
+                    f"operation {number}, {describe(operation)} brings device memory to {self.peak} bytes, "
+                    f"the budget is {self.facts.device_memory}"
+                )
+        self._finish()
+        return self.peak
+
+    def _device_bytes(self) -> int:
+        return (
+            self.allotment.slabs * self.allotment.slab_bytes
+            + self.allotment.resident_bytes
+            + self.allotment.partial_sums * self.allotment.partial_bytes
+            + self.allotment.tied_bytes
+        )
+
+    def need(self, holds: bool, what: str, needed: str) -> None:
+        if not holds:
+            raise IllegalScheduleError(f"{what} needs {needed}")
+
+    def in_slab(self, block: int, what: str) -> None:
+        held = [version for held, version in self.slabs.values() if held == block]
+        wanted = self.version[block]
+        self.need(bool(held), what, f"Fetch({block}) at version {wanted}; the block is in no slab")
+        self.need(held == [wanted], what, f"Fetch({block}) at version {wanted}; the slab holds version {held}")
+
+    def step(self, operation: Operation, what: str) -> None:
+        match operation:
+            case Load(block):
+                self.need(block not in self.records, what, f"record {block} not to be loaded already")
+                self.need(len(self.records) < self.schedule.record_buffers + len(self.unwritten), what, "a record buffer")
+                self.records.add(block)
+            case Update(block):
+                source = self.schedule.pending if self.facts.deferred else self.reduced
+                self.need(block in source, what, f"a staged gradient of block {block}")
+                self.need(block in self.records, what, f"Load({block})")
+                self.need(block not in self.updated, what, f"block {block} not to be updated already in this step")
+                in_slab = [held for held, _ in self.slabs.values() if held == block]
+                if self.facts.deferred:
+                    self.need(not in_slab, what, f"no slab to hold the version before (block {block} is in one)")
+                self.updated.add(block)
+                self.unwritten.add(block)
+                self.version[block] += 1
+                self.committed = False
+            case Write(block):
+                self.need(block in self.unwritten, what, f"Update({block})")
+                self.unwritten.discard(block)
+                self.records.discard(block)
+                self.written.add(block)
+            case Fetch(block, slab):
+                self.need(slab not in self.slabs, what, f"slab {slab} to be free; it holds {self.slabs.get(slab)}")
+                limit = self.schedule.slabs + sum(b.resident for b in self.facts.blocks)
+                self.need(slab < limit, what, f"a slab below {limit}")
+                self.slabs[slab] = (block, self.version[block])
+            case Evict(block, slab):
+                self.need(self.slabs.get(slab, (None,))[0] == block, what, f"block {block} in slab {slab}")
+                del self.slabs[slab]
+            case Forward(visit, block, micro_batch):
+                self.need(self.schedule.visits[visit].block == block, what, f"visit {visit} to be of block {block}")
+                self.need(self.progress[micro_batch] == visit, what, f"Forward of visit {self.progress[micro_batch]}")
+                self.in_slab(block, what)
+                if self.facts.deferred:
+                    late = block in self.schedule.pending and block not in self.updated
+                    self.need(not late, what, f"Update({block}) of the step before")
+                self.need((visit, micro_batch) not in self.spilled, what, f"Restore(visit={visit}, mb={micro_batch})")
+                self.progress[micro_batch] += 1
+            case Turn(micro_batch):
+                self.need(self.progress[micro_batch] == len(self.schedule.visits), what, "the whole forward")
+                self.returning[micro_batch] = len(self.schedule.visits) - 1
+            case Backward(visit, block, micro_batch):
+                self.need(micro_batch in self.returning, what, f"Turn(mb={micro_batch})")
+                self.need(self.returning[micro_batch] == visit, what, f"Backward of visit {self.returning[micro_batch]}")
+                self.in_slab(block, what)
+                self.need((visit, micro_batch) not in self.spilled, what, f"Restore(visit={visit}, mb={micro_batch})")
+                self.returning[micro_batch] -= 1
+                if micro_batch == self.schedule.micro_batches - 1:
+                    self.left_to_walk[block] -= 1
+            case Reduce(block):
+                resident = self.blocks[block].resident
+                done = all(visit < 0 for visit in self.returning.values()) if resident else self.left_to_walk[block] == 0
+                self.need(done, what, f"every Backward of block {block}")
+                self.need(block not in self.reduced, what, f"block {block} not to be reduced already")
+                self.reduced.add(block)
+            case Spill(visit, micro_batch):
+                self.need((visit, micro_batch) not in self.spilled, what, "the inputs to be in device memory")
+                self.spilled.add((visit, micro_batch))
+            case Restore(visit, micro_batch):
+                self.need((visit, micro_batch) in self.spilled, what, f"Spill(visit={visit}, mb={micro_batch})")
+                self.spilled.discard((visit, micro_batch))
+            case Commit():
+                self.need(not self.unwritten, what, f"Write of {sorted(self.unwritten)}")
+                self.committed = True
+            case _:
+                assert_never(operation)
+
+    def _finish(self) -> None:
+        end = "the end of the step"
+        for micro_batch, visit in self.progress.items():
+            self.need(visit == len(self.schedule.visits), end, f"the whole forward of micro-batch {micro_batch}")
+            self.need(self.returning.get(micro_batch) == -1, end, f"the whole backward of micro-batch {micro_batch}")
+        trained = {block.index for block in self.facts.blocks if block.trainable}
+        visited = {visit.block for visit in self.schedule.visits} | {b.index for b in self.facts.blocks if b.resident}
+        self.need(self.reduced == trained & visited, end, f"Reduce of {sorted(trained & visited - self.reduced)}")
+        due = self.schedule.pending if self.facts.deferred else self.reduced
+        self.need(self.written == due, end, f"Update and Write of {sorted(due - self.written)}")
+        self.need(self.committed, end, "Commit() after the last Write")

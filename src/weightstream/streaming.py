@@ -1,0 +1,108 @@
+"""A model without training: each block is fetched when it is called, the next one meanwhile; no gradients."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from torch import nn
+
+from weightstream.store.store import Store
+from weightstream.worker.slabs import Parameters, Slabs
+from weightstream.worker.worker import Worker
+
+
+class StreamedModel:
+    """Serves the blocks of a model that runs in the caller's own thread, in any order.
+
+    Which block comes next is learned from the calls themselves: the one that followed last time is fetched ahead.
+    """
+
+    def __init__(self, store: Store, worker: Worker, parameters: Parameters, slabs: Slabs, streaming: int) -> None:
+        self._store, self._worker, self._parameters, self._slabs = store, worker, parameters, slabs
+        self._free = list(range(streaming))
+        self._fetches: dict[int, Future[Any]] = {}
+        self._followed_by: dict[int, int] = {}
+        self._recent: list[int] = []  # blocks in slabs, least recently used first
+        self._last: int | None = None
+        residents = [block.index for block in store.blocks if block.resident]
+        for position, block in enumerate(residents):
+            self._fetch(block, streaming + position)
+            self._present(block)
+        self._residents = residents
+
+    def _fetch(self, block: int, slab: int) -> None:
+        target = self._slabs[slab]
+        self._slabs.hold(block, slab)
+        size = self._store.layout(block).streamed.nbytes
+        self._fetches[block] = self._store.fetch(block, target.landing[:size])
+
+    def _present(self, block: int) -> None:
+        fetch = self._fetches.pop(block, None)
+        if fetch is not None:
+            fetch.result()
+            slab = self._slabs.slab_of(block)
+            assert slab is not None
+            self._slabs[slab].upload()
+            self._parameters.bind(block, self._slabs[slab], self._store.layout(block).streamed)
+
+    def _claim(self, block: int, keep: int) -> bool:
+        """Gives `block` a slab, evicting the least recently used one but `keep`."""
+        if self._slabs.slab_of(block) is not None:
+            return True
+        if not self._free:
+            victim = next((b for b in self._recent if b != keep), None)
+            if victim is None:
+                return False
+            slab = self._slabs.slab_of(victim)
+            assert slab is not None
+            self._evict(victim)
+            self._free.append(slab)
+        self._fetch(block, self._free.pop())
+        self._recent.append(block)
+        return True
+
+    def _evict(self, block: int) -> None:
+        fetch = self._fetches.pop(block, None)
+        if fetch is not None:
+            fetch.result()
+        if block in self._recent:
+            self._recent.remove(block)
+        self._parameters.unbind(block)
+        self._slabs.release(block)
+
+    def call(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one module's own forward with its block in a slab."""
+        block = self._worker.block_of_module[module]
+        self._claim(block, keep=block)
+        self._recent.remove(block)
+        self._recent.append(block)
+        self._present(block)
+        if self._last is not None:
+            self._followed_by[self._last] = block
+        self._last = block
+        ahead = self._followed_by.get(block)
+        if ahead is not None:
+            self._claim(ahead, keep=block)
+        return self._worker.own_forward(module)(*args, **kwargs)
+
+    def close(self) -> None:
+        for block in [*self._recent, *self._residents]:
+            self._evict(block)
+
+
+def without_cache(model: nn.Module) -> Callable[[], None]:
+    """Turns `use_cache` off in every configuration of a model; returns what puts it back.
+
+    A cache is written by every block, so that recomputation would write it twice.
+    """
+    changed = []
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        if getattr(config, "use_cache", False):
+            changed.append(config)
+            config.use_cache = False
+
+    def restore() -> None:
+        for config in changed:
+            config.use_cache = True
+
+    return restore

@@ -1,0 +1,325 @@
+"""The worker: runs the user's model block by block, and keeps nothing but activations.
+
+It is driven by operations (`forward`, `turn`, `backward`) of one schedule; which block is in which slab, what is spilled
+and where gradients go is decided outside.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightstream.blocks import Block
+from weightstream.errors import AuditError
+from weightstream.schedule.operations import Visit
+from weightstream.worker import audit, tape
+from weightstream.worker.activations import MIN_BYTES, Activations, spillable
+from weightstream.worker.generators import Generators, seed_of
+from weightstream.worker.microbatch import MicroBatch, Request, current
+from weightstream.worker.slabs import Parameters, Slabs
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+GradientSink = Callable[[int, str, int, int, Tensor], None]
+
+
+@dataclass(slots=True)
+class _Route:
+    """Where a micro-batch is: its thread, its way back, and its share of the loss."""
+
+    thread: MicroBatch
+    weight: float
+    way: tape.Way = field(default_factory=tape.Way)
+    side: Any = None
+    done: bool = False
+
+
+@dataclass(slots=True)
+class Measured:
+    """What a step needed, per visit and micro-batch at most: bytes of inputs that could be spilled, of saved tensors."""
+
+    boundary_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    kept_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    loss_bytes: int = 0
+
+
+class Worker:
+    """Drives one model on one device.
+
+    Args:
+        sink: called with `(block, parameter name, use, micro-batch, gradient)` as soon as a gradient is complete.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        parameters: Parameters,
+        device: torch.device,
+        sink: GradientSink,
+        side_outputs: tape.SideOutputs | None = None,
+    ) -> None:
+        self.model, self.blocks, self.parameters, self.device = model, blocks, parameters, device
+        self.generators = Generators(device)
+        self.activations: Activations | None = None
+        self.slabs: Slabs | None = None
+        self.measured = Measured()
+        self.measuring = False
+        self._sink, self._side_outputs = sink, side_outputs
+        self._foreign = audit.ForeignParameters(parameters.block_of, parameters.name, parameters.present)
+        self._forwards: dict[str, Callable[..., Any]] = {}
+        self._modules: dict[str, nn.Module] = {}
+        self.block_of_module: dict[str, int] = {}
+        self._routes: list[_Route] = []
+        self._audited: set[str] = set()
+        self._walking: tuple[int | None, int, int] = (None, 0, 0)  # block or None for glue, use, micro-batch
+        self.outside: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
+        self._intercept()
+        self._order = {name: position for position, name in enumerate(self._forwards)}
+        for block in blocks:
+            for name, parameter in parameters.of(block.index):
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._arrived(block, name))
+
+    def _intercept(self) -> None:
+        seen: set[int] = set()
+        for block in self.blocks:
+            if block.resident:
+                continue
+            for name in block.modules:
+                module = self.model.get_submodule(name)
+                if id(module) in seen:
+                    continue
+                seen.add(id(module))
+                self._forwards[name], self._modules[name] = module.forward, module
+                self.block_of_module[name] = block.index
+                module.forward = self._interception(name)
+
+    def _interception(self, name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            micro_batch = current()
+            if micro_batch is None:
+                if self.outside is None:
+                    raise AuditError(
+                        f"module '{name}' is called outside a step: use `with engine.module() as model` to run the model"
+                    )
+                return self.outside(name, args, kwargs)
+            route = self._routes[micro_batch.index]
+            route.side = None if self._side_outputs is None else self._side_outputs.begin()
+            output, side = micro_batch.call(name, args, kwargs)
+            if side is not None:
+                assert self._side_outputs is not None
+                self._side_outputs.deliver(route.side, side)
+            return output
+
+        return forward
+
+    def position(self, module: str) -> int:
+        """A module's place in order of registration."""
+        return self._order[module]
+
+    def own_forward(self, module: str) -> Callable[..., Any]:
+        """The module's forward as the model wrote it."""
+        return self._forwards[module]
+
+    def _arrived(self, block: Block, name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            grad, parameter.grad = parameter.grad, None
+            assert grad is not None
+            walking, use, micro_batch = self._walking
+            if not block.resident and walking != block.index:
+                where = "glue between blocks" if walking is None else f"block '{self.blocks[walking].name}'"
+                raise AuditError(
+                    f"parameter '{name}' of block '{block.name}' is given a gradient by {where}: call the module that owns "
+                    f"it, or put both into one block with a block rule"
+                )
+            self._sink(block.index, name, use, micro_batch, grad)
+
+        return hook
+
+    # a step
+
+    def begin(
+        self, micro_batches: Sequence[Any], weights: Sequence[float], loss_fn: LossFunction, *, seed: int, step: int
+    ) -> None:
+        """Starts every micro-batch; each runs to its first block."""
+        self._routes = []
+        for index, (micro_batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+            thread = MicroBatch(
+                index,
+                lambda mb=micro_batch: loss_fn(self.model, mb),  # type: ignore[misc]
+                self.generators,
+                self.device,
+                lambda parameter: self._foreign.check(parameter, "between blocks"),
+            )
+            self._routes.append(_Route(thread, weight))
+        for index, route in enumerate(self._routes):
+            route.thread.resume(seed=seed_of(seed, step, index))
+
+    def wants(self, micro_batch: int) -> str | None:
+        """The module that a micro-batch waits for; None once it has its loss."""
+        request = self._routes[micro_batch].thread.request
+        return None if request is None else request.module
+
+    def top(self, micro_batch: int) -> tuple[int, int] | None:
+        """`(visit, block)` of the last call on a micro-batch's tape that is not walked yet."""
+        way = self._routes[micro_batch].way
+        return (way.tape[-1].visit, way.tape[-1].block) if way.tape else None
+
+    def forward(self, visit: int, micro_batch: int, *, keep: bool) -> None:
+        """One micro-batch through the block that it waits for, and on to its next request."""
+        route = self._routes[micro_batch]
+        request = route.thread.request
+        assert request is not None and self.slabs is not None and self.activations is not None
+        call = self._call(visit, request, route)
+        self.activations.wait((visit, micro_batch))
+        self.activations.ensure(call.tensors)
+        first_pass = None
+        if call.module not in self._audited:
+            self._audited.add(call.module)
+            first_pass = audit.FirstPass(call.module, self._modules[call.module], self._foreign)
+        saved = _Saved(self.slabs, keep=keep, measure=self.measuring)
+        reply, rng = tape.forward(
+            call, self.generators, self._rng(route), self._side_outputs, saved.hooks, keep=keep, first_pass=first_pass
+        )
+        if self.measuring:
+            self.measured.kept_bytes[visit] = max(self.measured.kept_bytes[visit], saved.nbytes)
+        route.way.tape.append(call)
+        route.thread.rng = rng
+        del request
+        route.thread.resume(reply)
+
+    def _call(self, visit: int, request: Request, route: _Route) -> tape.Call:
+        inputs, spec = torch.utils._pytree.tree_flatten((request.args, request.kwargs))
+        block = self.block_of_module[request.module]
+        return tape.Call(
+            visit, block, request.module, self._forwards[request.module], inputs, spec, request.modes, route.side
+        )
+
+    def _rng(self, route: _Route) -> Any:
+        return route.thread.rng
+
+    def spill(self, visit: int, micro_batch: int, *, to_disk: bool) -> None:
+        """Moves the inputs of a visit out, before its forward (they wait in the request) or after it."""
+        assert self.activations is not None and self.slabs is not None
+        route = self._routes[micro_batch]
+        tape_ = route.way.tape
+        if tape_ and tape_[-1].visit == visit:
+            known = lambda x: sum(sum(y is x for y in (*c.inputs, *c.outputs)) for c in tape_[-3:])  # noqa: E731
+            tensors = [x for x in _unique(tape_[-1].inputs) if not self.slabs.within(x) and spillable(x, known(x))]
+        else:
+            request = route.thread.request
+            if request is None:
+                return
+            leaves = torch.utils._pytree.tree_leaves((request.args, request.kwargs))
+            tensors = [
+                x
+                for x in _unique(leaves)
+                if x.requires_grad and x.nbytes >= MIN_BYTES and x.is_contiguous() and not self.slabs.within(x)
+            ]
+        if self.measuring and tape_ and tape_[-1].visit == visit:
+            size = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+            self.measured.boundary_bytes[visit] = max(self.measured.boundary_bytes[visit], size)
+        self.activations.spill((visit, micro_batch), tensors, to_disk=to_disk)
+
+    def restore(self, visit: int, micro_batch: int) -> None:
+        assert self.activations is not None
+        self.activations.restore((visit, micro_batch))
+
+    def turn(self, micro_batch: int) -> float:
+        """A micro-batch's loss, and backward through the glue behind its last block.
+
+        Returns:
+            The loss, not weighted.
+
+        Raises:
+            AuditError: the loss function returned something that is no scalar with a gradient.
+        """
+        route = self._routes[micro_batch]
+        loss = route.thread.loss
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else loss
+            raise AuditError(
+                f"the loss of micro-batch {micro_batch} is {found!r}: expected a scalar tensor that depends on the model's "
+                f"trained parameters; return it from loss_fn"
+            )
+        route.thread.loss = None
+        if self.measuring and route.way.tape:
+            logits = [y for y in route.way.tape[-1].outputs if y is not None]
+            # the outputs and their gradients, and in fp32 a copy, its softmax and that one's gradient
+            size = sum(y.numel() * (2 * y.itemsize + 12) for y in logits)
+            self.measured.loss_bytes = max(self.measured.loss_bytes, size)
+        route.way.turn()
+        self._walking = (None, len(route.way.tape), micro_batch)
+        (loss * route.weight).sum().backward()
+        return float(loss.detach())
+
+    def backward(self, visit: int, micro_batch: int) -> None:
+        """One micro-batch back through its last call that is not walked yet."""
+        assert self.slabs is not None and self.activations is not None
+        route = self._routes[micro_batch]
+        call = route.way.tape[-1]
+        self.activations.wait((visit, micro_batch))
+        self.activations.ensure(call.tensors)
+        saved = _Saved(self.slabs, keep=True, measure=False)
+
+        def walking(position: int | None) -> None:
+            use = visit if position is None else position
+            self._walking = (call.block if position is None else None, use, micro_batch)
+
+        route.way.backward(self.generators, self._side_outputs, saved.hooks, walking)
+        self.activations.drop((visit, micro_batch))
+
+    def end(self) -> None:
+        """Ends a step, complete or not: threads stop, nothing is kept."""
+        for route in self._routes:
+            route.thread.stop()
+        self._routes = []
+        if self.activations is not None:
+            self.activations.clear()
+        for block in self.blocks:
+            for _, parameter in self.parameters.of(block.index):
+                parameter.grad = None
+
+    def uses(self, visits: Sequence[Visit]) -> dict[str, int]:
+        """How many visits use each parameter; more than one means that it is tied."""
+        counts: dict[str, int] = defaultdict(int)
+        names = {id(p): name for block in self.blocks for name, p in self.parameters.of(block.index)}
+        for visit in visits:
+            for parameter in self._modules[visit.module].parameters():
+                if self.block_of_module[visit.module] == visit.block:
+                    counts[names[id(parameter)]] += 1
+        return counts
+
+
+def _unique(leaves: Sequence[Any]) -> list[Tensor]:
+    return list({id(x): x for x in leaves if isinstance(x, Tensor)}.values())
+
+
+class _Saved:
+    """Hooks for what autograd saves: dropped if it will be recomputed, else kept without the weights."""
+
+    def __init__(self, slabs: Slabs, *, keep: bool, measure: bool) -> None:
+        self._slabs, self._keep, self._measure = slabs, keep, measure
+        self.nbytes = 0
+        self._seen: set[int] = set()
+
+    @property
+    def hooks(self) -> tape.Hooks:
+        return (self._pack, self._slabs.unpack if self._keep else _dropped)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if self._measure:
+            pointer = tensor.untyped_storage().data_ptr()
+            if pointer not in self._seen and not self._slabs.within(tensor):
+                self._seen.add(pointer)
+                self.nbytes += tensor.untyped_storage().nbytes()
+        return self._slabs.pack(tensor) if self._keep else None
+
+
+def _dropped(_: Any) -> Tensor:
+    raise AssertionError("a saved tensor was dropped, but its graph was walked")
+
+
