@@ -19,8 +19,8 @@ LAYERS = (
     ("fabric",),
     ("worker",),
     ("trace",),
-    ("runtime", "simulator"),
-    ("engine", "nn"),
+    ("runtime", "simulator", "streaming"),
+    ("captures", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report"),
     ("config", "architectures", "run", "demo", "cli"),
 )
