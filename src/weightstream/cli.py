@@ -97,7 +97,7 @@ def plan(source: Source, overrides: Overrides = None, as_json: AsJson = False) -
     config = _config(source, overrides)
     from weightstream.run import plan as run_plan
 
-    _print(run_plan(config, _say), lambda found: str(found["text"]), as_json)
+    _print(run_plan(config), lambda found: str(found["text"]), as_json)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -44,22 +45,21 @@ class Run:
 def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
     """Prepare the text, make or reopen the store, and close it in the end.
 
-    What can be refused is refused before the store is made: first the optimizer and the model's keys, then the text and
-    its tokens, then the budgets.
+    What can be refused is refused before anything is kept: first the optimizer, the model's keys and the budgets, then
+    the text and its tokens.
 
     Raises:
         StoreError: there is no store, and `create` is false.
         WeightstreamError: anything else that is wrong with the configuration, the text or the store.
     """
-    is_new = not (config.store / "manifest.sqlite").exists()
-    if is_new and not create:
-        raise StoreError(
-            f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
-        )
-    optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
-    architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
-    began_s = time.monotonic()
-    training = config.training
+    if not Store.exists(config.store):
+        if not create:
+            raise StoreError(
+                f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
+            )
+        with _rehearsed(config):
+            pass
+    began_s, training = time.monotonic(), config.training
 
     def model_of(tokenizer: Tokenizer) -> tuple[Any, Callable[[], nn.Module]]:
         return architecture(config.model, vocabulary=tokenizer.size, end_of_text=tokenizer.end_of_text)
@@ -74,21 +74,35 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
     dataset = prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
     say(_describe(dataset, time.monotonic() - began_s))
     _, build = model_of(dataset.tokenizer)
-    engine = _engine(config, config.store, optimizer, build, say)
+    engine = _engine(config, config.store, build, say)
     try:
         yield Run(config, engine, dataset)
     finally:
         engine.close()
 
 
-def _engine(
-    config: RunConfig, store: Path, optimizer: Optimizer, build: Callable[[], nn.Module], say: Say | None
-) -> Engine:
+@contextmanager
+def _rehearsed(config: RunConfig) -> Iterator[Engine]:
+    """An engine as the run would have it, before there is any text: its store is a temporary one beside the run's own.
+
+    The tokenizer is taken to have all the tokens that were asked for.
+    """
+    _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
+    near = next(folder for folder in config.store.absolute().parents if folder.is_dir())
+    with TemporaryDirectory(prefix=".weightstream-plan-", dir=near) as folder:
+        engine = _engine(config, Path(folder) / "store", build, None)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+def _engine(config: RunConfig, store: Path, build: Callable[[], nn.Module], say: Say | None) -> Engine:
     settings = config.engine
     return Engine(
         build,
         store,
-        optimizer,
+        Optimizer.from_json(config.optimizer.to_json(config.training.steps)),
         clip_norm=config.training.clip_norm,
         precision=settings.precision,
         device=settings.device,
@@ -130,6 +144,30 @@ def fit(config: RunConfig, console: Console) -> dict[str, Any]:
             )  # fmt: skip
         samples = [{"prompt": p, "continued": c} for p, c in zip(sample.prompts, continued, strict=False)]
         return _report(run, outcome, samples)
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """What a run would use, found out without the text and without leaving anything behind."""
+    with _rehearsed(config) as engine:
+        allotment, bound = engine.allotment, engine.bytes_bound()
+        return {
+            "text": engine.plan,
+            "parameters": sum(block.numel for block in engine.store.blocks),
+            "state_bytes": _state_bytes(engine.store),
+            "device_bytes": allotment.device_bytes,
+            "host_bytes": allotment.host_bytes,
+            "read_bytes_per_step": bound.read,
+            "written_bytes_per_step": bound.written,
+            "blocks": [
+                {
+                    "name": block.name,
+                    "parameters": block.numel,
+                    "resident": block.resident,
+                    "trainable": block.trainable,
+                }
+                for block in engine.store.blocks
+            ],
+        }
 
 
 def measure(config: RunConfig, say: Say, *, sequences: int | None) -> dict[str, Any]:
