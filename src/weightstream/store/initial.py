@@ -19,7 +19,8 @@ from weightstream.store.recording import record
 
 __all__ = ["Recipe", "generate", "generate_range", "record"]
 
-# Long enough that numpy is at work and not Python; the few fp64 arrays of this size in use at once fit a second-level cache.
+# Long enough that numpy is at work and not Python; the few fp64 arrays of this size in use at once fit a core's
+# second-level cache.
 _CHUNK_ELEMENTS = 1 << 15
 # Where a step applies within a chunk: all of it, a run, or single elements.
 _Place = slice | NDArray[np.intp]
@@ -56,6 +57,8 @@ def generate_range(
             f"{tuple(out.shape)} in {out.dtype}"
         )
     target: NDArray[np.float32] = out.detach().view(-1).numpy()
+    if start == stop:
+        return out
     last = recipe.steps[-1]
     if last.operation == "fill" and last.region is None:
         target.fill(last.values[0])

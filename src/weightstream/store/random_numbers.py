@@ -43,7 +43,7 @@ _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 
 
 class Words:
-    """The random words of one draw of one parameter; element i owns word i, whatever is asked for and in which order."""
+    """The random words of one draw of one parameter; element i has word i, however it is asked for."""
 
     def __init__(self, seed: int, name: str, draw: int) -> None:
         digest = hashlib.sha256(f"weightstream initial values\0{seed}\0{name}".encode()).digest()

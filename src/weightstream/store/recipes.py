@@ -102,8 +102,8 @@ class Step:
         operation = data["operation"]
         if operation not in OPERATIONS:
             raise StoreError(
-                f"recipe step: expected an operation of {', '.join(sorted(OPERATIONS))}, found {operation!r}; the store "
-                "may have been written by a later version of weightstream"
+                f"recipe step: expected an operation of {', '.join(sorted(OPERATIONS))}, found {operation!r}; "
+                "the store may have been written by a later version of weightstream"
             )
         region = data.get("region")
         return Step(

@@ -1,13 +1,14 @@
 """Watches every tensor operation while a model is built, and notes what each did to the floating-point tensors.
 
-Notes go by storage, so views and aliases need no care: a step on a row of a matrix is a step on a region of its storage.
-What the generator cannot replay blocks the tensor with the reason, until something overwrites all of it.
+Notes go by storage, so views and aliases need no care: a step on a row of a matrix is a step on a region of its
+storage. What the generator cannot replay blocks the tensor with the reason, until something overwrites all of it.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -94,17 +95,18 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # what this does itself is no business of any mode
+            return func(*args, **(kwargs or {})) if self.paused else self._watch(func, args, kwargs or {})
+
+    def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, bound = func._schema.name.removeprefix("aten::"), _bind(func, args, kwargs)
         target = bound.get("self")
         if name.endswith("_") and isinstance(target, Tensor) and _is_float(target):
             note = self._in_place(name.removesuffix("_"), target, bound)
             if note is not None:
-                large = target.numel() > _DRAWN_FOR_REAL_ELEMENTS and note.operation in DRAWS
-                self._mark_unreal(target, large)
-                return target if target.is_meta or large else func(*args, **kwargs)
+                if target.is_meta or self._only_noted(note, target):
+                    return target
+                return func(*args, **kwargs)
             if name == "copy_" and isinstance(bound["src"], Tensor):
                 self.copy(target, bound["src"])
                 return target if target.is_meta else func(*args, **kwargs)
@@ -115,7 +117,7 @@ class Recorder(TorchDispatchMode):
         out = self._run(name, func, args, kwargs)
         if isinstance(out, Tensor) and _is_float(out):
             if name in _EMPTIES:
-                self.set(out, Track(unreal=self._is_unreal(out)))
+                self.set(out, Track())
                 return out
             if name in _FILLS:
                 value = _FILLS[name]
@@ -146,7 +148,7 @@ class Recorder(TorchDispatchMode):
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Note that `source`, broadcast if need be, goes to `target`, in which the same element may lie elsewhere."""
-        known, region = self.find(source), None
+        known = self.find(source)
         region, track = self._place(target)
         if track is None:
             self.block(target, f"copy_ to elements that overlap {_where()}")
@@ -217,10 +219,15 @@ class Recorder(TorchDispatchMode):
 
     def _derived(self, name: str, source: Tensor, out: Tensor, bound: dict[str, Any]) -> bool:
         """Note an operation that makes a new tensor from one known tensor and plain numbers."""
-        if name in ("mul", "add") and self.find(source) is None and isinstance(bound.get("other"), Tensor):
+        swaps = name == "mul" or (name == "add" and bound.get("alpha") == 1)
+        if swaps and self.find(source) is None and isinstance(bound.get("other"), Tensor):
             source, bound = bound["other"], bound | {"self": bound["other"], "other": source}
         known = self.find(source)
-        if known is None or known.blocked is not None or out.untyped_storage()._cdata == source.untyped_storage()._cdata:
+        if (
+            known is None
+            or known.blocked is not None
+            or out.untyped_storage()._cdata == source.untyped_storage()._cdata
+        ):
             return False
         changes = [] if name in _COPIES else self._changes(name, bound)
         if changes is None or (source.shape != out.shape):
@@ -330,8 +337,9 @@ class Recorder(TorchDispatchMode):
     def _place(self, target: Tensor) -> tuple[Region | None, Track | None]:
         """Where a view lies in its storage (None: everywhere) and what is known of that; no track if it overlaps."""
         track = self.find(target) or self.set(target, Track())
-        region = region_of(target)
-        return (None, None) if isinstance(region, str) else (region, track)
+        if _overlaps(target):
+            return None, None
+        return region_of(target), track
 
     def _overwrite(self, track: Track, notes: Iterable[Note], region: Region | None) -> None:
         if region is None:
@@ -340,13 +348,13 @@ class Recorder(TorchDispatchMode):
             track.notes = [note for note in track.notes if note.region != region] + list(notes)
         self._tell_heirs(track)
 
-    def _mark_unreal(self, target: Tensor, unreal: bool) -> None:
+    def _only_noted(self, note: Note, target: Tensor) -> bool:
+        """Whether to spare the drawing of numbers, although `target` has memory for them."""
         track = self.find(target)
-        if unreal and track is not None:
-            track.unreal = True
-
-    def _is_unreal(self, tensor: Tensor) -> bool:
-        return False
+        if track is None or note.operation not in DRAWS or target.numel() <= _DRAWN_FOR_REAL_ELEMENTS:
+            return False
+        track.unreal = True
+        return True
 
     def _tell_heirs(self, track: Track) -> None:
         for heir in track.heirs:
@@ -356,17 +364,44 @@ class Recorder(TorchDispatchMode):
 REMEDY = "import the weights instead of generating them, or initialise it with torch.nn.init functions"
 
 
-def region_of(view: Tensor) -> Region | str | None:
-    """Where a view lies in its storage; None if it is all of it; a reason if its elements overlap."""
+def region_of(view: Tensor) -> Region | None:
+    """Where a view without overlaps lies in its storage; None if it is all of it."""
     elements = view.untyped_storage().nbytes() // view.element_size()
-    if view.numel() == 0 and elements == 0:
+    if view.numel() == elements:
         return None
-    if view.numel() == 0:
-        return Region(0, (0,), (1,))
-    region = Region.of(view.storage_offset(), view.shape, view.stride())
-    if region is None:
-        return "its elements overlap"
-    return None if region.numel == elements else region
+    return Region.of(view.storage_offset(), view.shape, view.stride()) if view.numel() else Region(0, (0,), (1,))
+
+
+def _overlaps(view: Tensor) -> bool:
+    return view.numel() > 0 and Region.of(view.storage_offset(), view.shape, view.stride()) is None
+
+
+def _where() -> str:
+    """The line of the model's code that is running, for messages."""
+    for frame in _frames():
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] not in ("torch", "contextlib") and not module.startswith("weightstream.store."):
+            return f"in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+    return ""
+
+
+def _initialiser() -> str | None:
+    """The function of torch.nn.init that is running, as the model's code called it."""
+    names = [
+        frame.f_code.co_name
+        for frame in _frames()
+        if frame.f_globals.get("__name__") == "torch.nn.init" and not frame.f_code.co_name.startswith("_")
+    ]
+    return names[-1] if names else None
+
+
+def _frames() -> Iterator[FrameType]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
 
 
 def _bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
