@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -58,6 +59,11 @@ def make(path: Path, precision: Precision = "bf16", device: Any = None, **change
 
 def reopen(path: Path, device: Any = None, *, writable: bool = True) -> Store:
     return Store.open(path, writable=writable, disk=Disk(chunk_bytes=CHUNK_BYTES, device=device))
+
+
+def segment(store: Store, index: int) -> Path:
+    """The file of the version that the last commit published."""
+    return store.versions.segment_path(index, store.versions.records[index].committed)
 
 
 def filled(layout: RecordLayout, value: int) -> RecordBuffer:
@@ -153,6 +159,49 @@ class Gated(Wrapped):
         return self._device.write(handle, view, offset)
 
 
+class Logged(Wrapped):
+    """Names of what was synced, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self._names: dict[int, str] = {}
+
+    def open(self, path: Path, *, write: bool) -> int:
+        handle = self._device.open(path, write=write)
+        self._names[handle] = path.name
+        return handle
+
+    def sync(self, handle: int) -> None:
+        self._device.sync(handle)
+        self.events.append(self._names[handle])
+
+    def sync_directory(self, directory: Path) -> None:
+        self._device.sync_directory(directory)
+        self.events.append(directory.name)
+
+
+class Jittery(Wrapped):
+    """Every operation takes a random while, so that they overlap in many ways."""
+
+    def __init__(self, seed: int, longest_s: float) -> None:
+        super().__init__()
+        self._random = random.Random(seed)
+        self._longest_s = longest_s
+
+    def read(self, handle: int, view: memoryview, offset: int) -> int:
+        time.sleep(self._random.random() * self._longest_s)
+        return self._device.read(handle, view, offset)
+
+    def write(self, handle: int, view: memoryview, offset: int) -> int:
+        time.sleep(self._random.random() * self._longest_s)
+        return self._device.write(handle, view, offset)
+
+    def sync(self, handle: int) -> None:
+        time.sleep(self._random.random() * self._longest_s)
+        self._device.sync(handle)
+
+
 class Full(Wrapped):
     """No space once `full` is set."""
 
@@ -199,7 +248,7 @@ def abandon(store: Store) -> None:
     if isinstance(device, Mortal):
         device.writes_left = 0
     store.disk.close()
-    store._committer.shutdown(wait=True)
+    store.versions._committer.shutdown(wait=True)
     store.memory.close()
     store.manifest.close()
     assert store._lock_handle is not None

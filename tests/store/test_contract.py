@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.store.cases import (
     TRAINED,
     Buffered,
     Gated,
+    Jittery,
     Mortal,
     abandon,
     assert_holds,
@@ -19,6 +21,7 @@ from tests.store.cases import (
     loaded,
     make,
     reopen,
+    segment,
 )
 
 from weightstream.store.layout import Precision
@@ -127,7 +130,7 @@ class StoreContract:
         for step in range(1, 5):
             store.write(0, filled(store.layout(0), step), step, step)
             store.commit(step, {}).result()
-            live = store.segment_path(0, store.committed(0))
+            live = segment(store, 0)
             before = hashlib.sha256(live.read_bytes()).digest()
             for attempt in range(4):  # several versions between two commits
                 store.write(0, filled(store.layout(0), 100 + attempt), 50 + step, 9).result()
@@ -169,6 +172,41 @@ class StoreContract:
             assert_holds(store, 0, step, {})
         store.unpin(0)
         assert_holds(store, 0, 5, {})
+
+    def test_whatever_overlaps_reads_see_the_version_of_their_time(self, tmp_path: Path) -> None:
+        """Writes, reads, commits, undos and pins issued without ever waiting, on a device of uneven speed."""
+        random = Random(7)
+        with make(tmp_path / "jittery", self.precision, Jittery(5, 0.004)) as jittery:
+            self.pin(jittery)
+            value = committed = 0
+            reads = []
+            for number in range(1, 120):
+                action = random.choice(("write", "write", "load", "load", "fetch", "commit", "discard", "pin", "unpin"))
+                if action == "write":
+                    value = number
+                    jittery.write(0, filled(jittery.layout(0), value), value, value)
+                elif action == "commit":
+                    committed = value
+                    jittery.commit(number, {})
+                elif action == "discard":
+                    value = committed
+                    jittery.discard()
+                elif action == "pin":
+                    jittery.pin(0, random.sample(EVERYTHING, 2))
+                elif action == "unpin":
+                    jittery.unpin(0, random.sample(EVERYTHING, 2))
+                elif value:
+                    record = RecordBuffer(jittery.layout(0))
+                    parts = None if action == "load" else [jittery.layout(0).streamed.name]
+                    view = record.view(jittery.layout(0).streamed.name)
+                    future = jittery.fetch(0, view) if action == "fetch" else jittery.load(0, record)
+                    reads.append((value, record, parts, future))
+            for wanted, record, parts, future in reads:
+                assert future.result(timeout=30) == wanted
+                expected = filled(record.layout, wanted)
+                for part in parts or [part.name for part in record.layout.states]:
+                    for name, tensor in record.tensors(part).items():
+                        assert torch.equal(tensor, expected.tensors(part)[name])
 
 
 class TestDisk(StoreContract):

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +22,14 @@ from tests.store.cases import (
     TRAINED,
     Full,
     Gated,
+    Logged,
     Slow,
     assert_holds,
     filled,
     loaded,
     make,
     reopen,
+    segment,
 )
 
 from weightstream.blocks import Block, Parameter
@@ -52,7 +55,7 @@ def files(path: Path) -> dict[str, bytes]:
 def test_segments_are_plain_safetensors(tmp_path: Path) -> None:
     with make(tmp_path / "store") as store:
         step(store, 1, 1)
-        path = store.segment_path(1, store.committed(1))
+        path = segment(store, 1)
         layout = store.layout(1)
         record = filled(layout, 1)
         with safe_open(path, "pt") as opened:
@@ -82,7 +85,7 @@ def test_states_of_their_own_shape_are_stored(tmp_path: Path) -> None:
 def test_one_flipped_bit_is_found(tmp_path: Path, part: str) -> None:
     with make(tmp_path / "store") as store:
         step(store, 1, 1)
-        layout, path = store.layout(1), store.segment_path(1, store.committed(1))
+        layout, path = store.layout(1), segment(store, 1)
     offset = 100 if part == "header" else layout.part(part).offset + 5
     with path.open("r+b") as handle:
         handle.seek(offset)
@@ -106,7 +109,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path, part: str) -> None:
 def test_a_damaged_part_that_should_be_pinned_is_not_kept(tmp_path: Path) -> None:
     with make(tmp_path / "store") as store:
         step(store, 1)
-        path = store.segment_path(0, store.committed(0))
+        path = segment(store, 0)
         whole = path.read_bytes()
         store.pin(0, ["copy", "param"])
         path.write_bytes(bytes(len(whole)))
@@ -140,7 +143,7 @@ def test_a_changed_row_of_the_manifest_is_found(tmp_path: Path, change: str) -> 
 def test_missing_and_truncated_segments_are_named(tmp_path: Path) -> None:
     with make(tmp_path / "store") as store:
         step(store, 1)
-        path = store.segment_path(0, store.committed(0))
+        path = segment(store, 0)
     whole = path.read_bytes()
     path.write_bytes(whole[:-4096])
     with pytest.raises(DamagedRecordError, match=rf"{path.name} should have {len(whole)} bytes"):
@@ -155,7 +158,7 @@ def test_files_that_nothing_points_to_are_recycled_or_removed(tmp_path: Path) ->
         step(store, 1)
         step(store, 2)
     segments = tmp_path / "store" / "segments"
-    dead = ({path.name for path in segments.glob("00000.*")} - {store.segment_path(0, store.committed(0)).name}).pop()
+    dead = ({path.name for path in segments.glob("00000.*")} - {segment(store, 0).name}).pop()
     (segments / "00000.z.safetensors").write_bytes(b"cut short")
     (segments / "99999.a.safetensors").write_bytes(b"of no block")
     with reopen(tmp_path / "store") as store:
@@ -163,13 +166,13 @@ def test_files_that_nothing_points_to_are_recycled_or_removed(tmp_path: Path) ->
             "00002.a.safetensors"
         }
         step(store, 3)
-        assert store.segment_path(0, store.committed(0)).name == dead
+        assert segment(store, 0).name == dead
 
 
 def test_a_file_with_another_hard_link_is_not_recycled(tmp_path: Path) -> None:
     with make(tmp_path / "store") as store:
         step(store, 1)
-        first = store.segment_path(0, store.committed(0))
+        first = segment(store, 0)
         os.link(first, tmp_path / "branch")
         before = (tmp_path / "branch").read_bytes()
         for value in range(2, 6):
@@ -353,6 +356,36 @@ def test_a_file_is_not_recycled_under_a_reader(tmp_path: Path) -> None:
     assert device.gate.is_set()
 
 
+def test_everything_a_commit_points_to_is_synced_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power loss would take: bytes of a file, or the name of a new one."""
+    device = Logged()
+    with make(tmp_path / "store", device=device) as store:
+        publish = store.manifest.publish
+
+        def logged_publish(*arguments: Any) -> Any:
+            device.events.append("publish")
+            return publish(*arguments)
+
+        monkeypatch.setattr(store.manifest, "publish", logged_publish)
+        for value in range(1, 6):
+            device.events.clear()
+            new = len(list((store.path / "segments").iterdir()))
+            commits = []
+            for index in TRAINED:
+                store.write(index, filled(store.layout(index), value), value, value)
+            commits.append(store.commit(value, {}))
+            commits[-1].result(timeout=30)
+            new = len(list((store.path / "segments").iterdir())) - new
+            assert device.events.count("publish") == 1
+            before = device.events[: device.events.index("publish")]
+            assert device.events[-1] == "publish"
+            for index in TRAINED:
+                assert before.count(segment(store, index).name) == 1
+            assert ("segments" in before) == (new > 0 or value == 1)
+            if new:
+                assert max(map(before.index, before)) == before.index("segments")
+
+
 KILLED = """
     import sys
     from tests.store.cases import TRAINED, filled, reopen
@@ -397,7 +430,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_commit(tmp_path: Path) -> None:
 def test_a_snapshot_holds_its_files_until_it_is_removed(tmp_path: Path) -> None:
     with make(tmp_path / "store") as store:
         step(store, 1)
-        held = store.segment_path(0, store.committed(0))
+        held = segment(store, 0)
         store.snapshot("best")
         before = held.read_bytes()
         with pytest.raises(StoreError, match="already has a snapshot 'best'"):
@@ -478,6 +511,6 @@ def test_a_model_without_states_or_with_many_tensors(tmp_path: Path) -> None:
     with make(tmp_path / "store", blocks=[many], recipes={}, optimizer=AdamW()) as store:
         step(store, 1)
         assert_holds(store, 0, 1, {})
-        with safe_open(store.segment_path(0, store.committed(0)), "pt") as opened:
+        with safe_open(segment(store, 0), "pt") as opened:
             assert "param/p299" in opened.keys()  # noqa: SIM118
     assert RECIPES

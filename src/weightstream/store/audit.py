@@ -55,10 +55,10 @@ def digest(store: "Store") -> str:
     buffer = RecordBuffer(_largest(store))
     try:
         for block in store.blocks:
-            layout, entry = store.layout(block.index), store.committed(block.index)
+            layout, entry = store.layout(block.index), store.versions.records[block.index].committed
             buffer.bind(layout)
             targets = {part.name: buffer.view(part.name) for part in layout.states}
-            store.read_entry(block.index, entry, targets, "states").result()
+            store.versions.read_entry(block.index, entry, targets, "states").result()
             for part in layout.states:
                 for name, found in buffer.tensors(part.name).items():
                     hashed = hashlib.sha256(bytes_of(found)).hexdigest()
@@ -85,7 +85,7 @@ def verify(store: "Store") -> list[str]:
             layout = store.layout(row.block)
             buffer.bind(layout)
             entry = Entry(row.version, row.optimizer_steps, slot_of(row.file), row.checksums)
-            path = store.segment_path(row.block, entry)
+            path = store.versions.segment_path(row.block, entry)
             view = header.view[: layout.header_nbytes]
             try:
                 store.disk.read(path, [(0, view)], "states").result()
@@ -97,7 +97,7 @@ def verify(store: "Store") -> list[str]:
                 for part in layout.parts:
                     try:
                         targets = {part.name: buffer.view(part.name)}
-                        store.read_entry(row.block, entry, targets, "states").result()
+                        store.versions.read_entry(row.block, entry, targets, "states").result()
                     except DamagedRecordError as error:
                         problems.append(str(error))
             except (OSError, DamagedRecordError) as error:
@@ -111,7 +111,9 @@ def verify(store: "Store") -> list[str]:
 def info(store: "Store") -> dict[str, Any]:
     """Figures of an open store, as JSON."""
     layouts = [store.layout(block.index) for block in store.blocks]
-    names = [file_name(block.index, slot) for block in store.blocks for slot in store.record_state(block.index).slots]
+    names = [
+        file_name(block.index, slot) for block in store.blocks for slot in store.versions.records[block.index].slots
+    ]
     segments = store.path / directory.SEGMENTS
     return {
         "path": str(store.path),
@@ -121,13 +123,16 @@ def info(store: "Store") -> dict[str, Any]:
         "blocks": len(store.blocks),
         "parameters": sum(block.numel for block in store.blocks),
         "record_bytes": sum(layout.image_nbytes for layout in layouts),
-        "records_written": sum(store.committed(block.index).slot is not None for block in store.blocks),
-        "versions": [store.committed(block.index).version for block in store.blocks],
+        "records_written": sum(
+            store.versions.records[block.index].committed.slot is not None for block in store.blocks
+        ),
+        "versions": [store.versions.records[block.index].committed.version for block in store.blocks],
         "segment_files": len(names),
         "segment_bytes": sum((segments / name).stat().st_size for name in names if (segments / name).exists()),
         "pinned_bytes": store.pinned_bytes,
         "snapshots": store.snapshots(),
         "direct_io": store.disk.device.direct,
+        "busy_s": {"disk": dict(store.disk.traffic.busy_s), "ram": dict(store.memory.traffic.busy_s)},
         "counters": {f"{tier}/{kind}": moved for (tier, kind), moved in store.counters.items()},
     }
 

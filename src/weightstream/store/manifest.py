@@ -94,6 +94,10 @@ class Manifest:
                 _insert(connection, "blocks", (block, name, _json(facts)))
             _insert(connection, "commits", (0, 0, _json({})))
             connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"store '{path.parent}': the manifest could not be written: {error}; make room on the disk, try again"
+            ) from error
         finally:
             connection.close()
         partial.rename(path)
@@ -117,6 +121,9 @@ class Manifest:
             connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (number,) = connection.execute("PRAGMA user_version").fetchone()
+            if writable and (application, number) == (APPLICATION_ID, FORMAT_NUMBER):
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
         except sqlite3.Error as error:
             raise StoreError(
                 f"{what}: expected an SQLite manifest in {path.name}, found {error}; give the directory of a store, "
@@ -127,9 +134,6 @@ class Manifest:
             found = f"format {number}" if application == APPLICATION_ID else "another program's database"
             hint = "a newer weightstream reads it" if number > FORMAT_NUMBER else "give the directory of a store"
             raise StoreError(f"{what}: expected a manifest of format {FORMAT_NUMBER}, found {found}; {hint}")
-        if writable:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
         return cls(path, connection)
 
     @contextmanager

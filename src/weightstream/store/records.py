@@ -22,6 +22,7 @@ class Entry:
     checksums: Mapping[str, int] = field(default_factory=dict)
     ready: "Future[Any]" = field(default_factory=lambda: done(None))  # its file is written and synced
     readers: "list[Future[Any]]" = field(default_factory=list)
+    new_file: bool = False  # its name must be synced with its directory
 
     def users(self) -> "list[Future[Any]]":
         """What must end before this version's file may be overwritten."""

@@ -7,32 +7,25 @@ instant finds the last commit whole, and the store is the checkpoint.
 
 import json
 import os
-import sqlite3
-import threading
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
 from weightstream.blocks import Block, Parameter
-from weightstream.errors import DamagedRecordError, StoreError, StoreMismatchError
+from weightstream.errors import StoreError, StoreMismatchError
 from weightstream.store import audit, directory
-from weightstream.store.futures import chain, forward, gather, new_future, settle
-from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
-from weightstream.store.layout import Part, Precision, RecordLayout, record_layout
-from weightstream.store.manifest import Manifest, RecordRow
+from weightstream.store.layout import Precision, RecordLayout, record_layout
+from weightstream.store.manifest import Manifest
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.records import Entry, PinnedPart, Record, file_name, pin_parts, slot_of, unpin_parts
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.tiers import Disk, Extent, Memory
-
-Targets = Mapping[str, memoryview]
-"""Which parts of a record are wanted, and the memory that each goes to."""
+from weightstream.store.tiers import Disk, Memory
+from weightstream.store.versions import Versions
 
 
 class Store:
@@ -60,21 +53,26 @@ class Store:
         self.precision: Precision = meta["precision"]
         self.optimizer = Optimizer.from_json(meta["optimizer"])
         self.seed = int(self.contract.get("seed", 0))
-        self.step, self.progress = last.step, last.progress
         self.blocks = tuple(_block_from_facts(index, name, facts) for index, name, facts in blocks)
         self.recipes: dict[str, Recipe] = {
             name: Recipe.from_json(recipe) for _, _, facts in blocks for name, recipe in facts["recipes"].items()
         }
         self._layouts = [record_layout(block, self.precision, self.optimizer) for block in self.blocks]
-        self._records = directory.records(self.path, self._layouts, rows, held, keep_dead=self.writable)
+        records = directory.records(self.path, self._layouts, rows, held, keep_dead=self.writable)
         self._scratch = Scratch(disk, path / directory.SCRATCH)
-        self._lock = threading.RLock()
-        self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
-        self._commits: list[Future[Any]] = []
-        self._in_flight: set[Future[Any]] = set()
-        self._failure: BaseException | None = None
-        self._new_files = True  # names made before a crash may not be on the medium yet
         self._closed = False
+        self.versions = Versions(
+            path,
+            self._layouts,
+            records,
+            last,
+            manifest=manifest,
+            disk=disk,
+            memory=self.memory,
+            recipes=self.recipes,
+            seed=self.seed,
+            writable=self.writable,
+        )
 
     @classmethod
     def create(
@@ -104,7 +102,7 @@ class Store:
         try:
             disk.device.probe(store_path / directory.SCRATCH)
             meta = {
-                "contract": json.loads(json.dumps(dict(contract))),
+                "contract": _as_json("contract", contract),
                 "precision": precision,
                 "optimizer": optimizer.to_json(),
                 "chunk_bytes": disk.chunk_bytes,
@@ -116,7 +114,11 @@ class Store:
         except BaseException:
             directory.unlock(lock_handle)
             raise
-        store._materialise_frozen()
+        try:
+            store._materialise_frozen()
+        except BaseException:
+            store.close()
+            raise
         return store
 
     @classmethod
@@ -153,6 +155,16 @@ class Store:
                 directory.unlock(lock_handle)
             raise
 
+    @property
+    def step(self) -> int:
+        """The training step of the last commit; 0 in a new store."""
+        return self.versions.step
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the caller kept with the last commit."""
+        return self.versions.progress
+
     @staticmethod
     def exists(path: str | os.PathLike[str]) -> bool:
         """Whether there is a whole store to open; an interrupted creation is none and may be created again."""
@@ -164,7 +176,7 @@ class Store:
         Raises:
             StoreMismatchError: naming each key with both values.
         """
-        given = json.loads(json.dumps(dict(contract)))
+        given = _as_json("contract", contract)
         differing = [
             f"{key}: the store has {_shown(self.contract, key)}, this run has {_shown(given, key)}"
             for key in sorted(self.contract.keys() | given.keys())
@@ -183,11 +195,11 @@ class Store:
 
     def version(self, block_index: int) -> int:
         """The newest version, pending ones included."""
-        return self._records[block_index].newest.version
+        return self.versions.records[block_index].newest.version
 
     def optimizer_steps(self, block_index: int) -> int:
         """How many optimizer steps the newest version has had."""
-        return self._records[block_index].newest.optimizer_steps
+        return self.versions.records[block_index].newest.optimizer_steps
 
     # Operations in the background.
 
@@ -201,7 +213,7 @@ class Store:
         view = view.cast("B")
         if view.nbytes < part.nbytes:
             raise ValueError(f"fetch of block {block_index} needs {part.nbytes} bytes, the view has {view.nbytes}")
-        return self._read(block_index, {part.name: view[: part.nbytes]}, "copy")
+        return self.versions.read(block_index, {part.name: view[: part.nbytes]}, "copy")
 
     def load(self, block_index: int, record: RecordBuffer, parts: Collection[str] | None = None) -> "Future[int]":
         """Fill a buffer with masters and states (or the parts named) of the newest version, at their places.
@@ -211,7 +223,7 @@ class Store:
         layout = self._layouts[block_index]
         record.bind(layout)
         wanted = layout.states if parts is None else tuple(layout.part(name) for name in parts)
-        return self._read(block_index, {part.name: record.view(part.name) for part in wanted}, "states")
+        return self.versions.read(block_index, {part.name: record.view(part.name) for part in wanted}, "states")
 
     def write(self, block_index: int, record: RecordBuffer, version: int, optimizer_steps: int) -> "Future[None]":
         """Write the whole image as a new version, to be published by the next commit; done when synced.
@@ -222,25 +234,8 @@ class Store:
             StoreError: opened for reading, or an earlier commit failed and `discard` was not called.
             ValueError: a version older than the newest, or a buffer bound to another layout.
         """
-        layout = self._layouts[block_index]
-        if record.layout != layout:
-            raise ValueError(f"write of block {block_index}: the buffer is bound to block {record.layout.block!r}")
-        out: Future[None] = new_future()
-        with self._lock:
-            self._check_usable()
-            state = self._records[block_index]
-            if version < state.newest.version:
-                raise ValueError(f"write of block {block_index}: version {version} after {state.newest.version}")
-            record.image[: layout.header_nbytes] = layout.header(version)
-            entry = Entry(version, optimizer_steps, ready=out)
-            state.newest = entry
-            self._track(out)
-            copies = [self._copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
-        moved = chain((), lambda: self._write_entry(block_index, entry, record))
-        gather([moved, *copies]).add_done_callback(
-            lambda finished: settle(out, lambda: self._written(finished, block_index, entry))
-        )
-        return out
+        self._require_writable()
+        return self.versions.write(block_index, record, version, optimizer_steps)
 
     def commit(self, step: int, progress: Mapping[str, Any]) -> "Future[None]":
         """Publish every version written so far, with the step and the caller's progress, in one transaction.
@@ -251,79 +246,42 @@ class Store:
         Raises (in the future):
             StoreError: a write failed; the last commit is whole, `discard` goes back to it.
         """
-        kept = json.loads(json.dumps(dict(progress)))
-        out: Future[None] = new_future()
-        with self._lock:
-            self._check_usable()
-            published = {index: state.newest for index, state in enumerate(self._records) if state.pending}
-            for index, entry in published.items():
-                self._records[index].committing.append(entry)
-            waits = [entry.ready for entry in published.values()] + self._commits[-1:]
-            self._commits.append(out)
-            self._track(out)
-        published_run = chain(waits, lambda: self._committer.submit(self._publish, step, kept, published))
-
-        def finish(finished: "Future[None]") -> None:
-            with self._lock:
-                self._commits.remove(out)
-                for index, entry in published.items():
-                    self._records[index].committing.remove(entry)
-                error = finished.exception()
-                if error is None:
-                    for index, entry in published.items():
-                        self._records[index].committed = entry
-                    self.step, self.progress = step, kept
-                else:
-                    self._failure = error
-            settle(out, finished.result)
-
-        published_run.add_done_callback(finish)
-        return out
+        self._require_writable()
+        return self.versions.commit(step, _as_json("progress", progress))
 
     def discard(self) -> None:
         """Forget every version that no commit was asked to publish: the undo of a step.
 
         After a failed commit or write it makes the store usable again, at its last commit.
         """
-        with self._lock:
-            self._failure = None
-            for state in self._records:
-                if state.pending:
-                    state.newest = state.committing[-1] if state.committing else state.committed
-                    for pin in state.pinned.values():
-                        if pin.entry is not state.newest:
-                            pin.forget()
+        self.versions.discard()
 
     def pin(self, block_index: int, parts: Collection[str]) -> None:
         """Keep these parts of a record in memory: filled by their next read or write, written through, read from
         memory afterwards. Parts that the record does not have are left out."""
-        layout = self._layouts[block_index]
-        with self._lock:
-            pin_parts(
-                self._records[block_index],
-                [(name, layout.part(name).nbytes) for name in parts if layout.has(name)],
-            )
+        self.versions.pin(block_index, parts)
 
     def unpin(self, block_index: int, parts: Collection[str] | None = None) -> None:
         """Let go of the memory of these parts (of all, by default)."""
-        with self._lock:
-            state = self._records[block_index]
-            unpin_parts(state, list(state.pinned) if parts is None else parts)
+        self.versions.unpin(block_index, parts)
 
     @property
     def pinned_bytes(self) -> int:
         """Memory set aside for pinned parts."""
-        with self._lock:
-            return sum(pin.buffer.nbytes for state in self._records for pin in state.pinned.values())
+        return self.versions.pinned_bytes
 
     def scratch_write(self, key: Hashable, view: memoryview) -> "Future[None]":
         """Keep bytes on disk under a key until they are freed or the store is closed."""
         self._require_writable()
-        return self._track(self._scratch.write(key, view))
+        written = self._scratch.write(key, view)
+        self.versions.track(written)
+        return written
 
     def scratch_read(self, key: Hashable, view: memoryview) -> "Future[None]":
         """Fill memory of the same length with the bytes under a key."""
-        return self._track(self._scratch.read(key, view))
+        read = self._scratch.read(key, view)
+        self.versions.track(read)
+        return read
 
     def scratch_free(self, key: Hashable) -> None:
         """Forget the bytes under a key, if there are any."""
@@ -360,24 +318,16 @@ class Store:
     def snapshot(self, name: str) -> None:
         """Hold the last commit under a name: one row, no data is copied."""
         self._require_writable()
-        self._committer.submit(self._add_snapshot, name).result()
+        self.versions.add_snapshot(name)
 
     def remove_snapshot(self, name: str) -> None:
         """Give up a snapshot; files that it alone held are used again."""
         self._require_writable()
-        self._committer.submit(self._remove_snapshot, name).result()
+        self.versions.remove_snapshot(name)
 
     def snapshots(self) -> dict[str, int]:
         """Name of each snapshot → training step that it holds."""
         return {name: self.manifest.commit_row(number).step for name, number in self.manifest.snapshots().items()}
-
-    def committed(self, block_index: int) -> Entry:
-        """The version that the last commit published."""
-        return self._records[block_index].committed
-
-    def record_state(self, block_index: int) -> Record:
-        """The versions and files of one record."""
-        return self._records[block_index]
 
     @property
     def counters(self) -> dict[tuple[str, str], dict[str, int]]:
@@ -396,9 +346,7 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        while waiting := [future for future in list(self._in_flight) if not future.done()]:
-            gather(waiting).exception()
-        self._committer.shutdown(wait=True)
+        self.versions.close()
         self.disk.close()
         self.memory.close()
         self.manifest.close()
@@ -412,191 +360,6 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Reading.
-
-    def _read(self, block_index: int, targets: Targets, kind: str) -> "Future[int]":
-        """Fill the targets with the newest version, from memory where they are pinned."""
-        out: Future[int] = new_future()
-        with self._lock:
-            state = self._records[block_index]
-            entry = state.newest
-            from_pins: dict[str, tuple[PinnedPart, Future[Any]]] = {}
-            fills: dict[str, PinnedPart] = {}
-            waits: list[Future[Any]] = []
-            filled: Future[Any] = new_future()
-            for name in targets:
-                pin = state.pinned.get(name)
-                if pin is not None and pin.entry is entry:
-                    from_pins[name] = (pin, pin.ready)
-                    waits.append(pin.ready)
-                    pin.add_user(out)
-                elif pin is not None:
-                    fills[name] = pin
-                    waits.extend(pin.busy())
-                    pin.expect(entry, filled)
-            if len(from_pins) < len(targets):
-                waits.append(entry.ready)
-                entry.add_reader(out)
-            self._track(out)
-        others = {name: view for name, view in targets.items() if name not in from_pins}
-
-        def start() -> "Future[list[None]]":
-            moves: list[Future[None]] = []
-            for name, (pin, ready) in from_pins.items():
-                ready.result()
-                moves.append(self.memory.copy(pin.buffer.view, targets[name], kind, write=False))
-            if others:
-                entry.ready.result()
-                moves.append(chain((), lambda: self.read_entry(block_index, entry, others, kind)))
-            return gather(moves)
-
-        def fill_pins(read: "Future[list[None]]") -> "Future[list[None]]":
-            read.result()
-            return gather(
-                self.memory.copy(targets[name], pin.buffer.view, kind, write=True) for name, pin in fills.items()
-            )
-
-        read = chain(waits, start)
-        complete = chain([read], lambda: fill_pins(read))
-        complete.add_done_callback(lambda finished: self._read_done(finished, entry, fills, filled, out))
-        return out
-
-    def _read_done(
-        self,
-        finished: "Future[list[None]]",
-        entry: Entry,
-        fills: Mapping[str, PinnedPart],
-        filled: "Future[Any]",
-        out: "Future[int]",
-    ) -> None:
-        if finished.exception() is not None:
-            with self._lock:
-                for pin in fills.values():
-                    if pin.entry is entry:
-                        pin.forget()
-        forward(finished, filled)
-
-        def version() -> int:
-            finished.result()
-            return entry.version
-
-        settle(out, version)
-
-    def read_entry(self, block_index: int, entry: Entry, targets: Targets, kind: str) -> "Future[None]":
-        """Fill the targets with one version, from its file or the generator, never from memory."""
-        layout = self._layouts[block_index]
-        parts = [layout.part(name) for name in targets]
-        if entry.slot is None:
-            tasks = [
-                task
-                for part in parts
-                for task in generation_tasks(part, targets[part.name], self.recipes, self.seed, layout.block)
-            ]
-            return self.memory.run(tasks)
-        extents: list[Extent] = [(part.offset, targets[part.name]) for part in parts]
-        out: Future[None] = new_future()
-        with self._lock:
-            entry.add_reader(out)
-        self._track(out)
-
-        def check(finished: "Future[list[int]]") -> None:
-            settle(out, lambda: self._check(block_index, entry, parts, finished.result()))
-
-        self.disk.read(self.segment_path(block_index, entry), extents, kind).add_done_callback(check)
-        return out
-
-    def segment_path(self, block_index: int, entry: Entry) -> Path:
-        """The file that holds this version."""
-        assert entry.slot is not None
-        return self.path / directory.SEGMENTS / file_name(block_index, entry.slot)
-
-    def _check(self, block_index: int, entry: Entry, parts: Sequence[Part], found: Sequence[int]) -> None:
-        for part, checksum in zip(parts, found, strict=True):
-            if checksum != entry.checksums[part.name]:
-                reason = "the file was damaged or changed; restore it from a snapshot or a copy"
-                if not self.writable:
-                    reason = "it was damaged, or its writer went on and used the file again; open the store anew"
-                raise DamagedRecordError(
-                    f"store '{self.path}': block {block_index} {self.blocks[block_index].name!r} at version "
-                    f"{entry.version}, part {part.name!r} in {self.segment_path(block_index, entry).name}: expected "
-                    f"checksum {entry.checksums[part.name]:016x}, found {checksum:016x}; {reason}"
-                )
-
-    # Writing.
-
-    def _copy_into_pin(self, pin: PinnedPart, entry: Entry, source: memoryview) -> "Future[None]":
-        waits = pin.busy()
-        copied: Future[None] = new_future()
-        pin.expect(entry, copied)
-        return chain(waits, lambda: self.memory.copy(source, pin.buffer.view, "segment", write=True), copied)
-
-    def _write_entry(self, block_index: int, entry: Entry, record: RecordBuffer) -> "Future[None]":
-        """Find the entry a file and write its image there; waits for a commit if all files are live."""
-        layout = self._layouts[block_index]
-        with self._lock:
-            state = self._records[block_index]
-            known = set(state.slots)
-            waits = state.claim(entry)
-            if waits is None:
-                assert self._commits, "only a commit under way can keep three files of a record live"
-                return chain(self._commits[:1], lambda: self._write_entry(block_index, entry, record))
-            self._new_files |= entry.slot not in known
-
-        def start() -> "Future[list[int]]":
-            image = record.image
-            extents: list[Extent] = [(0, image[: layout.header_nbytes])]
-            extents += [(part.offset, record.view(part.name)) for part in layout.parts]
-            return self.disk.write(
-                self.segment_path(block_index, entry),
-                extents,
-                "segment",
-                allocate_bytes=layout.image_nbytes,
-                recycle=entry.slot in known,
-            )
-
-        out: Future[None] = new_future()
-
-        def keep(finished: "Future[list[int]]") -> None:
-            def checksums() -> None:
-                found = finished.result()[1:]
-                entry.checksums = {part.name: value for part, value in zip(layout.parts, found, strict=True)}
-
-            settle(out, checksums)
-
-        chain(waits, start).add_done_callback(keep)
-        return out
-
-    def _written(self, finished: "Future[list[None]]", block_index: int, entry: Entry) -> None:
-        error = finished.exception()
-        if isinstance(error, OSError):
-            raise StoreError(
-                f"store '{self.path}': version {entry.version} of block {block_index} "
-                f"{self.blocks[block_index].name!r} could not be written: {error.strerror}; the commit of step "
-                f"{self.step} is whole, make room on the disk and run again"
-            ) from error
-        finished.result()
-
-    def _publish(self, step: int, progress: dict[str, Any], published: Mapping[int, Entry]) -> None:
-        """In the commit thread: everything that the transaction points to is on the medium before it."""
-        if self._failure is not None:
-            raise StoreError(f"store '{self.path}': step {step} follows a commit that failed") from self._failure
-        rows = []
-        for index, entry in published.items():
-            entry.ready.result()
-            name = self.segment_path(index, entry).name
-            rows.append(RecordRow(index, entry.version, name, entry.checksums, entry.optimizer_steps))
-        with self._lock:
-            new_files, self._new_files = self._new_files, False
-        if new_files and rows:
-            self.disk.device.sync_directory(self.path / directory.SEGMENTS)
-        try:
-            self.manifest.publish(step, progress, rows)
-        except sqlite3.Error as error:
-            raise StoreError(
-                f"store '{self.path}': the commit of step {step} failed: {error}; the commit of step {self.step} is "
-                "whole, make room on the disk and run again"
-            ) from error
-
     def _materialise_frozen(self) -> None:
         """Give blocks that are never trained a file: they would be generated anew at every fetch."""
         for block in self.blocks:
@@ -607,47 +370,14 @@ class Store:
             self.load(block.index, record, [part.name for part in layout.parts]).result()
             self.write(block.index, record, 0, 0).result()
             record.close()
-        if any(state.pending for state in self._records):
+        if any(state.pending for state in self.versions.records):
             self.commit(0, {}).result()
-
-    # Snapshots, in the commit thread.
-
-    def _add_snapshot(self, name: str) -> None:
-        self.manifest.add_snapshot(name)
-        with self._lock:
-            for state in self._records:
-                if state.committed.slot is not None:
-                    state.held.add(state.committed.slot)
-
-    def _remove_snapshot(self, name: str) -> None:
-        self.manifest.remove_snapshot(name)
-        held = set(self.manifest.snapshots().values())
-        with self._lock:
-            for state in self._records:
-                state.held = set()
-            for row in self.manifest.records():
-                if any(row.born <= number and (row.died is None or number < row.died) for number in held):
-                    self._records[row.block].held.add(slot_of(row.file))
-
-    # Small things.
-
-    def _track(self, future: "Future[Any]") -> "Future[Any]":
-        self._in_flight.add(future)
-        future.add_done_callback(self._in_flight.discard)
-        return future
 
     def _require_writable(self) -> None:
         if not self.writable:
             raise StoreError(f"store '{self.path}' was opened for reading; open it with writable=True")
         if self._closed:
             raise StoreError(f"store '{self.path}' is closed; open it again")
-
-    def _check_usable(self) -> None:
-        self._require_writable()
-        if self._failure is not None:
-            raise StoreError(
-                f"store '{self.path}': a commit failed ({self._failure}); discard() goes back to step {self.step}"
-            ) from self._failure
 
 
 def _block_facts(block: Block, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
@@ -669,6 +399,15 @@ def _block_facts(block: Block, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
 def _block_from_facts(index: int, name: str, facts: Mapping[str, Any]) -> Block:
     parameters = tuple(Parameter(fact["name"], tuple(fact["shape"]), fact["trainable"]) for fact in facts["parameters"])
     return Block(index, name, parameters, tuple(facts["modules"]), facts["resident"])
+
+
+def _as_json(what: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as they will be read back: tuples are lists."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(values), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be plain JSON without NaN or infinities, found {values!r}: {error}") from error
+    return found
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

@@ -305,6 +305,7 @@ class Disk:
                     os.close(handle)
                     self.device.unlink(transfer.path)
                     handle = self.device.open(transfer.path, write=True)
+                    self.device.sync_directory(transfer.path.parent)
                 transfer.handle = handle
                 if transfer.write:
                     self.device.allocate(handle, transfer.allocate_bytes)

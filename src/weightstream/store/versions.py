@@ -1,0 +1,374 @@
+"""Records in motion: which version is served, which file it is written to, and what a commit publishes.
+
+Every rule that keeps published bytes safe is here. A version is written to a file that nothing points to
+(`Record.claim`), after whatever still reads that file has ended. A version may be read only after it is written; who
+asks earlier waits, without a thread. A commit waits for its writes and for the commit before it.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from weightstream.errors import DamagedRecordError, StoreError
+from weightstream.store import directory
+from weightstream.store.futures import chain, forward, gather, new_future, settle
+from weightstream.store.generator import generation_tasks
+from weightstream.store.initial import Recipe
+from weightstream.store.layout import Part, RecordLayout
+from weightstream.store.manifest import CommitRow, Manifest, RecordRow
+from weightstream.store.records import Entry, PinnedPart, Record, file_name, pin_parts, slot_of, unpin_parts
+from weightstream.store.segments import RecordBuffer
+from weightstream.store.tiers import Disk, Extent, Memory
+
+Targets = Mapping[str, memoryview]
+"""Which parts of a record are wanted, and the memory that each goes to."""
+
+
+class Versions:
+    """The records of one open store. Methods may be called from any thread; memory given to them must be left alone
+    until the future that they return is done."""
+
+    def __init__(
+        self,
+        path: Path,
+        layouts: Sequence[RecordLayout],
+        records: list[Record],
+        last: CommitRow,
+        *,
+        manifest: Manifest,
+        disk: Disk,
+        memory: Memory,
+        recipes: Mapping[str, Recipe],
+        seed: int,
+        writable: bool,
+    ) -> None:
+        self.path = path
+        self.layouts = layouts
+        self.records = records
+        self.step, self.progress = last.step, last.progress
+        self.writable = writable
+        self._manifest = manifest
+        self._disk = disk
+        self._memory = memory
+        self._recipes = recipes
+        self._seed = seed
+        self._lock = threading.RLock()
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
+        self._commits: list[Future[None]] = []  # under way, in order
+        self._in_flight: set[Future[Any]] = set()
+        self._failure: BaseException | None = None
+        self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
+
+    def write(self, block_index: int, record: RecordBuffer, version: int, optimizer_steps: int) -> "Future[None]":
+        """Make the buffer's image the newest version; done when it is synced and in its pins."""
+        layout = self.layouts[block_index]
+        if record.layout != layout:
+            raise ValueError(f"write of block {block_index}: the buffer is bound to block {record.layout.block!r}")
+        out: Future[None] = new_future()
+        with self._lock:
+            self._check_usable()
+            state = self.records[block_index]
+            if version < state.newest.version:
+                raise ValueError(f"write of block {block_index}: version {version} after {state.newest.version}")
+            record.image[: layout.header_nbytes] = layout.header(version)
+            entry = Entry(version, optimizer_steps, ready=out)
+            state.newest = entry
+            self.track(out)
+            copies = [self._copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
+        moved = chain((), lambda: self._write_entry(block_index, entry, record))
+        gather([moved, *copies]).add_done_callback(
+            lambda finished: settle(out, lambda: self._written(finished, block_index, entry))
+        )
+        return out
+
+    def commit(self, step: int, progress: dict[str, Any]) -> "Future[None]":
+        """Publish the newest version of every record; later writes belong to the next commit."""
+        out: Future[None] = new_future()
+        with self._lock:
+            self._check_usable()
+            published = {index: state.newest for index, state in enumerate(self.records) if state.pending}
+            for index, entry in published.items():
+                self.records[index].committing.append(entry)
+            waits = [entry.ready for entry in published.values()] + self._commits[-1:]
+            self._commits.append(out)
+            self.track(out)
+        return chain(waits, lambda: self._committer.submit(self._commit, out, step, progress, published), out)
+
+    def discard(self) -> None:
+        """Go back to the versions of the last commit that was asked for, and forget a failure."""
+        with self._lock:
+            self._failure = None
+            for state in self.records:
+                if state.pending:
+                    state.newest = state.committing[-1] if state.committing else state.committed
+                    for pin in state.pinned.values():
+                        if pin.entry is not state.newest:
+                            pin.forget()
+
+    def pin(self, block_index: int, parts: Collection[str]) -> None:
+        """Keep these parts in memory from their next read or write on."""
+        layout = self.layouts[block_index]
+        wanted = [(name, layout.part(name).nbytes) for name in parts if layout.has(name)]
+        with self._lock:
+            pin_parts(self.records[block_index], wanted)
+
+    def unpin(self, block_index: int, parts: Collection[str] | None) -> None:
+        """Let go of these parts, or of all."""
+        with self._lock:
+            state = self.records[block_index]
+            unpin_parts(state, list(state.pinned) if parts is None else parts)
+
+    @property
+    def pinned_bytes(self) -> int:
+        with self._lock:
+            return sum(pin.buffer.nbytes for state in self.records for pin in state.pinned.values())
+
+    def add_snapshot(self, name: str) -> None:
+        """Between two commits, in their thread: hold the files of the last one."""
+        self._committer.submit(self._add_snapshot, name).result()
+
+    def remove_snapshot(self, name: str) -> None:
+        """Between two commits, in their thread: let go of files that no other snapshot holds."""
+        self._committer.submit(self._remove_snapshot, name).result()
+
+    def track(self, future: "Future[Any]") -> None:
+        """`close` waits for it."""
+        self._in_flight.add(future)
+        future.add_done_callback(self._in_flight.discard)
+
+    def close(self) -> None:
+        """Wait for everything under way."""
+        while waiting := [future for future in list(self._in_flight) if not future.done()]:
+            gather(waiting).exception()
+        self._committer.shutdown(wait=True)
+
+    # Reading.
+
+    def read(self, block_index: int, targets: Targets, kind: str) -> "Future[int]":
+        """Fill the targets with the newest version, from memory where they are pinned."""
+        out: Future[int] = new_future()
+        with self._lock:
+            state = self.records[block_index]
+            entry = state.newest
+            from_pins: dict[str, tuple[PinnedPart, Future[Any]]] = {}
+            fills: dict[str, PinnedPart] = {}
+            waits: list[Future[Any]] = []
+            filled: Future[Any] = new_future()
+            for name in targets:
+                pin = state.pinned.get(name)
+                if pin is not None and pin.entry is entry:
+                    from_pins[name] = (pin, pin.ready)
+                    waits.append(pin.ready)
+                    pin.add_user(out)
+                elif pin is not None:
+                    fills[name] = pin
+                    waits.extend(pin.busy())
+                    pin.expect(entry, filled)
+            if len(from_pins) < len(targets):
+                waits.append(entry.ready)
+                entry.add_reader(out)
+            self.track(out)
+        others = {name: view for name, view in targets.items() if name not in from_pins}
+
+        def start() -> "Future[list[None]]":
+            moves: list[Future[None]] = []
+            for name, (pin, ready) in from_pins.items():
+                ready.result()
+                moves.append(self._memory.copy(pin.buffer.view, targets[name], kind, write=False))
+            if others:
+                entry.ready.result()
+                moves.append(chain((), lambda: self.read_entry(block_index, entry, others, kind)))
+            return gather(moves)
+
+        def fill_pins(read: "Future[list[None]]") -> "Future[list[None]]":
+            read.result()
+            return gather(
+                self._memory.copy(targets[name], pin.buffer.view, kind, write=True) for name, pin in fills.items()
+            )
+
+        read = chain(waits, start)
+        complete = chain([read], lambda: fill_pins(read))
+        complete.add_done_callback(lambda finished: self._read_done(finished, entry, fills, filled, out))
+        return out
+
+    def _read_done(
+        self,
+        finished: "Future[list[None]]",
+        entry: Entry,
+        fills: Mapping[str, PinnedPart],
+        filled: "Future[Any]",
+        out: "Future[int]",
+    ) -> None:
+        if finished.exception() is not None:
+            with self._lock:
+                for pin in fills.values():
+                    if pin.entry is entry:
+                        pin.forget()
+        forward(finished, filled)
+
+        def version() -> int:
+            finished.result()
+            return entry.version
+
+        settle(out, version)
+
+    def read_entry(self, block_index: int, entry: Entry, targets: Targets, kind: str) -> "Future[None]":
+        """Fill the targets with one version, from its file or the generator, never from memory."""
+        layout = self.layouts[block_index]
+        parts = [layout.part(name) for name in targets]
+        if entry.slot is None:
+            tasks = [
+                task
+                for part in parts
+                for task in generation_tasks(part, targets[part.name], self._recipes, self._seed, layout.block)
+            ]
+            return self._memory.run(tasks)
+        extents: list[Extent] = [(part.offset, targets[part.name]) for part in parts]
+        out: Future[None] = new_future()
+        with self._lock:
+            entry.add_reader(out)
+        self.track(out)
+
+        def check(finished: "Future[list[int]]") -> None:
+            settle(out, lambda: self._check(block_index, entry, parts, finished.result()))
+
+        self._disk.read(self.segment_path(block_index, entry), extents, kind).add_done_callback(check)
+        return out
+
+    def segment_path(self, block_index: int, entry: Entry) -> Path:
+        """The file that holds this version."""
+        assert entry.slot is not None
+        return self.path / directory.SEGMENTS / file_name(block_index, entry.slot)
+
+    def _check(self, block_index: int, entry: Entry, parts: Sequence[Part], found: Sequence[int]) -> None:
+        for part, checksum in zip(parts, found, strict=True):
+            if checksum != entry.checksums[part.name]:
+                reason = "the file was damaged or changed; restore it from a snapshot or a copy"
+                if not self.writable:
+                    reason = "it was damaged, or its writer went on and used the file again; open the store anew"
+                raise DamagedRecordError(
+                    f"store '{self.path}': block {block_index} {self.layouts[block_index].block!r} at version "
+                    f"{entry.version}, part {part.name!r} in {self.segment_path(block_index, entry).name}: expected "
+                    f"checksum {entry.checksums[part.name]:016x}, found {checksum:016x}; {reason}"
+                )
+
+    # Writing.
+
+    def _copy_into_pin(self, pin: PinnedPart, entry: Entry, source: memoryview) -> "Future[None]":
+        waits = pin.busy()
+        copied: Future[None] = new_future()
+        pin.expect(entry, copied)
+        return chain(waits, lambda: self._memory.copy(source, pin.buffer.view, "segment", write=True), copied)
+
+    def _write_entry(self, block_index: int, entry: Entry, record: RecordBuffer) -> "Future[None]":
+        """Find the entry a file and write its image there; waits for a commit if all files are live."""
+        layout = self.layouts[block_index]
+        with self._lock:
+            state = self.records[block_index]
+            known = set(state.slots)
+            waits = state.claim(entry)
+            if waits is None:
+                assert self._commits, "only a commit under way can keep three files of a record live"
+                return chain(self._commits[:1], lambda: self._write_entry(block_index, entry, record))
+            entry.new_file = entry.slot not in known
+
+        def start() -> "Future[list[int]]":
+            image = record.image
+            extents: list[Extent] = [(0, image[: layout.header_nbytes])]
+            extents += [(part.offset, record.view(part.name)) for part in layout.parts]
+            return self._disk.write(
+                self.segment_path(block_index, entry),
+                extents,
+                "segment",
+                allocate_bytes=layout.image_nbytes,
+                recycle=entry.slot in known,
+            )
+
+        out: Future[None] = new_future()
+
+        def keep(finished: "Future[list[int]]") -> None:
+            def checksums() -> None:
+                found = finished.result()[1:]
+                entry.checksums = {part.name: value for part, value in zip(layout.parts, found, strict=True)}
+
+            settle(out, checksums)
+
+        chain(waits, start).add_done_callback(keep)
+        return out
+
+    def _written(self, finished: "Future[list[None]]", block_index: int, entry: Entry) -> None:
+        error = finished.exception()
+        if isinstance(error, OSError):
+            raise StoreError(
+                f"store '{self.path}': version {entry.version} of block {block_index} "
+                f"{self.layouts[block_index].block!r} could not be written: {error.strerror}; the commit of step "
+                f"{self.step} is whole, make room on the disk and run again"
+            ) from error
+        finished.result()
+
+    # Committing: what follows runs in the commit thread, one at a time.
+
+    def _commit(self, out: "Future[None]", step: int, progress: dict[str, Any], published: Mapping[int, Entry]) -> None:
+        try:
+            self._publish(step, progress, published)
+        except BaseException as error:
+            with self._lock:
+                self._failure = error
+                self._end_commit(out, published)
+            raise
+        with self._lock:
+            for index, entry in published.items():
+                self.records[index].committed = entry
+            self.step, self.progress = step, progress
+            self._end_commit(out, published)
+
+    def _end_commit(self, out: "Future[None]", published: Mapping[int, Entry]) -> None:
+        self._commits.remove(out)
+        for index, entry in published.items():
+            self.records[index].committing.remove(entry)
+
+    def _publish(self, step: int, progress: dict[str, Any], published: Mapping[int, Entry]) -> None:
+        """Everything that the transaction will point to is on the medium before it begins."""
+        if self._failure is not None:
+            raise StoreError(f"store '{self.path}': step {step} follows a commit that failed") from self._failure
+        rows = []
+        for index, entry in published.items():
+            entry.ready.result()
+            name = self.segment_path(index, entry).name
+            rows.append(RecordRow(index, entry.version, name, entry.checksums, entry.optimizer_steps))
+        try:
+            if not self._names_synced or any(entry.new_file for entry in published.values()):
+                self._disk.device.sync_directory(self.path / directory.SEGMENTS)
+                self._names_synced = True
+            self._manifest.publish(step, progress, rows)
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(
+                f"store '{self.path}': the commit of step {step} failed: {error}; the commit of step {self.step} is "
+                "whole, make room on the disk and run again"
+            ) from error
+
+    def _add_snapshot(self, name: str) -> None:
+        self._manifest.add_snapshot(name)
+        with self._lock:
+            for state in self.records:
+                if state.committed.slot is not None:
+                    state.held.add(state.committed.slot)
+
+    def _remove_snapshot(self, name: str) -> None:
+        self._manifest.remove_snapshot(name)
+        held = set(self._manifest.snapshots().values())
+        with self._lock:
+            for state in self.records:
+                state.held = set()
+            for row in self._manifest.records():
+                if any(row.born <= number and (row.died is None or number < row.died) for number in held):
+                    self.records[row.block].held.add(slot_of(row.file))
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise StoreError(
+                f"store '{self.path}': a commit failed ({self._failure}); discard() goes back to step {self.step}"
+            ) from self._failure
