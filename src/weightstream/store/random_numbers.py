@@ -56,7 +56,8 @@ class Words:
         """32 bits for each of the elements [start, start + count); `start` is a multiple of `BLOCK_ELEMENTS`."""
         block, blocks = start // BLOCK_ELEMENTS, -(-count // BLOCK_ELEMENTS)
         if self._philox is None or self._next != block:
-            # The counter's low half is the block, its top word the draw: streams never meet.
+            # The counter's low half is the block, its top word the draw: streams never meet. (numpy counts up
+            # before it makes a block, so block 0 has counter 1.)
             self._philox = np.random.Philox(counter=block + (self._draw << 192), key=self._key)
         self._next = block + blocks
         words = np.asarray(self._philox.random_raw(4 * blocks), dtype="<u8")
@@ -124,7 +125,9 @@ def erfinv(values: Floats) -> Floats:
 
 def log(values: Floats) -> Floats:
     """The natural logarithm, within one unit in the last place; as usual at zero and below."""
-    mantissa, exponent = np.frexp(values)
+    special = ~((values > 0.0) & (values < np.inf))
+    unusual = bool(special.any())
+    mantissa, exponent = np.frexp(np.where(special, 1.0, values) if unusual else values)
     low = mantissa < 0.70710678118654752440
     # Double the low ones, so that what follows is within a root of two of one.
     mantissa += np.where(low, mantissa, 0.0)
@@ -147,8 +150,7 @@ def log(values: Floats) -> Floats:
     half -= f
     k *= _LN2_HIGH
     k -= half
-    special = ~((values > 0.0) & (values < np.inf))
-    if special.any():
+    if unusual:
         given = values[special]
         k[special] = np.where(given == 0.0, -np.inf, np.where(given > 0.0, given, np.nan))
     return k

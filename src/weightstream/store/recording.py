@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from weightstream.errors import AuditError
 from weightstream.store.recipes import ASSIGNS, Recipe, Step
-from weightstream.store.recorder import REMEDY, Draw, Recorder, Track, region_of
+from weightstream.store.recorder import Recorder
+from weightstream.store.tracks import REMEDY, Draw, Track, region_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,7 +75,7 @@ class _Disguise(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _is_tracked(self, tensor: Tensor) -> bool:
-        return _on_meta(tensor) and self._recorder.find(tensor) is not None
+        return _on_meta(tensor) and self._recorder.tracks.find(tensor) is not None
 
 
 # Descriptors, which a function mode sees as the owners of what it is asked for.
@@ -124,7 +125,7 @@ def _registering(recorder: Recorder) -> Iterator[None]:
         with _paused(recorder), torch._C.DisableTorchFunction():
             fit = parameter.is_meta and parameter.is_contiguous() and region_of(parameter) is None
             moved = None if fit else _moved(recorder, parameter)
-            track = recorder.find(parameter if moved is None else moved)
+            track = recorder.tracks.find(parameter if moved is None else moved)
             if track is not None and track.label is None:
                 track.label = f"parameter {name!r} of a {type(module).__name__}, shape {tuple(parameter.shape)}"
             return moved
@@ -153,15 +154,15 @@ def _moved(recorder: Recorder, parameter: nn.Parameter) -> nn.Parameter:
 
 def _as_meta(recorder: Recorder, tensor: Tensor) -> Tensor:
     """A tensor like this one on the meta device, about which as much is known."""
-    known = recorder.find(tensor)
+    known = recorder.tracks.find(tensor)
     if known is not None and tensor.is_contiguous() and region_of(tensor) is None:
         meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        recorder.set(meta, known)
+        recorder.tracks.set(meta, known)
         return meta
     # A part of a tensor, one in another order, or data.
     meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    track = recorder.set(meta, Track())
-    recorder.copy(meta, tensor.detach())
+    track = recorder.tracks.set(meta, Track())
+    recorder.tracks.copy(meta, tensor.detach())
     if known is not None:
         known.heirs.append(track)
     return meta
@@ -186,8 +187,10 @@ def _truncated_normal_noted(recorder: Recorder) -> Iterator[None]:
 
     def noted(tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None) -> Tensor:
         with _paused(recorder), torch._C.DisableTorchFunction():
-            low, high = (0.5 * math.erfc((mean - bound) / (std * math.sqrt(2.0))) for bound in (a, b))
-            recorder.assign(tensor, "truncated_normal", (mean, std, a, b, low, high))
+            cdfs = (0.5 * math.erfc((mean - bound) / (std * math.sqrt(2.0))) for bound in (a, b))
+            # Rounded, because the last bits of erfc differ between C libraries.
+            low, high = (round(cdf * 2**40) / 2**40 for cdf in cdfs)
+            recorder.tracks.assign(tensor, "truncated_normal", (mean, std, a, b, low, high))
             return tensor if tensor.is_meta else original(tensor, mean, std, a, b, generator)
 
     nn.init._no_grad_trunc_normal_ = noted
@@ -199,7 +202,7 @@ def _truncated_normal_noted(recorder: Recorder) -> Iterator[None]:
 
 def _check_buffers(recorder: Recorder, model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
-        track = recorder.find(buffer)
+        track = recorder.tracks.find(buffer)
         if buffer.is_meta or (track is not None and track.unreal):
             raise AuditError(
                 f"buffer {name!r} of shape {tuple(buffer.shape)} has no numbers; build() must make buffers on the CPU: "
@@ -215,7 +218,7 @@ def _recipes(recorder: Recorder, parameters: dict[str, nn.Parameter]) -> dict[st
     owners: dict[Draw, tuple[str, int]] = {}
     roots: dict[Draw, tuple[Draw, str]] = {}
     for name, parameter in parameters.items():
-        track = recorder.find(parameter)
+        track = recorder.tracks.find(parameter)
         problem = _problem(track, parameter)
         if track is not None and problem is None and names.setdefault(id(track), name) != name:
             problem = (
