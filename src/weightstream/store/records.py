@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from weightstream.store.futures import done
+from weightstream.store.futures import done, new_future
 from weightstream.store.segments import AlignedBuffer
 
 FILES_PER_RECORD = 3
@@ -22,6 +22,7 @@ class Entry:
     checksums: Mapping[str, int] = field(default_factory=dict)
     ready: "Future[Any]" = field(default_factory=lambda: done(None))  # its file is written and synced
     readers: "list[Future[Any]]" = field(default_factory=list)
+    claimed: "Future[None]" = field(default_factory=new_future)  # it has a file, though perhaps not written
     new_file: bool = False  # its name must be synced with its directory
 
     def users(self) -> "list[Future[Any]]":
@@ -75,6 +76,7 @@ class Record:
     slots: dict[str, Entry | None] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # files that snapshots point to
     pinned: dict[str, PinnedPart] = field(default_factory=dict)
+    claimed: "Future[None]" = field(default_factory=lambda: done(None))  # of the version written last
 
     @property
     def pending(self) -> bool:

@@ -3,6 +3,10 @@
 Every rule that keeps published bytes safe is here. A version is written to a file that nothing points to
 (`Record.claim`), after whatever still reads that file has ended. A version may be read only after it is written; who
 asks earlier waits, without a thread. A commit waits for its writes and for the commit before it.
+
+Nothing waits for what was issued later, which is why nothing waits for ever. In particular the versions of a record
+take their files in order: an earlier one would else wait for the file of a later one, whose pins may wait for its
+readers.
 """
 
 import sqlite3
@@ -78,7 +82,8 @@ class Versions:
             state.newest = entry
             self.track(out)
             copies = [self._copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
-        moved = chain((), lambda: self._write_entry(block_index, entry, record))
+            turn, state.claimed = state.claimed, entry.claimed
+        moved = chain([turn], lambda: self._write_entry(block_index, entry, record))
         gather([moved, *copies]).add_done_callback(
             lambda finished: settle(out, lambda: self._written(finished, block_index, entry))
         )
@@ -274,6 +279,7 @@ class Versions:
                 assert self._commits, "only a commit under way can keep three files of a record live"
                 return chain(self._commits[:1], lambda: self._write_entry(block_index, entry, record))
             entry.new_file = entry.slot not in known
+        entry.claimed.set_result(None)
 
         def start() -> "Future[list[int]]":
             image = record.image
