@@ -442,6 +442,22 @@ def test_large_models_take_no_memory() -> None:
     assert str(recipes["table"]) == "normal(0, 1)"
 
 
+def test_a_parameter_may_exceed_the_address_space() -> None:
+    def start(module: Custom) -> None:
+        module.wide = nn.Linear(2**24, 2**20, bias=False)  # 64 TiB
+        module.drawn, module.filled = nn.Parameter(torch.randn(2**45)), nn.Parameter(torch.zeros(2**45))
+
+    model, recipes = recorded(start)
+    assert {name: str(recipe) for name, recipe in recipes.items()} == {
+        "drawn": "normal(0, 1)",
+        "filled": "fill(0)",
+        "wide.weight": "uniform(-0.000244141, 0.000244141)",
+    }
+    low = 2**44 - 5
+    values = generate_range(recipes["wide.weight"], 0, "wide.weight", model.wide.weight.shape, low, low + 5)
+    assert values.abs().max().item() <= 2.0**-12
+
+
 def test_the_callers_random_state_is_left_alone_and_buffers_follow_the_seed() -> None:
     def start(module: Custom) -> None:
         module.register_buffer("noise", torch.randn(3))

@@ -3,6 +3,7 @@
 What it notes goes to `tracks.py`. Operations with plain numbers can be replayed, and whatever only moves numbers about.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from weightstream.store.tracks import REMEDY, Draw, Note, Track, Tracks, initial
 
 # Random numbers for a tensor that will be a parameter are for nothing. Buffers of random numbers are not this large.
 _DRAWN_FOR_REAL_ELEMENTS = 1 << 22
+# From here on not even address space is asked for, since a parameter may exceed what the machine has.
+_WITHOUT_MEMORY_ELEMENTS = 1 << 28
 
 _FILLS: dict[str, float | None] = {
     "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0,
@@ -58,6 +61,8 @@ class Recorder(TorchDispatchMode):
                 return target if target.is_meta else func(*args, **kwargs)
         if isinstance(bound.get("out"), Tensor):
             return self._into(name, bound["out"], func, args, kwargs, bound)
+        if _is_huge(bound) and (name in _EMPTIES or name in _FILLS or name in _RANDOMS):
+            kwargs = kwargs | {"device": torch.device("meta"), "pin_memory": False}
         if name in _RANDOMS or func is torch.ops.aten.normal.float_float:
             return self._random(_RANDOMS.get(name, "normal"), func, args, kwargs, bound)
         out = self._run(name, func, args, kwargs)
@@ -235,6 +240,13 @@ def _bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
     bound = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
     bound.update(zip((a.name for a in func._schema.arguments), args, strict=False))
     return bound | kwargs
+
+
+def _is_huge(bound: dict[str, Any]) -> bool:
+    """Whether a factory is asked for a tensor that cannot be but a parameter."""
+    like = bound.get("self")
+    dtype = bound.get("dtype") or (like.dtype if isinstance(like, Tensor) else torch.get_default_dtype())
+    return "size" in bound and dtype.is_floating_point and math.prod(bound["size"]) > _WITHOUT_MEMORY_ELEMENTS
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
