@@ -553,6 +553,10 @@ def many(module: Custom) -> None:
         (shared_memory, "second: shares its memory with 'first'"),
         (integers, "weight: is of torch.int8"),
         (on_meta, "buffer 'mask' .* has no numbers; .*leave torch.device"),
+        (
+            lambda m: setattr(m, "layer", nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))),
+            r"buffer 'layer.parametrizations.weight.0._[uv]' .* is computed from a parameter's numbers",
+        ),
         (many, r"9 parameter\(s\) cannot be replayed:\n  layers.0.weight: orthogonal_(.|\n)*and 4 more"),
         (lambda m: setattr(m, "layer", nn.LazyLinear(3)), "LazyLinear has no shape before the first use"),
     ],

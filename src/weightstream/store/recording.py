@@ -203,6 +203,11 @@ def _truncated_normal_noted(recorder: Recorder) -> Iterator[None]:
 def _check_buffers(recorder: Recorder, model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         track = recorder.tracks.find(buffer)
+        if buffer.is_meta and track is not None and track.blocked is not None:
+            raise AuditError(
+                f"buffer {name!r} of shape {tuple(buffer.shape)} is computed from a parameter's numbers "
+                f"({track.blocked}), and a model is built without them; compute it in forward"
+            )
         if buffer.is_meta or (track is not None and track.unreal):
             raise AuditError(
                 f"buffer {name!r} of shape {tuple(buffer.shape)} has no numbers; build() must make buffers on the CPU: "
