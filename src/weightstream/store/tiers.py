@@ -182,12 +182,15 @@ class _Transfer:
 
 
 class Disk:
-    """Direct reads and writes of whole extents, in the background, in order of issue."""
+    """Direct reads and writes of whole extents, in the background, in order of issue.
+
+    Four requests at a time fill an NVMe disk; two more threads keep it so while others check what they have moved.
+    """
 
     def __init__(
         self,
-        read_depth: int = 4,
-        write_depth: int = 4,
+        read_depth: int = 6,
+        write_depth: int = 6,
         chunk_bytes: int = CHUNK_BYTES,
         device: Device | None = None,
     ) -> None:
