@@ -119,7 +119,6 @@ class Runtime:
         self._fetches: dict[int, Future[Any]] = {}
         self._writes: list[Future[Any]] = []
         self._poisoned = False
-        self._tied: frozenset[str] = frozenset()
         self._step = 0
         self._visits: list[Visit] = []
         self._micro_batches = 0
@@ -147,7 +146,6 @@ class Runtime:
         self.outcome = StepOutcome()
         self._step, self._poisoned, self._micro_batches = step, False, len(micro_batches)
         self._visits, self._members, self._progress = [], [], progress
-        self._tie(schedule.visits)
         for index in schedule.loaded:
             self.staging.prefetch(index)
         try:
@@ -185,9 +183,9 @@ class Runtime:
         if not self.pending:
             self._commit(self._step, self.pending_progress)
 
-    def _tie(self, visits: Sequence[Visit]) -> None:
-        """Tells which parameters several visits use, so that each use is summed on its own."""
-        self._tied = frozenset(name for name, count in self.worker.uses(visits).items() if count > 1)
+    def _brief(self, block: int) -> bool:
+        """Whether a block is visited once, so that no other block's gradient arrives between its first and last."""
+        return block not in self._resident_slab and sum(visit.block == block for visit in self._visits) == 1
 
     def run(self, operation: Operation) -> None:
         """Executes one operation, or issues it."""
@@ -385,7 +383,7 @@ class Runtime:
         total = self.staging.sum_of(block)
         if total is None:
             total = self.staging.open(
-                block, micro_batches=self._micro_batches, groups=self.facts.reduction_groups, tied=self._tied
+                block, micro_batches=self._micro_batches, groups=self.facts.reduction_groups, brief=self._brief(block)
             )
         total.add(name, use, micro_batch, grad)
 

@@ -20,6 +20,7 @@ class _TreeSum:
     """One parameter's sum over micro-batches for one use. The leftmost partial sum lives in `target`."""
 
     target: Tensor
+    first: bool
     partials: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
     merged: int = 0
@@ -43,10 +44,9 @@ class BlockSum:
         *,
         micro_batches: int,
         groups: int,
-        tied: frozenset[str] = frozenset(),
     ) -> None:
         self._targets, self._partial = targets, partial
-        self._micro_batches, self._groups, self._tied = micro_batches, groups, tied
+        self._micro_batches, self._groups = micro_batches, groups
         self._sums: dict[str, dict[int, _TreeSum]] = {name: {} for name in targets}
 
     def add(self, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
@@ -54,9 +54,9 @@ class BlockSum:
         uses = self._sums[name]
         entry = uses.get(use)
         if entry is None:
-            # only a parameter that several visits use needs room of its own for each use
-            target = torch.empty_like(self._targets[name]) if name in self._tied else self._targets[name]
-            entry = uses[use] = _TreeSum(target)
+            # a parameter that several visits use needs room of its own for each further use
+            target = torch.empty_like(self._targets[name]) if uses else self._targets[name]
+            entry = uses[use] = _TreeSum(target, first=not uses)
         if micro_batch < entry.latest:
             raise AssertionError(f"gradient of {name}: micro-batch {micro_batch} after {entry.latest}")
         entry.latest = micro_batch
@@ -71,7 +71,7 @@ class BlockSum:
             slot = next(i for i in range(len(entry.used) + 1) if i not in entry.used)
             entry.used.add(slot)
             entry.slots[leaf] = slot
-            entry.partials[leaf] = self._partial(slot, name)
+            entry.partials[leaf] = self._partial(slot, name) if entry.first else torch.empty_like(entry.target)
         else:
             entry.partials[leaf] = entry.target
         entry.partials[leaf].copy_(grad)

@@ -99,8 +99,12 @@ class Staging:
         self._staged: dict[int, _Staged] = {}
         self._places = {block.index: _places(block) for block in blocks if block.trainable}
 
-    def open(self, block: int, *, micro_batches: int, groups: int, tied: frozenset[str]) -> BlockSum:
-        """Makes room for a block's sum; waits for a buffer of the ring if it has none of its own."""
+    def open(self, block: int, *, micro_batches: int, groups: int, brief: bool) -> BlockSum:
+        """Makes room for a block's sum; waits for a buffer of the ring if it has none of its own.
+
+        Args:
+            brief: the sum is closed before that of another block is opened, so that it may use the shared partial sums.
+        """
         buffer = done(self._own[block]) if block in self._in_ram else self._ring.take()
         staged = _Staged(buffer)
         if self._device.type == "cpu":
@@ -110,8 +114,8 @@ class Staging:
                 name: torch.empty(shape, device=self._device) for name, (_, shape) in self._places[block].items()
             }
         staged.total = BlockSum(
-            staged.targets, lambda slot, name: self._partial(block, slot, name),
-            micro_batches=micro_batches, groups=groups, tied=tied,
+            staged.targets, lambda slot, name: self._partial(block, slot, name, brief),
+            micro_batches=micro_batches, groups=groups,
         )  # fmt: skip
         self._staged[block] = staged
         return staged.total
@@ -121,9 +125,9 @@ class Staging:
             name: buffer.tensor(torch.float32, offset, shape) for name, (offset, shape) in self._places[block].items()
         }
 
-    def _partial(self, block: int, slot: int, name: str) -> Tensor:
+    def _partial(self, block: int, slot: int, name: str, brief: bool) -> Tensor:
         offset, shape = self._places[block][name]
-        if self._device.type != "cpu" or slot >= len(self._partials):
+        if not brief or self._device.type != "cpu" or slot >= len(self._partials):
             # on a device the allocator keeps them; on the host, gradients that are absent can leave more sums open than planned
             return torch.empty(shape, device=self._device)
         return self._partials[slot].tensor(torch.float32, offset, shape)

@@ -5,6 +5,7 @@ boundary activations and gradients wait, and what stays in RAM; it refuses what 
 budget that does. `build` lays out the operations of one step for that allotment.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -97,8 +98,11 @@ def allot(facts: Facts) -> Allotment:
     gradient_bytes = max((block.gradient_bytes for block in trained), default=0)
     record_bytes = max((block.record_bytes for block in trained), default=0)
     partials = max(0, partial_sums(facts.micro_batches, facts.reduction_groups) - (1 if facts.host_is_device else 0))
-    tied_bytes = sum(block.tied_bytes for block in facts.blocks)
     stations = _stations(facts.visits)
+    # sums that stay open while other blocks' come and go cannot share room for partial sums
+    often = {b for b, count in Counter(s.block for s in stations).items() if count > 1}
+    lasting = [block for block in trained if block.resident or block.index in often]
+    tied_bytes = sum(block.tied_bytes for block in facts.blocks) + partials * sum(b.gradient_bytes for b in lasting)
     visits, micro_batches = len(facts.visits), facts.micro_batches
     boundary = facts.boundary_bytes or (0,) * visits
     largest_boundary = max(boundary, default=0)
@@ -133,8 +137,9 @@ def allot(facts: Facts) -> Allotment:
 
     # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
     buffers = min(2, len(trained))
-    ring = 2 if trained else 0
+    ring = min(2 + len(often), len(trained))
     host = buffers * record_bytes + ring * gradient_bytes + 2 * largest_boundary
+    host += sum(block.gradient_bytes for block in trained if block.resident)
     if host > facts.host_memory:
         raise PlanError(
             f"host_memory={format_bytes(facts.host_memory)} is too small: {buffers} record buffers of "
@@ -148,10 +153,10 @@ def allot(facts: Facts) -> Allotment:
             tiers[visit], host = "host", host + size
     while buffers < min(3, len(trained)) and host + record_bytes <= facts.host_memory:
         buffers, host = buffers + 1, host + record_bytes
-    staged: set[int] = set()
+    staged = {block.index for block in trained if block.resident}
     if facts.deferred:
         for block in trained:
-            if host + block.gradient_bytes <= facts.host_memory:
+            if not block.resident and host + block.gradient_bytes <= facts.host_memory:
                 staged.add(block.index)
                 host += block.gradient_bytes
         if len(staged) == len(trained):

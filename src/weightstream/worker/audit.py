@@ -109,13 +109,17 @@ class FirstPass:
                     f"block '{self._name}' changes its buffer '{name}' in training: every micro-batch and every "
                     f"recomputation would change it again; make it an input and an output, or stop updating it in training"
                 )
-        ids = {id(value) for value in known}
-        survivors = [ref for ref in self._watch.made if (t := ref()) is not None and id(t) not in ids]
+        storages = {value.untyped_storage()._cdata for value in known if isinstance(value, Tensor)}
+
+        def escaped(tensor: Tensor | None) -> bool:
+            return tensor is not None and tensor.untyped_storage()._cdata not in storages
+
+        survivors = [reference for reference in self._watch.made if escaped(reference())]
         if survivors:
             gc.collect()
         for reference in survivors:
             tensor = reference()
-            if tensor is not None and id(tensor) not in ids and tensor.requires_grad:
+            if tensor is not None and escaped(tensor):
                 raise AuditError(
                     f"block '{self._name}' makes a tensor of shape {tuple(tensor.shape)} that outlives it without being an "
                     f"output (stored on a module or in a list): its gradient would be lost; return it from the block's forward"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from weightstream.errors import AuditError
 from weightstream.worker.generators import Generators, State
 
 # below this at::parallel_for runs serially, so that no pool is started (at::internal::GRAIN_SIZE)
@@ -69,12 +70,15 @@ class MicroBatch:
         generators: Generators,
         device: torch.device,
         audit: Callable[[Any], None],
+        cut: Callable[[Any], Any],
     ) -> None:
         self.index = index
         self.request: Request | None = None
         self.loss: Tensor | None = None
         self.rng: State | None = None
         self._run, self._generators, self._device, self._audit = run, generators, device, audit
+        self._cut = cut
+        self.superseded: dict[int, Tensor] = {}  # tensors that were changed in place: their old selves must not be used
         self._reply: Any = None
         self._job: Callable[[], Any] | None = None
         self._error: BaseException | None = None
@@ -90,7 +94,7 @@ class MicroBatch:
         _current.micro_batch = self
         try:
             if not self._stopped:
-                with _Glue(self, self._audit):
+                with _Glue(self, self._audit, self._cut):
                     self.loss = self._run()
         except BaseException as error:  # noqa: BLE001 (handed to the scheduler, which raises it)
             self._error = error
@@ -120,6 +124,13 @@ class MicroBatch:
         self._baton.acquire()
         if self._stopped:
             raise _StoppedError
+
+    def changed_in_place(self, operation: str, tensor: Tensor) -> AuditError:
+        """The refusal of a tensor whose graph was cut before it was changed in place."""
+        return AuditError(
+            f"between blocks, {operation} changes a tensor of shape {tuple(tensor.shape)} in place that a block or another "
+            f"operation gave, and it is used afterwards: its graph was cut there; use the out-of-place operation (x = x + y)"
+        )
 
     # in the scheduler's thread
 
@@ -181,15 +192,18 @@ class _StoppedError(BaseException):
 
 
 class _Glue(TorchFunctionMode):
-    """Sees every torch call between blocks: audits parameters used outside their block, hands over large operations."""
+    """Sees every torch call between blocks: audits parameters used outside their block, hands over large operations,
+    and cuts the graph behind each."""
 
-    def __init__(self, micro_batch: MicroBatch, audit: Callable[[Any], None]) -> None:
+    def __init__(
+        self, micro_batch: MicroBatch, audit: Callable[[Any], None], cut: Callable[[Any], Any]
+    ) -> None:
         super().__init__()
-        self._micro_batch, self._audit = micro_batch, audit
+        self._micro_batch, self._audit, self._cut = micro_batch, audit, cut
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("__get__", "__set__", "size", "dim", "numel", "is_floating_point"):
+        if getattr(func, "__name__", "") in _READS:
             return func(*args, **kwargs)
         large = False
         for value in (*args, *kwargs.values()):
@@ -197,9 +211,30 @@ class _Glue(TorchFunctionMode):
                 if isinstance(item, Tensor):
                     if isinstance(item, nn.Parameter):
                         self._audit(item)
+                    elif id(item) in self._micro_batch.superseded:
+                        raise self._micro_batch.changed_in_place("an operation", item)
                     large = large or item.numel() >= GRAIN_ELEMENTS
-        if not large or _get_current_dispatch_mode() is not None or torch._C._functorch.maybe_current_level() is not None:
+        if _get_current_dispatch_mode() is not None or torch._C._functorch.maybe_current_level() is not None:
             return func(*args, **kwargs)
+        try:
+            result = self._hand_over(func, args, kwargs) if large else func(*args, **kwargs)
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            result = self._instead_of_in_place(func, args, kwargs, error)
+        return self._cut(result) if torch.is_grad_enabled() else result
+
+    def _instead_of_in_place(self, func: Any, args: Any, kwargs: Any, error: RuntimeError) -> Any:
+        """`x += y` on a tensor whose graph was cut: computed out of place, and `x` itself may not be used any more."""
+        old = args[0]
+        new = old.clone()
+        result = func(new, *args[1:], **kwargs)
+        if result is not new:
+            raise self._micro_batch.changed_in_place(getattr(func, "__name__", str(func)), old) from error
+        self._micro_batch.superseded[id(old)] = old
+        return result
+
+    def _hand_over(self, func: Any, args: Any, kwargs: Any) -> Any:
         modes = Modes.capture(self._micro_batch._device)
 
         def job() -> Any:
@@ -208,3 +243,6 @@ class _Glue(TorchFunctionMode):
                 return func(*args, **kwargs)
 
         return self._micro_batch.delegate(job)
+
+
+_READS = frozenset({"__get__", "__set__", "size", "dim", "numel", "is_floating_point", "stride", "data_ptr", "detach_"})

@@ -1,9 +1,11 @@
 """The tape: how a graph that is cut at block boundaries gives the gradients of the whole one, bit for bit.
 
-Four rules make it equal to plain autograd. (a) A forward that will be recomputed still runs with grad enabled, under
-hooks that drop what is saved, because kernels are chosen by grad mode. (b) An output leaf needs a gradient exactly if
-the output does. (c) The glue between blocks is walked once per tensor, when its first consumer in forward order has been
-walked. (d) A gradient already gathered for a block's input enters that block's backward as a root, so that sums keep
+What a micro-batch does is one list: calls of blocks, and the glue operations between them, each with a graph of its own.
+Every result is a leaf for whatever comes after it, and the list is walked in reverse, as autograd orders its nodes.
+Rules that make this equal to plain autograd: (a) a forward that will be recomputed still runs with grad enabled, under
+hooks that drop what is saved, because kernels are chosen by grad mode; (b) an output leaf needs a gradient exactly if the
+output does; (c) a result of glue is cut as soon as it is made, so that its graph is walked once, when all that used it
+have been; (d) a gradient already gathered for a block's input enters that block's backward as a root, so that sums keep
 autograd's order.
 """
 
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from weightstream.worker import audit
@@ -149,45 +152,77 @@ def forward(
     return tree_unflatten(reply, spec), after
 
 
+@dataclass(slots=True)
+class Glue:
+    """One operation between blocks: the ends of its graph, and the leaves that stand for its results."""
+
+    edges: list[GradientEdge]
+    leaves: list[Tensor]
+
+
 class Way:
-    """A micro-batch's way back: its tape, and the gradients gathered so far for tensors that glue made."""
+    """A micro-batch's way through the model, and back."""
 
     def __init__(self) -> None:
-        self.tape: list[Call] = []
-        self._gathered: dict[int, Tensor] = {}
-        self._first: dict[int, int] = {}
+        self.entries: list[Call | Glue] = []
 
-    def turn(self) -> None:
-        """To be called once, when the forward is complete."""
-        for position, call in enumerate(self.tape):
-            for x in call.tensors:
-                if x.requires_grad:
-                    self._first.setdefault(id(x), position)
+    @property
+    def last_call(self) -> Call | None:
+        """The last call that is not walked yet; glue that follows it is skipped."""
+        return next((entry for entry in reversed(self.entries) if isinstance(entry, Call)), None)
 
-    def _so_far(self, x: Tensor) -> Tensor | None:
-        return x.grad if x.is_leaf else self._gathered.get(id(x))
+    def cut(self, result: Any) -> Any:
+        """What the model gets instead of an operation's result: the same values as leaves (rules b, c)."""
+        if isinstance(result, Tensor):
+            if result.is_leaf or not result.requires_grad:
+                return result
+            leaf = result.detach().requires_grad_()
+            self.entries.append(Glue([get_gradient_edge(result)], [leaf]))
+            return leaf
+        values, spec = tree_flatten(result)
+        made = [x for x in values if isinstance(x, Tensor) and x.requires_grad and not x.is_leaf]
+        if not made:
+            return result
+        leaves = {id(x): x.detach().requires_grad_() for x in made}
+        self.entries.append(Glue([get_gradient_edge(x) for x in made], [leaves[id(x)] for x in made]))
+        return tree_unflatten([leaves.get(id(x), x) for x in values], spec)
+
+    def cut_in_place(self, tensors: list[Tensor]) -> None:
+        """Cuts what no torch function gave (a custom autograd function's result), before its first use by a block."""
+        for x in {id(x): x for x in tensors}.values():
+            if x.requires_grad and not x.is_leaf and not x._is_view():
+                edge = get_gradient_edge(x)
+                x.detach_().requires_grad_()
+                self.entries.append(Glue([edge], [x]))
+
+    def through_glue(self, walking: Callable[[int | None], None]) -> None:
+        """Back through the operations after the last call. `walking(position)` is told before each."""
+        while self.entries and isinstance(entry := self.entries[-1], Glue):
+            self.entries.pop()
+            pairs = [(edge, leaf.grad) for edge, leaf in zip(entry.edges, entry.leaves, strict=True)]
+            given = [(edge, grad) for edge, grad in pairs if grad is not None]
+            if given:
+                walking(len(self.entries))
+                torch.autograd.backward([edge for edge, _ in given], [grad for _, grad in given])
 
     def backward(
-        self, generators: Generators, side_outputs: SideOutputs | None, hooks: Hooks, walking: Callable[[int | None], None]
+        self,
+        generators: Generators,
+        side_outputs: SideOutputs | None,
+        hooks: Hooks,
+        walking: Callable[[int | None], None],
     ) -> None:
-        """One call back: recomputes it unless its graph was kept, then the glue whose first consumer it was.
+        """One call back, recomputed unless its graph was kept, then the glue before it. Glue after it must be walked.
 
         `walking(position)` is told before glue is walked, and None before the block itself.
         """
-        call = self.tape.pop()
-        position = len(self.tape)
+        call = self.entries.pop()
+        assert isinstance(call, Call)
         audit.check_versions(call.module, call.tensors, call.versions, "after the block had used it")
         walking(None)
         if any(leaf is not None and leaf.grad is not None for leaf in call.outputs):
             self._through(call, generators, side_outputs, hooks)
-        glue = [
-            (x, self._gathered.pop(id(x)))
-            for x in {id(x): x for x in call.tensors}.values()
-            if id(x) in self._gathered and self._first[id(x)] == position
-        ]
-        if glue:
-            walking(position)
-            torch.autograd.backward([x for x, _ in glue], [grad for _, grad in glue])
+        self.through_glue(walking)
 
     def _through(
         self, call: Call, generators: Generators, side_outputs: SideOutputs | None, hooks: Hooks
@@ -201,9 +236,8 @@ class Way:
         roots: list[tuple[Tensor, Tensor]] = []
         inputs = {id(x): x for x in call.tensors if x.requires_grad}
         for key, x in inputs.items():
-            gathered = self._so_far(x)
-            if gathered is not None:
-                roots.append((graph.views[key], gathered.clone()))
+            if x.is_leaf and x.grad is not None:
+                roots.append((graph.views[key], x.grad.clone()))
         for output, leaf in zip(graph.outputs, call.outputs, strict=True):
             if leaf is not None and leaf.grad is not None and output.requires_grad:
                 roots.append((output, leaf.grad))
@@ -214,5 +248,5 @@ class Way:
             if grad is not None:
                 if x.is_leaf:
                     x.grad = grad
-                else:
-                    self._gathered[key] = grad
+                else:  # a view that was not cut: nothing but views lies between it and a leaf
+                    torch.autograd.backward([x], [grad])

@@ -4,7 +4,7 @@ It is driven by operations (`forward`, `turn`, `backward`) of one schedule; whic
 and where gradients go is decided outside.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +31,8 @@ class _Route:
 
     thread: MicroBatch
     weight: float
-    way: tape.Way = field(default_factory=tape.Way)
+    way: tape.Way
     side: Any = None
-    done: bool = False
 
 
 @dataclass(slots=True)
@@ -147,14 +146,16 @@ class Worker:
         """Starts every micro-batch; each runs to its first block."""
         self._routes = []
         for index, (micro_batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+            way = tape.Way()
             thread = MicroBatch(
                 index,
                 lambda mb=micro_batch: loss_fn(self.model, mb),  # type: ignore[misc]
                 self.generators,
                 self.device,
                 lambda parameter: self._foreign.check(parameter, "between blocks"),
+                way.cut,
             )
-            self._routes.append(_Route(thread, weight))
+            self._routes.append(_Route(thread, weight, way))
         for index, route in enumerate(self._routes):
             route.thread.resume(seed=seed_of(seed, step, index))
 
@@ -165,8 +166,8 @@ class Worker:
 
     def top(self, micro_batch: int) -> tuple[int, int] | None:
         """`(visit, block)` of the last call on a micro-batch's tape that is not walked yet."""
-        way = self._routes[micro_batch].way
-        return (way.tape[-1].visit, way.tape[-1].block) if way.tape else None
+        call = self._routes[micro_batch].way.last_call
+        return (call.visit, call.block) if call is not None else None
 
     def forward(self, visit: int, micro_batch: int, *, keep: bool) -> None:
         """One micro-batch through the block that it waits for, and on to its next request."""
@@ -174,19 +175,25 @@ class Worker:
         request = route.thread.request
         assert request is not None and self.slabs is not None and self.activations is not None
         call = self._call(visit, request, route)
+        for tensor in call.tensors:
+            if id(tensor) in route.thread.superseded:
+                raise route.thread.changed_in_place("an operation", tensor)
         self.activations.wait((visit, micro_batch))
         self.activations.ensure(call.tensors)
         first_pass = None
         if call.module not in self._audited:
             self._audited.add(call.module)
             first_pass = audit.FirstPass(call.module, self._modules[call.module], self._foreign)
+        keep = keep and first_pass is None  # a kept graph keeps alive what the audit looks for
+        if call.modes.grad:
+            route.way.cut_in_place(call.tensors)
         saved = _Saved(self.slabs, keep=keep, measure=self.measuring)
         reply, rng = tape.forward(
             call, self.generators, self._rng(route), self._side_outputs, saved.hooks, keep=keep, first_pass=first_pass
         )
         if self.measuring:
             self.measured.kept_bytes[visit] = max(self.measured.kept_bytes[visit], saved.nbytes)
-        route.way.tape.append(call)
+        route.way.entries.append(call)
         route.thread.rng = rng
         del request
         route.thread.resume(reply)
@@ -205,10 +212,11 @@ class Worker:
         """Moves the inputs of a visit out, before its forward (they wait in the request) or after it."""
         assert self.activations is not None and self.slabs is not None
         route = self._routes[micro_batch]
-        tape_ = route.way.tape
-        if tape_ and tape_[-1].visit == visit:
-            known = lambda x: sum(sum(y is x for y in (*c.inputs, *c.outputs)) for c in tape_[-3:])  # noqa: E731
-            tensors = [x for x in _unique(tape_[-1].inputs) if not self.slabs.within(x) and spillable(x, known(x))]
+        call = route.way.last_call
+        after = call is not None and call.visit == visit
+        if call is not None and after:
+            held = _references(route.way.entries)
+            tensors = [x for x in _unique(call.inputs) if not self.slabs.within(x) and spillable(x, held[id(x)])]
         else:
             request = route.thread.request
             if request is None:
@@ -219,7 +227,7 @@ class Worker:
                 for x in _unique(leaves)
                 if x.requires_grad and x.nbytes >= MIN_BYTES and x.is_contiguous() and not self.slabs.within(x)
             ]
-        if self.measuring and tape_ and tape_[-1].visit == visit:
+        if self.measuring and after:
             size = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
             self.measured.boundary_bytes[visit] = max(self.measured.boundary_bytes[visit], size)
         self.activations.spill((visit, micro_batch), tensors, to_disk=to_disk)
@@ -246,29 +254,37 @@ class Worker:
                 f"trained parameters; return it from loss_fn"
             )
         route.thread.loss = None
-        if self.measuring and route.way.tape:
-            logits = [y for y in route.way.tape[-1].outputs if y is not None]
+        call = route.way.last_call
+        if self.measuring and call is not None:
+            logits = [y for y in call.outputs if y is not None]
             # the outputs and their gradients, and in fp32 a copy, its softmax and that one's gradient
             size = sum(y.numel() * (2 * y.itemsize + 12) for y in logits)
             self.measured.loss_bytes = max(self.measured.loss_bytes, size)
-        route.way.turn()
-        self._walking = (None, len(route.way.tape), micro_batch)
+        walking = self._walker(micro_batch, -1, -1)
+        walking(len(route.way.entries))
         (loss * route.weight).sum().backward()
+        route.way.through_glue(walking)
         return float(loss.detach())
+
+    def _walker(self, micro_batch: int, block: int, visit: int) -> Callable[[int | None], None]:
+        """Notes what is being walked: a block's visit, or glue at a position of the tape."""
+
+        def walking(position: int | None) -> None:
+            self._walking = (block, visit, micro_batch) if position is None else (None, position, micro_batch)
+
+        return walking
 
     def backward(self, visit: int, micro_batch: int) -> None:
         """One micro-batch back through its last call that is not walked yet."""
         assert self.slabs is not None and self.activations is not None
         route = self._routes[micro_batch]
-        call = route.way.tape[-1]
+        call = route.way.last_call
+        assert call is not None and call.visit == visit
         self.activations.wait((visit, micro_batch))
         self.activations.ensure(call.tensors)
         saved = _Saved(self.slabs, keep=True, measure=False)
 
-        def walking(position: int | None) -> None:
-            use = visit if position is None else position
-            self._walking = (call.block if position is None else None, use, micro_batch)
-
+        walking = self._walker(micro_batch, call.block, visit)
         route.way.backward(self.generators, self._side_outputs, saved.hooks, walking)
         self.activations.drop((visit, micro_batch))
 
@@ -292,6 +308,21 @@ class Worker:
                 if self.block_of_module[visit.module] == visit.block:
                     counts[names[id(parameter)]] += 1
         return counts
+
+
+def _references(entries: Sequence[tape.Call | tape.Glue]) -> Counter[int]:
+    """How often a tape refers to each tensor, by id. The latest entries are all that matter to the latest call."""
+    counts: Counter[int] = Counter()
+    calls = 0
+    for entry in reversed(entries):
+        if isinstance(entry, tape.Call):
+            calls += 1
+            counts.update(id(x) for x in (*entry.inputs, *entry.outputs))
+        else:
+            counts.update(map(id, entry.leaves))
+        if calls == 3:
+            break
+    return counts
 
 
 def _unique(leaves: Sequence[Any]) -> list[Tensor]:
