@@ -5,7 +5,7 @@ memory if the plan has room for it there, else in scratch on disk, through a rin
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -29,6 +29,7 @@ class Pool(Generic[T]):
         self.buffers = list(buffers)
         self._free = deque(self.buffers)
         self._waiting: deque[Future[T]] = deque()
+        self._returning = 0
 
     def take(self) -> "Future[T]":
         """A future that is done when a buffer is free; it is the taker's until `give`."""
@@ -41,11 +42,23 @@ class Pool(Generic[T]):
     def give(self, buffer: T, after: "Future[Any] | None" = None) -> None:
         """Returns a buffer, at once or when `after` is settled."""
         if after is not None and not after.done():
-            after.add_done_callback(lambda _: self.give(buffer))
+            self._returning += 1
+            after.add_done_callback(lambda _: self._returned(buffer))
         elif self._waiting:
             self._waiting.popleft().set_result(buffer)
         else:
             self._free.append(buffer)
+
+    def _returned(self, buffer: T) -> None:
+        self._returning -= 1
+        self.give(buffer)
+
+    def take_or(self, make: Callable[[], T]) -> T:
+        """A buffer at once: waits only for one that is on its way back; where none is, the pool grows by a new one."""
+        if not self._free and not self._returning:
+            self.buffers.append(make())
+            return self.buffers[-1]
+        return self.take().result()
 
 
 class Scratch(Protocol):
@@ -93,7 +106,7 @@ class Staging:
         self._scratch, self._blocks, self._in_ram, self._immediate = scratch, blocks, in_ram, immediate
         self._device = device
         self._own = {index: AlignedBuffer(gradient_bytes(blocks[index])) for index in in_ram}
-        largest = max((gradient_bytes(block) for block in blocks if block.trainable), default=0)
+        largest = self._largest = max((gradient_bytes(block) for block in blocks if block.trainable), default=0)
         self._ring = Pool([AlignedBuffer(largest) for _ in range(ring)])
         self._partials = [AlignedBuffer(largest) for _ in range(partial_sums if device.type == "cpu" else 0)]
         self._staged: dict[int, _Staged] = {}
@@ -105,7 +118,9 @@ class Staging:
         Args:
             brief: the sum is closed before that of another block is opened, so that it may use the shared partial sums.
         """
-        buffer = done(self._own[block]) if block in self._in_ram else self._ring.take()
+        # more sums than planned are open at once only in a first step that finds other calls than were guessed
+        own = self._own.get(block)
+        buffer = done(own if own is not None else self._ring.take_or(lambda: AlignedBuffer(self._largest)))
         staged = _Staged(buffer)
         if self._device.type == "cpu":
             staged.targets = self._tensors(block, buffer.result())
