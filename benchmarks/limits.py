@@ -1,0 +1,105 @@
+"""A hard memory limit on a process, set by the operating system, and what it says when the limit kills.
+
+A memory cgroup (v1 or v2) below the one this process is in, where one can be made; else RLIMIT_DATA, under which an
+allocation fails instead.
+"""
+
+import os
+import resource
+import time
+from contextlib import suppress
+from pathlib import Path
+
+_MOUNTS = Path("/proc/self/mounts")
+_GROUPS = Path("/proc/self/cgroup")
+
+
+class MemoryGroup:
+    """A new memory cgroup with a limit; `enter` is called in the child before it starts its program.
+
+    Raises:
+        OSError: no group can be made here.
+    """
+
+    kind = "cgroup"
+
+    def __init__(self, limit_bytes: int) -> None:
+        version, parent = _own_group()
+        self.path = parent / f"weightstream-benchmark-{os.getpid()}-{time.monotonic_ns()}"
+        self.path.mkdir()
+        names = {
+            1: ("memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control"),
+            2: ("memory.max", "memory.peak", "memory.events"),
+        }[version]
+        self._limit, self._peak, self._events = (self.path / name for name in names)
+        try:
+            self._limit.write_text(str(limit_bytes))
+            swap = self.path / ("memory.memsw.limit_in_bytes" if version == 1 else "memory.swap.max")
+            if swap.exists():
+                swap.write_text(str(limit_bytes if version == 1 else 0))
+        except OSError:
+            self.path.rmdir()
+            raise
+
+    def enter(self) -> None:
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+    def killed(self) -> bool:
+        """Whether the kernel killed a process of the group for its memory."""
+        words = self._events.read_text().split()
+        return int(words[words.index("oom_kill") + 1]) > 0
+
+    def peak_bytes(self) -> int:
+        """The most memory that the group was charged, page cache included."""
+        return int(self._peak.read_text()) if self._peak.exists() else 0
+
+    def remove(self) -> None:
+        for _ in range(50):  # the kernel lets go of a group a moment after its last process
+            with suppress(OSError):
+                self.path.rmdir()
+                return
+            time.sleep(0.1)
+
+
+class DataLimit:
+    """RLIMIT_DATA: heap and private anonymous mappings together."""
+
+    kind = "RLIMIT_DATA"
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+
+    def enter(self) -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (self.limit_bytes, self.limit_bytes))
+
+    def killed(self) -> bool:
+        return False  # allocations fail instead; the process says so and ends with an error
+
+    def peak_bytes(self) -> int:
+        return 0
+
+    def remove(self) -> None:
+        pass
+
+
+def memory_limit(limit_bytes: int) -> MemoryGroup | DataLimit:
+    """The hardest limit that can be had here."""
+    try:
+        return MemoryGroup(limit_bytes)
+    except OSError:
+        return DataLimit(limit_bytes)
+
+
+def _own_group() -> tuple[int, Path]:
+    """(cgroup version, folder) of the memory controller's group that this process is in."""
+    mounts = [line.split() for line in _MOUNTS.read_text().splitlines()]
+    for line in _GROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for _, folder, kind, options, *_ in mounts:
+            if kind == "cgroup" and "memory" in controllers.split(",") and "memory" in options.split(","):
+                return 1, Path(folder) / path.lstrip("/")
+            if kind == "cgroup2" and not controllers:
+                group = Path(folder) / path.lstrip("/")
+                if (group / "memory.max").exists() or "memory" in (group / "cgroup.controllers").read_text().split():
+                    return 2, group
+    raise FileNotFoundError("no memory cgroup is mounted")

@@ -1,0 +1,91 @@
+"""weightstream as a side of a comparison (`turns.py`): everything on disk, nothing kept in RAM between uses.
+
+python benchmarks/streamed.py --store runs/x --tokens 2048 --steps 3       # alone: seconds and what they went to
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from turns import serve
+from workload import BETAS, CLIP_NORM, EPSILON, LEARNING_RATE, WEIGHT_DECAY, Workload, loss_fn
+
+import weightstream as ws
+
+
+def open_engine(workload: Workload, arguments: argparse.Namespace) -> ws.Engine:
+    return ws.Engine(
+        model=workload.build,
+        store=arguments.store,
+        optimizer=ws.AdamW(lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY),
+        clip_norm=None if arguments.no_clip else CLIP_NORM,
+        precision="bf16",
+        device=arguments.device,
+        device_memory=arguments.device_memory,
+        host_memory=arguments.host_memory,
+        activations=arguments.activations,
+        threads_per_worker=arguments.threads,
+        ram_tier=arguments.ram_tier,
+    )
+
+
+class StreamedSide:
+    """One engine on a new store, which is removed at the end."""
+
+    def __init__(self, workload: Workload, arguments: argparse.Namespace) -> None:
+        shutil.rmtree(arguments.store, ignore_errors=True)
+        self.workload, self.store = workload, Path(arguments.store)
+        self.engine = open_engine(workload, arguments)
+        self.number = 0
+
+    def step(self) -> dict:
+        self.number += 1
+        result = self.engine.step(self.workload.batches(self.number), loss_fn)
+        return {
+            "loss": result.loss,
+            "stalled_s": result.stalled_s,
+            "read": result.bytes.read,
+            "written": result.bytes.written,
+            "engine_bound": result.bytes.bound,
+            "seconds": dict(result.seconds),
+        }
+
+    def close(self) -> dict:
+        self.engine.close()
+        disk_bytes = sum(path.stat().st_blocks * 512 for path in self.store.rglob("*") if path.is_file())
+        shutil.rmtree(self.store)
+        return {"disk_bytes": disk_bytes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", required=True)
+    Workload.add_arguments(parser)
+    parser.add_argument("--activations", choices=["auto", "keep", "recompute"], default="recompute")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device-memory", default="512MiB")
+    parser.add_argument("--host-memory", default="2GiB")
+    parser.add_argument("--ram-tier", action="store_true")
+    parser.add_argument("--no-clip", action="store_true")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--serve", action="store_true", help="answer commands on standard input (see turns.py)")
+    arguments = parser.parse_args()
+    workload = Workload.of(arguments)
+    if arguments.serve:
+        serve(lambda: StreamedSide(workload, arguments))
+        return
+    side = StreamedSide(workload, arguments)
+    print(side.engine.plan)
+    for number in range(arguments.steps + 3):
+        started = time.perf_counter()
+        facts = side.step()
+        spent = "  ".join(f"{name} {value:.3f}" for name, value in facts.pop("seconds").items())
+        print(f"{'warm-up' if number < 3 else 'step'} {time.perf_counter() - started:.3f} s  {facts}\n    {spent}")
+    print(side.close())
+
+
+if __name__ == "__main__":
+    main()
