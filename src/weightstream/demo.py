@@ -109,7 +109,7 @@ def _config(out: Path) -> RunConfig:
                 "validation": {"sequences": 16, "micro_batch_size": 4},
                 "tensorboard": False,
             },
-            "engine": {"device_memory": "8MiB", "host_memory": "64MiB", "ram_tier": False},
+            "engine": {"reduction_groups": 1, "device_memory": "8MiB", "host_memory": "64MiB", "ram_tier": False},
             "out": str(out),
         },
         source="demo",

@@ -374,10 +374,10 @@ class _Builder:
             next_loads = list(dict.fromkeys(order))[: self.allotment.record_buffers]
             spacing = max(1, count // (len(next_loads) + 1))
         else:
-            order = [station.block for station in reversed(self.stations)]
-            self.to_load = [
-                index for index in dict.fromkeys(order) if index in trained
-            ] + [block.index for block in facts.blocks if block.resident and block.trainable]  # fmt: skip
+            # in the order in which they will be reduced: at a block's first visit, the last one of the way back
+            order = sorted(first_visit, key=lambda index: -first_visit[index])
+            self.to_load = [index for index in order if index in trained]
+            self.to_load += [block.index for block in facts.blocks if block.resident and block.trainable]
             for _ in range(self.allotment.record_buffers):
                 self._load_next()
         restores = [

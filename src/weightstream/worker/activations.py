@@ -55,7 +55,8 @@ def spillable(tensor: Tensor, known_references: int) -> bool:
     """Whether nothing but the tape can reach a tensor's bytes.
 
     Args:
-        known_references: how many Python references the caller knows of; any other is somebody else's.
+        known_references: how many Python references the caller knows of, its own variables included; any other is
+            somebody else's. What this function and `sys.getrefcount` add themselves is allowed for.
     """
     return (
         tensor.requires_grad
@@ -80,6 +81,10 @@ class Activations:
         self.shared: set[int] = set()  # ids of tensors that several visits use: never spilled again
         self.spilled_bytes = 0
         self.restored_bytes = 0
+
+    def backs(self, key: Key, tensor: Tensor) -> bool:
+        """Whether a visit's tensor has been spilled before, so that an entry refers to it."""
+        return any(entry.tensor is tensor for entry in self._spilled.get(key, ()))
 
     def spill(self, key: Key, tensors: Iterable[Tensor], *, to_disk: bool) -> None:
         """Empties the storages of a visit's inputs. Bytes that were written once are not written again."""

@@ -193,6 +193,7 @@ class Worker:
         )
         if self.measuring:
             self.measured.kept_bytes[visit] = max(self.measured.kept_bytes[visit], saved.nbytes)
+            saved.forget()
         route.way.entries.append(call)
         route.thread.rng = rng
         del request
@@ -216,7 +217,11 @@ class Worker:
         after = call is not None and call.visit == visit
         if call is not None and after:
             held = _references(route.way.entries)
-            tensors = [x for x in _unique(call.inputs) if not self.slabs.within(x) and spillable(x, held[id(x)])]
+            candidates = [x for x in _unique(call.inputs) if not self.slabs.within(x)]
+            held.update(id(x) for x in candidates if self.activations.backs((visit, micro_batch), x))
+            # two more: the list of candidates, and the variable that runs through it
+            tensors = [x for x in candidates if spillable(x, held[id(x)] + 2)]
+            del candidates
         else:
             request = route.thread.request
             if request is None:
@@ -335,18 +340,21 @@ class _Saved:
     def __init__(self, slabs: Slabs, *, keep: bool, measure: bool) -> None:
         self._slabs, self._keep, self._measure = slabs, keep, measure
         self.nbytes = 0
-        self._seen: set[int] = set()
+        self._seen: dict[int, Any] = {}  # storages, held so that none of them gets another's address
 
     @property
     def hooks(self) -> tape.Hooks:
         return (self._pack, self._slabs.unpack if self._keep else _dropped)
 
+    def forget(self) -> None:
+        self._seen.clear()
+
     def _pack(self, tensor: Tensor) -> Any:
         if self._measure:
-            pointer = tensor.untyped_storage().data_ptr()
-            if pointer not in self._seen and not self._slabs.within(tensor):
-                self._seen.add(pointer)
-                self.nbytes += tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._seen and not self._slabs.within(tensor):
+                self._seen[storage.data_ptr()] = storage
+                self.nbytes += storage.nbytes()
         return self._slabs.pack(tensor) if self._keep else None
 
 
