@@ -1,0 +1,213 @@
+"""The command line as a person uses it: train, stop, go on, look, and every kind of bad input.
+
+Commands run in this process through the entry point itself, so that exit codes and both outputs are what a shell sees.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from weightstream.cli import main
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+class Shell:
+    """Runs `weightstream …` in a folder."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self._capsys, self._monkeypatch = folder, capsys, monkeypatch
+        monkeypatch.chdir(folder)
+
+    def __call__(self, *arguments: str) -> Result:
+        self._monkeypatch.setattr(sys, "argv", ["weightstream", *arguments])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = self._capsys.readouterr()
+        code = caught.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    def refused(self, *arguments: str) -> str:
+        """Run what must be refused: exit code 2, one screen on stderr, nothing on stdout, nothing changed on disk."""
+        before = self.state()
+        result = self(*arguments)
+        assert result.code == 2, result
+        assert result.out == ""
+        assert "Traceback" not in result.err
+        assert len(result.err.splitlines()) < 24
+        assert self.state() == before
+        return result.err
+
+    def state(self) -> dict[str, int]:
+        return {str(path): path.stat().st_size for path in sorted(self.folder.rglob("*")) if path.is_file()}
+
+
+CONFIG = {
+    "model": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    },
+    "data": {"sources": ["text"], "tokenizer": {"size": 300}, "validation_share": 0.2},
+    "optimizer": {"lr": 1e-2, "warmup": 1},
+    "training": {
+        "steps": 6, "micro_batches": 2, "micro_batch_size": 2, "sequence_length": 32, "tensorboard": False,
+        "validation": {"every": 3, "sequences": 8}, "sample": {"prompts": ["def "], "tokens": 4},
+    },
+    "engine": {"device_memory": "16MiB", "host_memory": "64MiB"},
+    "out": "run",
+}  # fmt: skip
+
+
+@pytest.fixture
+def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        body = f"def function_{number}(argument):\n    return argument + {number}\n\n" * (4 + number % 5)
+        (tmp_path / "text" / f"{number}.py").write_text(body)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return Shell(tmp_path, capsys, monkeypatch)
+
+
+def test_fit_evaluate_generate_and_look(shell: Shell) -> None:
+    fitted = shell("fit", "config.yaml", "--json")
+    assert fitted.code == 0, fitted.err
+    report = fitted.json()
+    assert report["step"] == 6
+    assert report["perplexity_after"] < report["perplexity_before"]
+    assert report["moved_over_bound"] <= 1.02
+    assert report["samples"][0]["prompt"] == "def "
+    assert "step 1/6" in fitted.err
+
+    evaluated = shell("evaluate", "run", "--json").json()
+    assert evaluated["step"] == 6
+    assert evaluated["loss"] == report["loss_after"]
+
+    generated = shell("generate", "run", "def ", "return", "--tokens", "5", "--json").json()
+    assert [sample["prompt"] for sample in generated["samples"]] == ["def ", "return"]
+    assert generated["samples"][0]["continued"].startswith(report["samples"][0]["continued"])
+
+    assert shell("store", "info", "run", "--json").json()["step"] == 6
+    assert len(shell("store", "digest", "run/store").out.strip()) == 64
+    verified = shell("store", "verify", "run")
+    assert (verified.code, verified.out.strip()) == (0, "run/store: whole at step 6")
+
+    again = shell("fit", "config.yaml")
+    assert again.code == 0
+    assert "perplexity" in again.out
+    assert "6 of 6 steps" in again.out
+
+
+def test_pieces_end_like_the_whole(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shell("fit", "config.yaml").code == 0
+    whole = shell("store", "digest", "run").out
+
+    from weightstream.training.loop import Trainer
+
+    step = Trainer._step
+
+    def interrupted(trainer: Trainer) -> Any:
+        facts = step(trainer)
+        if facts.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        if facts.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return facts
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    first = shell("fit", "config.yaml", "out=pieces")
+    assert first.code == 128 + signal.SIGINT
+    assert "stopped at step 2; go on with: weightstream fit config.yaml out=pieces" in first.err
+    second = shell("fit", "config.yaml", "out=pieces")
+    assert second.code == 128 + signal.SIGTERM
+    assert "going on from step 2 of 6" in second.err
+    assert shell("fit", "config.yaml", "out=pieces").code == 0
+    assert shell("store", "digest", "pieces").out == whole
+
+
+def test_a_plan_creates_nothing(shell: Shell) -> None:
+    before = shell.state()
+    found = shell("plan", "config.yaml")
+    assert found.code == 0, found.err
+    assert "layers.1" in found.out
+    assert shell("plan", "config.yaml", "--json").json()["device_bytes"] <= 16 << 20
+    assert shell.state() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.step=3"], "did you mean training.steps?"),
+        (["training.steps=many"], "training.steps: expected a valid integer"),
+        (["optimizer.name=adamm"], "optimizer.name: expected one of AdamW"),
+        (["optimizer.settings={beta: 1}"], "optimizer AdamW"),
+        (["optimizer.warmup=100"], "steps must be a whole number above warmup"),
+        (["model.model_type=lama"], "transformers has no 'lama'; did you mean llama?"),
+        (["model.hidden_sise=3"], "model.hidden_sise: unknown key of LlamaConfig; did you mean hidden_size?"),
+        (["model.hidden_size=wide"], "LlamaConfig refuses these values"),
+        (["model.architecture=LamaForCausalLM"], "did you mean LlamaForCausalLM?"),
+        (["model={model_type: vit}"], "vit has no causal language model"),
+        (["model=text"], "text has no config.json"),
+        (["data.sources=[absent]"], "no text found in data.sources: 'absent'"),
+        (["data.sources=[config.yaml]"], "config.yaml is the only one"),
+        (["data.tokenizer.path=absent.json"], "no tokenizer at"),
+        (["model.vocab_size=280"], "the model's vocabulary ends at 279"),
+        (["training.micro_batch_size=10000"], "at least 20000 are needed"),
+        (["training.sequence_length=100000"], "are needed"),
+        (["engine.device_memory=1KiB"], "the smallest value that works is device_memory="),
+        (["engine.host_memory=1KiB"], "the smallest value that works is host_memory="),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_made(shell: Shell, overrides: list[str], said: str) -> None:
+    assert said in " ".join(shell.refused("fit", "config.yaml", *overrides).split())
+
+
+def test_empty_text_is_refused(shell: Shell) -> None:
+    for path in (shell.folder / "text").iterdir():
+        path.write_text("")
+    assert "is empty" in shell.refused("fit", "config.yaml")
+
+
+def test_wrong_yaml_and_missing_files_are_refused(shell: Shell) -> None:
+    (shell.folder / "broken.yaml").write_text("model: [")
+    assert "is not YAML" in shell.refused("fit", "broken.yaml")
+    assert "cannot read the configuration" in shell.refused("fit", "absent.yaml")
+    assert "expected key=value" in shell.refused("fit", "config.yaml", "training.steps")
+    assert "no store at run/store" in shell.refused("evaluate", "config.yaml")
+    assert "absent" in shell.refused("store", "info", "absent")
+
+
+def test_a_store_of_another_run_is_refused_with_both_values(shell: Shell) -> None:
+    assert shell("fit", "config.yaml", "training.steps=2", "training.sample.prompts=[]").code == 0
+    for override, said in (
+        ("model.hidden_size=64", ("model",)),
+        ("seed=5", ("seed", "0", "5")),
+        ("engine.precision=fp32", ("bf16", "fp32")),
+        ("optimizer.name=Lion", ("AdamW", "Lion")),
+        ("training.sequence_length=16", ("sequence_length 32, found 16",)),
+    ):
+        message = shell.refused("fit", "config.yaml", override)
+        assert all(part in message for part in said), message
+    assert shell("fit", "config.yaml", "training.steps=3", "optimizer.lr=1e-3", "training.sample.prompts=[]").code == 0
+
+
+def test_a_store_in_use_is_refused(shell: Shell) -> None:
+    assert shell("fit", "config.yaml", "training.steps=2").code == 0
+    from weightstream.store.store import Store
+
+    with Store.open(shell.folder / "run" / "store"):
+        assert "store" in shell.refused("fit", "config.yaml")
+        assert shell("store", "info", "run").code == 0  # readers may look beside a writer
