@@ -25,9 +25,10 @@ from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
+from weightstream.store.given import fill
 from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.recording import record
+from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, without_cache
 from weightstream.units import format_bytes, parse_bytes
@@ -111,6 +112,8 @@ class Engine:
         max_block_bytes: bound on a block's streamed bytes; default: as small as `device_memory` asks for.
         ram_tier: whether records may stay in RAM between uses, within `host_memory`.
         max_skipped_steps: how many steps in a row may have gradients that are not finite.
+        initial: values by parameter name for a new store, asked for one at a time; what it lacks begins as the model's
+            code says. Of no effect on a store that is whole.
 
     Raises:
         PlanError: a budget is too small; the message names the smallest that works.
@@ -140,6 +143,7 @@ class Engine:
         max_skipped_steps: int = 10,
         allow_other_numerics: bool = False,
         log: Callable[[str], None] | None = None,
+        initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -161,7 +165,7 @@ class Engine:
         self._groups = reduction_groups
         path = Path(store)
         exists = Store.exists(path)
-        self.model, recipes = record(model, seed)
+        self.model, recipes = record(model, seed, given=EVERY_NAME if exists else initial or ())
         self.model.train()
         check_model(self.model)
         if exists:
@@ -174,6 +178,7 @@ class Engine:
                 path, blocks=blocks, recipes=recipes, optimizer=optimizer, precision=precision, contract=contract
             )
         try:
+            fill(self.store, initial or {})
             self._start()
         except BaseException:
             self.store.close()

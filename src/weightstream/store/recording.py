@@ -9,7 +9,7 @@ one parameter have memory, which for `torch.empty` is never touched.
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,12 +29,21 @@ Model = TypeVar("Model", bound=nn.Module)
 _NAMED = 5
 
 
-def record(build: Callable[[], Model], seed: int) -> tuple[Model, dict[str, Recipe]]:
+class _Everything:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+EVERY_NAME: Container[str] = _Everything()
+
+
+def record(build: Callable[[], Model], seed: int, *, given: Container[str] = ()) -> tuple[Model, dict[str, Recipe]]:
     """Call `build` and return its model, parameters on the meta device and buffers real, with a recipe per parameter.
 
     A tied parameter has one recipe, under the first of its names. `seed` is that of the store; here it serves buffers
     of random numbers, if the model has any, and the caller's own random state is left as it was. The dtype in which the
-    model would make its parameters does not matter: recipes give fp32.
+    model would make its parameters does not matter: recipes give fp32. Parameters named in `given` have values from
+    elsewhere: they get no recipe and need none.
 
     Raises:
         AuditError: parameters that were never filled, or filled by what cannot be replayed, by name.
@@ -46,7 +55,7 @@ def record(build: Callable[[], Model], seed: int) -> tuple[Model, dict[str, Reci
             raise AuditError(f"build() must return a torch.nn.Module, found {type(model).__name__}")
         _move_the_rest(recorder, model)
     _check_buffers(recorder, model)
-    return model, _recipes(recorder, dict(model.named_parameters()))
+    return model, _recipes(recorder, dict(model.named_parameters()), given)
 
 
 class _Disguise(TorchFunctionMode):
@@ -216,7 +225,7 @@ def _check_buffers(recorder: Recorder, model: nn.Module) -> None:
             )
 
 
-def _recipes(recorder: Recorder, parameters: dict[str, nn.Parameter]) -> dict[str, Recipe]:
+def _recipes(recorder: Recorder, parameters: dict[str, nn.Parameter], given: Container[str]) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     problems: dict[str, str] = {}
     names: dict[int, str] = {}  # of tracks
@@ -229,6 +238,10 @@ def _recipes(recorder: Recorder, parameters: dict[str, nn.Parameter]) -> dict[st
             problem = (
                 f"shares its memory with {names[id(track)]!r}; tie them by assigning one Parameter to both modules"
             )
+        elif name in given:
+            problem = None if parameter.is_floating_point() else problem
+        if problem is None and name in given:
+            continue
         if problem is not None or track is None:
             problems[name] = problem or "was not made by build()"
             continue
