@@ -76,7 +76,7 @@ def summary(report: dict[str, Any]) -> str:
             f"(the state is {times:.1f} times that)",
             f"process        {format_bytes(run_report['peak_rss_bytes'])} at most, Python and its libraries included",
             f"bytes moved    {format_bytes(run_report['read_bytes'] + run_report['written_bytes'])}, "
-            f"{run_report['moved_over_bound']:.3f} times the lower bound",
+            f"{run_report['moved_over_bound']:.3f} times the lower bound of that many steady steps",
             f"checkpoints    {run_report['steps']}, one per step, none of them a copy",
             f"all of it      {format_seconds(report['seconds'])}",
         ]

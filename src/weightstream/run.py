@@ -255,7 +255,7 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(f"waited       {format_seconds(report['stalled_s'])} for the store ({stalled:.1%})")
         lines.append(
             f"moved        {format_bytes(report['read_bytes'])} read, {format_bytes(report['written_bytes'])} written, "
-            f"{report['moved_over_bound'] or 0:.3f} times the lower bound"
+            f"{report['moved_over_bound'] or 0:.3f} times the lower bound of steady steps"
         )
     times = report["state_bytes"] / report["device_memory_bytes"]
     lines += [

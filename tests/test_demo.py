@@ -1,0 +1,18 @@
+"""The demonstration itself: what it prints is what a newcomer sees first."""
+
+import pytest
+
+from weightstream import demo
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_like_one_that_was_not() -> None:
+    said: list[str] = []
+    report = demo.run(said.append)
+    assert report["equal"], demo.summary(report)
+    assert report["first_step_that_differs"] is None
+    assert report["resumed_from_step"] in (report["killed_in_step"] - 1, report["killed_in_step"] - 2)
+    assert report["run"]["state_bytes"] > 10 * report["run"]["device_memory_bytes"]
+    assert report["run"]["moved_over_bound"] <= 1.02
+    assert len(said) == 3
+    assert "equal, bit for bit" in demo.summary(report)
