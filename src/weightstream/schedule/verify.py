@@ -60,7 +60,8 @@ class _Machine:
         self.returning: dict[int, int] = {}
         self.left_to_walk: Counter[int] = Counter(visit.block for visit in schedule.visits)
         self.spilled: set[tuple[int, int]] = set()
-        self.dropped: set[tuple[int, int]] = set()
+        self.walked: Counter[int] = Counter()  # micro-batches that are back through a visit
+        self.commits = 0
         self.peak = 0
 
     def run(self) -> int:
@@ -93,11 +94,18 @@ class _Machine:
         self.need(bool(held), what, f"Fetch({block}) at version {wanted}; the block is in no slab")
         self.need(held == [wanted], what, f"Fetch({block}) at version {wanted}; the slab holds version {held}")
 
+    def residents_in_slabs(self, what: str) -> None:
+        """Whatever computes may use a resident block's parameters: they are not any module's alone."""
+        for block in self.facts.blocks:
+            if block.resident:
+                self.in_slab(block.index, what)
+
     def step(self, operation: Operation, what: str) -> None:
         match operation:
             case Load(block):
                 self.need(block not in self.records, what, f"record {block} not to be loaded already")
-                self.need(len(self.records) < self.schedule.record_buffers + len(self.unwritten), what, "a record buffer")
+                # one that is updated but not written yet has its buffer still: waiting for it here would be for ever
+                self.need(len(self.records) < self.schedule.record_buffers, what, "a record buffer")
                 self.records.add(block)
             case Update(block):
                 source = self.schedule.pending if self.facts.deferred else self.reduced
@@ -128,6 +136,7 @@ class _Machine:
                 self.need(self.schedule.visits[visit].block == block, what, f"visit {visit} to be of block {block}")
                 self.need(self.progress[micro_batch] == visit, what, f"Forward of visit {self.progress[micro_batch]}")
                 self.in_slab(block, what)
+                self.residents_in_slabs(what)
                 if self.facts.deferred:
                     late = block in self.schedule.pending and block not in self.updated
                     self.need(not late, what, f"Update({block}) of the step before")
@@ -135,18 +144,28 @@ class _Machine:
                 self.progress[micro_batch] += 1
             case Turn(micro_batch):
                 self.need(self.progress[micro_batch] == len(self.schedule.visits), what, "the whole forward")
+                turned = len(self.returning)
+                self.need(
+                    micro_batch == turned, what, f"to be the turn of mb={turned}; losses come in order of micro-batch"
+                )
                 self.returning[micro_batch] = len(self.schedule.visits) - 1
             case Backward(visit, block, micro_batch):
                 self.need(micro_batch in self.returning, what, f"Turn(mb={micro_batch})")
-                self.need(self.returning[micro_batch] == visit, what, f"Backward of visit {self.returning[micro_batch]}")
+                self.need(
+                    self.returning[micro_batch] == visit, what, f"Backward of visit {self.returning[micro_batch]}"
+                )
                 self.in_slab(block, what)
+                self.residents_in_slabs(what)
                 self.need((visit, micro_batch) not in self.spilled, what, f"Restore(visit={visit}, mb={micro_batch})")
+                walked = self.walked[visit]
+                self.need(micro_batch == walked, what, f"mb={walked} first: gradients add up in order of micro-batch")
+                self.walked[visit] += 1
                 self.returning[micro_batch] -= 1
                 if micro_batch == self.schedule.micro_batches - 1:
                     self.left_to_walk[block] -= 1
             case Reduce(block):
                 resident = self.blocks[block].resident
-                done = all(visit < 0 for visit in self.returning.values()) if resident else self.left_to_walk[block] == 0
+                done = self._all_back() if resident else self.left_to_walk[block] == 0
                 self.need(done, what, f"every Backward of block {block}")
                 self.need(block not in self.reduced, what, f"block {block} not to be reduced already")
                 self.reduced.add(block)
@@ -157,19 +176,39 @@ class _Machine:
                 self.need((visit, micro_batch) in self.spilled, what, f"Spill(visit={visit}, mb={micro_batch})")
                 self.spilled.discard((visit, micro_batch))
             case Commit():
+                self.need(not self.commits, what, "to be the only one of its step")
                 self.need(not self.unwritten, what, f"Write of {sorted(self.unwritten)}")
+                due = self._due()
+                self.need(self.written == due, what, f"Update and Write of {sorted(due - self.written)} first")
+                self.commits += 1
                 self.committed = True
             case _:
                 assert_never(operation)
+
+    def _all_back(self) -> bool:
+        back = list(self.returning.values())
+        return len(back) == self.schedule.micro_batches and all(visit < 0 for visit in back)
+
+    def _due(self) -> frozenset[int] | set[int]:
+        """The blocks whose new versions one commit publishes together: a part of them would be half a step."""
+        return self.schedule.pending if self.facts.deferred else self._to_reduce()
+
+    def _to_reduce(self) -> set[int]:
+        trained = {block.index for block in self.facts.blocks if block.trainable}
+        return trained & (
+            {visit.block for visit in self.schedule.visits} | {b.index for b in self.facts.blocks if b.resident}
+        )
 
     def _finish(self) -> None:
         end = "the end of the step"
         for micro_batch, visit in self.progress.items():
             self.need(visit == len(self.schedule.visits), end, f"the whole forward of micro-batch {micro_batch}")
             self.need(self.returning.get(micro_batch) == -1, end, f"the whole backward of micro-batch {micro_batch}")
-        trained = {block.index for block in self.facts.blocks if block.trainable}
-        visited = {visit.block for visit in self.schedule.visits} | {b.index for b in self.facts.blocks if b.resident}
-        self.need(self.reduced == trained & visited, end, f"Reduce of {sorted(trained & visited - self.reduced)}")
-        due = self.schedule.pending if self.facts.deferred else self.reduced
+        wanted, due = self._to_reduce(), self._due()
+        self.need(self.reduced == wanted, end, f"Reduce of {sorted(wanted - self.reduced)}")
         self.need(self.written == due, end, f"Update and Write of {sorted(due - self.written)}")
         self.need(self.committed, end, "Commit() after the last Write")
+        ahead = set(self.schedule.loads_next)
+        self.need(
+            self.records == ahead, end, f"Load of {sorted(ahead)} for the next step; {sorted(self.records)} are loaded"
+        )

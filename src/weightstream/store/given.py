@@ -42,8 +42,8 @@ def fill(store: "Store", values: Mapping[str, Tensor]) -> None:
     known = {parameter.name for block in store.blocks for parameter in block.parameters}
     if unknown := sorted(values.keys() - known):
         raise StoreError(
-            f"store '{store.path}': values are given for {len(unknown)} parameter(s) that the model does not have, such "
-            f"as {unknown[0]!r}; give a tied parameter under its first name, and leave out what is not of this model"
+            f"store '{store.path}': values are given for {len(unknown)} parameter(s) that the model does not have, "
+            f"such as {unknown[0]!r}; give a tied parameter under its first name, and leave out what is not of this model"
         )
     missing = [
         parameter.name

@@ -1,6 +1,6 @@
 """Micro-batches: each runs the user's own loss function in a thread of its own; one baton lets exactly one run.
 
-A block's forward, called in such a thread, hands the baton to the scheduler and sleeps until its reply is there. Large
+A block's forward, called in such a thread, hands the baton to the scheduler and sleeps until its reply is there. The
 operations of the glue between blocks (the loss on the logits, say) are handed over too and run in the scheduler's
 thread: a second thread that enters OpenMP would bring a second pool of threads for the same cores.
 """
@@ -18,9 +18,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from weightstream.errors import AuditError
 from weightstream.worker.generators import Generators, State
-
-# below this at::parallel_for runs serially, so that no pool is started (at::internal::GRAIN_SIZE)
-GRAIN_ELEMENTS = 32_768
 
 
 @dataclass(slots=True)
@@ -192,7 +189,7 @@ class _StoppedError(BaseException):
 
 
 class _Glue(TorchFunctionMode):
-    """Sees every torch call between blocks: audits parameters used outside their block, hands over large operations,
+    """Sees every torch call between blocks: audits parameters used outside their block, hands the work over,
     and cuts the graph behind each."""
 
     def __init__(
@@ -205,7 +202,6 @@ class _Glue(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _READS:
             return func(*args, **kwargs)
-        large = False
         for value in (*args, *kwargs.values()):
             for item in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(item, Tensor):
@@ -213,11 +209,10 @@ class _Glue(TorchFunctionMode):
                         self._audit(item)
                     elif id(item) in self._micro_batch.superseded:
                         raise self._micro_batch.changed_in_place("an operation", item)
-                    large = large or item.numel() >= GRAIN_ELEMENTS
         if _get_current_dispatch_mode() is not None or torch._C._functorch.maybe_current_level() is not None:
             return func(*args, **kwargs)
         try:
-            result = self._hand_over(func, args, kwargs) if large else func(*args, **kwargs)
+            result = self._hand_over(func, args, kwargs)
         except RuntimeError as error:
             if "leaf Variable that requires grad" not in str(error):
                 raise
