@@ -124,9 +124,9 @@ def _matched(folder: Path, stored: Mapping[str, Stored], model: nn.Module) -> di
             unexpected.append(key)
     missing = [name for name in first.values() if name not in found]
     for name, parameter in model.named_parameters():
-        leader, *aliases = found.get(name, [None])
-        if leader is None:
+        if name not in found:
             continue
+        leader, *aliases = found[name]
         if leader.shape != tuple(parameter.shape):
             problems.append(f"{name}: shape {leader.shape} in the checkpoint, {tuple(parameter.shape)} in the model")
         elif leader.dtype not in _FLOATS:

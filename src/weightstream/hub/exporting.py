@@ -110,7 +110,8 @@ def _check_model(store: Store, wanted: dict[str, tuple[int, ...]]) -> None:
 def _write_weights(
     store: Store, folder: Path, dtype: torch.dtype, max_shard_bytes: int, buffers: dict[str, Tensor]
 ) -> list[str]:
-    held = [Entry(p.name, dtype, p.shape) for block in store.blocks for p in block.parameters]
+    masters = [spec for block in store.blocks for spec in store.layout(block.index).part("param").tensors]
+    held = [Entry(spec.name, dtype, spec.shape) for spec in masters]
     own = [Entry(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items()]
     found = shards([*held, *own], max_shard_bytes)
     single = len(found) == 1
@@ -125,7 +126,6 @@ def _write_weights(
     source = tensors()
     for name, entries in zip(names, found, strict=True):
         write_file(folder / name, entries, (next(source) for _ in entries), {})
-    source.close()
     if not single:
         index = {
             "metadata": {"total_size": sum(entry.nbytes for entries in found for entry in entries)},

@@ -173,6 +173,9 @@ def allot(facts: Facts) -> Allotment:
             if host + block.load_bytes <= facts.host_memory:
                 pinned_states.add(block.index)
                 host += block.load_bytes
+    # what is left lets reads run ahead into the backward and writes trail into it, where the disk is idle otherwise
+    while buffers < len(trained) and host + record_bytes <= facts.host_memory:
+        buffers, host = buffers + 1, host + record_bytes
     return Allotment(
         slabs=slabs, slab_bytes=slab_bytes, resident_bytes=resident_bytes,
         partial_sums=partials, partial_bytes=gradient_bytes, tied_bytes=tied_bytes,

@@ -43,7 +43,7 @@ def fill(store: "Store", values: Mapping[str, Tensor]) -> None:
     if unknown := sorted(values.keys() - known):
         raise StoreError(
             f"store '{store.path}': values are given for {len(unknown)} parameter(s) that the model does not have, "
-            f"such as {unknown[0]!r}; give a tied parameter under its first name, and leave out what is not of this model"
+            f"such as {unknown[0]!r}; give values of this model, those of a tied parameter under its first name"
         )
     missing = [
         parameter.name
