@@ -36,15 +36,15 @@ def fill(store: "Store", values: Mapping[str, Tensor]) -> None:
     Raises:
         StoreError: a value is missing or of no parameter, or has another shape than its parameter.
     """
-    blocks = unfilled(store)
-    if not blocks:
-        return
     known = {parameter.name for block in store.blocks for parameter in block.parameters}
     if unknown := sorted(values.keys() - known):
         raise StoreError(
             f"store '{store.path}': values are given for {len(unknown)} parameter(s) that the model does not have, "
             f"such as {unknown[0]!r}; give values of this model, those of a tied parameter under its first name"
         )
+    blocks = unfilled(store)
+    if not blocks:
+        return
     missing = [
         parameter.name
         for block in blocks
