@@ -295,7 +295,11 @@ class Engine:
     # planning
 
     def _facts_of(
-        self, blocks: Sequence[Block], sizes: Sequence[tuple[int, int, int]], visits: tuple[Visit, ...], micro_batches: int
+        self,
+        blocks: Sequence[Block],
+        sizes: Sequence[tuple[int, int, int]],
+        visits: tuple[Visit, ...],
+        micro_batches: int,
     ) -> Facts:
         uses = self.worker.uses(visits) if visits else {}
         block_facts = tuple(
@@ -324,9 +328,7 @@ class Engine:
         return measured is not None and len(measured[0]) == len(visits)
 
     def _facts(self, micro_batches: int) -> Facts:
-        return self._facts_of(
-            self.store.blocks, self._layout_bytes(self.store.blocks), self._visits, micro_batches
-        )
+        return self._facts_of(self.store.blocks, self._layout_bytes(self.store.blocks), self._visits, micro_batches)
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
@@ -382,7 +384,9 @@ class Engine:
         if weights is None:
             whole = sum(tokens)
             if not whole:
-                raise ConfigError("engine.step: no micro-batch has a target token; give weights, or labels other than -100")
+                raise ConfigError(
+                    "engine.step: no micro-batch has a target token; give weights, or labels other than -100"
+                )
             weights = [count / whole for count in tokens]
         elif len(weights) != len(micro_batches):
             raise ConfigError(f"engine.step: {len(micro_batches)} micro-batches, but {len(weights)} weights")
@@ -410,6 +414,28 @@ class Engine:
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=self._moved(), skipped=not outcome.finite,
             seconds=dict(outcome.seconds),
         )  # fmt: skip
+
+    def rehearse(self, micro_batch: Any, loss_fn: LossFunction = default_loss, *, micro_batches: int = 1) -> None:
+        """Runs one micro-batch without any update, learns what it needs, and plans steps of `micro_batches` like it.
+
+        After it `plan`, `allotment` and `bytes_bound` are those of a steady step. Nothing in the store changes.
+
+        Raises:
+            PlanError: such steps do not fit; the message names the smallest budget that does.
+            AuditError: the model would train wrong.
+        """
+        self.commit()
+        if self.device.type != "cpu":
+            micro_batch = _to_device(micro_batch, self.device)
+        schedule = self._plan(1)
+        self.worker.measuring = True
+        outcome = self.runtime.step(
+            schedule, [micro_batch], [1.0], loss_fn, seed=self.seed, step=self.step_count + 1,
+            progress=self._progress_after, rehearsal=True,
+        )  # fmt: skip
+        self._learn(outcome, measuring=True)
+        self._plan(micro_batches)
+        self._forget_moved()
 
     def _progress_after(self, finite: bool) -> dict[str, Any]:
         """What is committed with a step: the caller's progress, and how many steps were skipped."""
@@ -455,6 +481,10 @@ class Engine:
         bound = self.bytes_bound()
         return MovedBytes(read - before[0], written - before[1], bound.total)
 
+    def _forget_moved(self) -> None:
+        """What was moved outside of steps (evaluation, drains) is not counted in the next one."""
+        self._moved()
+
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment."""
         facts, allotment = self.runtime.facts, self.runtime.allotment
@@ -487,6 +517,7 @@ class Engine:
             self._restore_cache = without_cache(self.model)
             self.model.train()
             streamed.close()
+            self._forget_moved()
 
     def commit(self) -> None:
         """Applies what waits and commits; afterwards the store is at `step_count`."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -88,10 +89,13 @@ def _rehearsed(config: RunConfig) -> Iterator[Engine]:
     The tokenizer is taken to have all the tokens that were asked for.
     """
     _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
+    training = config.training
+    ids = torch.zeros((training.micro_batch_size, training.sequence_length), dtype=torch.long)
     near = next(folder for folder in config.store.absolute().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".weightstream-plan-", dir=near) as folder:
         engine = _engine(config, Path(folder) / "store", build, None)
         try:
+            engine.rehearse({"input_ids": ids, "labels": ids}, micro_batches=training.micro_batches)
             yield engine
         finally:
             engine.close()

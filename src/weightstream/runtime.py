@@ -89,7 +89,9 @@ class Runtime:
     `pending` blocks have a staged gradient of step `pending_step`, whose update waits until they are next served.
     """
 
-    def __init__(self, store: Store, worker: Worker, parameters: Parameters, facts: Facts, allotment: Allotment) -> None:
+    def __init__(
+        self, store: Store, worker: Worker, parameters: Parameters, facts: Facts, allotment: Allotment
+    ) -> None:
         self.store, self.worker, self.parameters = store, worker, parameters
         self.facts, self.allotment = facts, allotment
         self.blocks: tuple[BlockFacts, ...] = facts.blocks
@@ -118,7 +120,7 @@ class Runtime:
         self._loaded: dict[int, _Loaded] = {}
         self._fetches: dict[int, Future[Any]] = {}
         self._writes: list[Future[Any]] = []
-        self._poisoned = False
+        self._poisoned = self._rehearsal = False
         self._step = 0
         self._visits: list[Visit] = []
         self._micro_batches = 0
@@ -137,14 +139,19 @@ class Runtime:
         seed: int,
         step: int,
         progress: Callable[[bool], dict[str, Any]],
+        rehearsal: bool = False,
     ) -> StepOutcome:
         """Runs one step; on an error everything since the last whole step is undone.
+
+        Args:
+            rehearsal: compute everything, but update and commit nothing.
 
         Raises:
             AuditError: the model would train wrong.
         """
         self.outcome = StepOutcome()
-        self._step, self._poisoned, self._micro_batches = step, False, len(micro_batches)
+        self._step, self._poisoned, self._micro_batches = step, rehearsal, len(micro_batches)
+        self._rehearsal = rehearsal
         self._visits, self._members, self._progress = [], [], progress
         for index in schedule.loaded:
             self.staging.prefetch(index)
@@ -173,6 +180,10 @@ class Runtime:
         if not self.facts.deferred:
             return
         outcome = self.outcome
+        if self._rehearsal:
+            self.staging.clear()
+            self._drop_loaded()
+            return
         if outcome.finite and not math.isfinite(outcome.norm):
             outcome.first_bad = "the global norm, which overflows"
         if not outcome.finite:
@@ -298,6 +309,9 @@ class Runtime:
         if self.facts.deferred:
             self._commit(self.pending_step, self.pending_progress)
             self.pending = frozenset()
+            return
+        if self._rehearsal:
+            self._drop_loaded()
             return
         if self._poisoned:
             self._settle_writes()

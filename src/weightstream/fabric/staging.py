@@ -246,4 +246,3 @@ def _places(block: Block) -> dict[str, tuple[int, tuple[int, ...]]]:
             places[parameter.name] = (offset, parameter.shape)
             offset += align(parameter.numel * 4, 64)
     return places
-

@@ -108,7 +108,6 @@ class Commit:
     """The versions written since the last commit become the store's state, in one transaction."""
 
 
-
 Operation = (
     Load | Update | Write | Fetch | Evict | Forward | Turn | Backward | Reduce | Spill | Restore | Commit
 )  # fmt: skip

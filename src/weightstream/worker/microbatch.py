@@ -93,7 +93,7 @@ class MicroBatch:
             if not self._stopped:
                 with _Glue(self, self._audit, self._cut):
                     self.loss = self._run()
-        except BaseException as error:  # noqa: BLE001 (handed to the scheduler, which raises it)
+        except BaseException as error:
             self._error = error
         finally:
             self.request = None
@@ -153,7 +153,7 @@ class MicroBatch:
                 break
             try:
                 self._reply = job()
-            except BaseException as error:  # noqa: BLE001 (raised again where the call was made)
+            except BaseException as error:
                 self._reply = _Raised(error)
         self.rng = self._generators.state()
         if self._error is not None:
@@ -192,9 +192,7 @@ class _Glue(TorchFunctionMode):
     """Sees every torch call between blocks: audits parameters used outside their block, hands the work over,
     and cuts the graph behind each."""
 
-    def __init__(
-        self, micro_batch: MicroBatch, audit: Callable[[Any], None], cut: Callable[[Any], Any]
-    ) -> None:
+    def __init__(self, micro_batch: MicroBatch, audit: Callable[[Any], None], cut: Callable[[Any], Any]) -> None:
         super().__init__()
         self._micro_batch, self._audit, self._cut = micro_batch, audit, cut
 

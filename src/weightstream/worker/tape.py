@@ -224,9 +224,7 @@ class Way:
             self._through(call, generators, side_outputs, hooks)
         self.through_glue(walking)
 
-    def _through(
-        self, call: Call, generators: Generators, side_outputs: SideOutputs | None, hooks: Hooks
-    ) -> None:
+    def _through(self, call: Call, generators: Generators, side_outputs: SideOutputs | None, hooks: Hooks) -> None:
         graph = call.kept
         call.kept = None
         if graph is None:

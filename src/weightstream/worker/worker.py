@@ -173,7 +173,9 @@ class Worker:
         """One micro-batch through the block that it waits for, and on to its next request."""
         route = self._routes[micro_batch]
         request = route.thread.request
-        assert request is not None and self.slabs is not None and self.activations is not None
+        assert request is not None
+        assert self.slabs is not None
+        assert self.activations is not None
         call = self._call(visit, request, route)
         for tensor in call.tensors:
             if id(tensor) in route.thread.superseded:
@@ -211,7 +213,8 @@ class Worker:
 
     def spill(self, visit: int, micro_batch: int, *, to_disk: bool) -> None:
         """Moves the inputs of a visit out, before its forward (they wait in the request) or after it."""
-        assert self.activations is not None and self.slabs is not None
+        assert self.activations is not None
+        assert self.slabs is not None
         route = self._routes[micro_batch]
         call = route.way.last_call
         after = call is not None and call.visit == visit
@@ -253,7 +256,9 @@ class Worker:
         route = self._routes[micro_batch]
         loss = route.thread.loss
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            found = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else loss
+            found = (
+                f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else loss
+            )
             raise AuditError(
                 f"the loss of micro-batch {micro_batch} is {found!r}: expected a scalar tensor that depends on the model's "
                 f"trained parameters; return it from loss_fn"
@@ -281,10 +286,12 @@ class Worker:
 
     def backward(self, visit: int, micro_batch: int) -> None:
         """One micro-batch back through its last call that is not walked yet."""
-        assert self.slabs is not None and self.activations is not None
+        assert self.slabs is not None
+        assert self.activations is not None
         route = self._routes[micro_batch]
         call = route.way.last_call
-        assert call is not None and call.visit == visit
+        assert call is not None
+        assert call.visit == visit
         self.activations.wait((visit, micro_batch))
         self.activations.ensure(call.tensors)
         saved = _Saved(self.slabs, keep=True, measure=False)
@@ -360,5 +367,3 @@ class _Saved:
 
 def _dropped(_: Any) -> Tensor:
     raise AssertionError("a saved tensor was dropped, but its graph was walked")
-
-
