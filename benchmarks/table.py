@@ -23,7 +23,7 @@ HEAD = (
     "## Measured",
     "Everything on disk and nothing kept in RAM between uses, beside controls that ran in turn; medians.",
     "",
-    "| tokens per step | how | seconds per step (least to most) | peak memory of the process | checkpoint in them |",
+    "| tokens per step | how | seconds per step (least to most) | peak memory of the process | checkpoint included |",
     "| ---: | --- | --- | ---: | --- |",
 )
 EVERY_STEP = "each step, durable"
