@@ -33,11 +33,11 @@ _PLAIN: dict[str, Operation] = {
 }  # fmt: skip
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what operations do to tensors; `paused` while weightstream itself is at work."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.paused = False
         self.tracks = Tracks()
 

@@ -139,7 +139,7 @@ def _registering(recorder: Recorder) -> Iterator[None]:
                 track.label = f"parameter {name!r} of a {type(module).__name__}, shape {tuple(parameter.shape)}"
             return moved
 
-    handle = register_module_parameter_registration_hook(register)
+    handle = register_module_parameter_registration_hook(register)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -155,7 +155,7 @@ def _moved(recorder: Recorder, parameter: nn.Parameter) -> nn.Parameter:
         meta = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
     meta.__dict__.update(parameter.__dict__)
     try:
-        torch.utils.swap_tensors(parameter, meta)
+        torch.utils.swap_tensors(parameter, meta)  # type: ignore[no-untyped-call]
     except RuntimeError:  # something else points at it
         return meta
     return parameter

@@ -75,7 +75,7 @@ class Torch(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problem = _probe(self.optimizer_class, self.arguments)
+        problem = _probe(self.optimizer_class, self.arguments)  # type: ignore[arg-type]
         if problem is not None:
             raise ConfigError(
                 f"{self._name}({self.optimizer_class.__name__}) cannot run at the store: {problem}; give AdamW, SGD, "
@@ -83,7 +83,7 @@ class Torch(Optimizer):
             )
 
     def states(self, shape: Shape) -> States:
-        found = _states(self.optimizer_class, self.arguments, tuple(shape))
+        found = _states(self.optimizer_class, self.arguments, tuple(shape))  # type: ignore[arg-type]
         if isinstance(found, str):
             raise ConfigError(
                 f"Torch({self.optimizer_class.__name__}) refuses a parameter of shape {tuple(shape)}: {found}; give "
@@ -94,7 +94,7 @@ class Torch(Optimizer):
     def update(
         self, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, name: str, step: int, count: int
     ) -> None:
-        found = _states(self.optimizer_class, self.arguments, tuple(param.shape))
+        found = _states(self.optimizer_class, self.arguments, tuple(param.shape))  # type: ignore[arg-type]
         if isinstance(found, str):
             raise ConfigError(f"Torch({self.optimizer_class.__name__}) refuses parameter {name!r}: {found}")
         options: dict[str, Any] = {"lr": self.lr_at(step, name)}
@@ -194,7 +194,7 @@ def _probe(cls: type[torch.optim.Optimizer], arguments: Arguments) -> str | None
     problem = "it takes neither matrices nor vectors"
     for shape in ((6, 5), (7,)):
         try:
-            problem = _differs(cls, arguments, shape)
+            problem = _differs(cls, arguments, shape)  # type: ignore[assignment]
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             if isinstance(error, TypeError) and "closure" in str(error):

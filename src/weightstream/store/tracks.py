@@ -67,11 +67,11 @@ class Tracks:
 
     def set(self, tensor: Tensor, track: Track) -> Track:
         if len(self._tracks) >= self._purge_at:
-            self._tracks = {key: entry for key, entry in self._tracks.items() if not entry[0].expired()}
+            self._tracks = {key: entry for key, entry in self._tracks.items() if not entry[0].expired()}  # type: ignore[no-untyped-call]
             self._purge_at = max(4096, 2 * len(self._tracks))
         storage = tensor.untyped_storage()
         # The weak reference keeps the address from being given to another storage, but not the memory.
-        self._tracks[storage._cdata] = (StorageWeakRef(storage), track)
+        self._tracks[storage._cdata] = (StorageWeakRef(storage), track)  # type: ignore[no-untyped-call]
         return track
 
     def forget(self, tensor: Tensor) -> None:
@@ -177,11 +177,11 @@ def region_of(view: Tensor) -> Region | None:
     elements = view.untyped_storage().nbytes() // view.element_size()
     if view.numel() == elements:
         return None
-    return Region.of(view.storage_offset(), view.shape, view.stride()) if view.numel() else Region(0, (0,), (1,))
+    return Region.of(view.storage_offset(), view.shape, view.stride()) if view.numel() else Region(0, (0,), (1,))  # type: ignore[arg-type]
 
 
 def overlaps(view: Tensor) -> bool:
-    return view.numel() > 0 and Region.of(view.storage_offset(), view.shape, view.stride()) is None
+    return view.numel() > 0 and Region.of(view.storage_offset(), view.shape, view.stride()) is None  # type: ignore[arg-type]
 
 
 def where() -> str:
