@@ -22,7 +22,7 @@ LAYERS = (
     ("runtime", "simulator", "streaming"),
     ("captures", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report"),
-    ("config", "architectures", "run", "demo", "cli"),
+    ("config", "architectures", "run", "transfer", "demo", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PUBLIC = {"__init__", "__main__"}  # the face of the package: may import anything, and nothing may import it

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -135,6 +135,36 @@ def store_verify(store: StorePath, as_json: AsJson = False) -> None:
     _print({"damage": damage}, lambda found: "\n".join(found["damage"]) or whole, as_json)
     if damage:
         raise typer.Exit(1)
+
+
+@store_app.command("import")
+def store_import(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A safetensors folder, or a GGUF file.")],
+    source: Source,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run's store of given weights, one tensor at a time; `fit` then trains it."""
+    config = _config(source, overrides)
+    from weightstream.transfer import import_weights
+
+    _print(import_weights(config, weights), _lines, as_json)
+
+
+@store_app.command("export")
+def store_export(
+    store: StorePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, for from_pretrained.")],
+    config: Annotated[Path | None, typer.Option(help="A folder with config.json; by default the store's own.")] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Masters are fp32.")] = "fp32",
+    optimizer_state: Annotated[bool, typer.Option("--optimizer-state", help="In a file beside the weights.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write config.json, safetensors and tokenizer as transformers reads them, one tensor at a time."""
+    from weightstream.transfer import export_weights
+
+    found = export_weights(store, out, folder=config, dtype=dtype, optimizer_state=optimizer_state)
+    _print(found, _lines, as_json)
 
 
 def _config(source: Path, overrides: list[str] | None) -> "RunConfig":

@@ -4,7 +4,7 @@ Each function here is a command without its printing; what it returns is what `-
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from weightstream.architectures import architecture, vocabulary_of
 from weightstream.config import RunConfig
@@ -22,6 +22,7 @@ from weightstream.data.dataset import Dataset, prepare
 from weightstream.data.tokenizer import Tokenizer
 from weightstream.engine import Engine
 from weightstream.errors import StoreError
+from weightstream.hub import initial_values
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
 from weightstream.training.display import Display
@@ -60,6 +61,7 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
             )
         with _rehearsed(config):
             pass
+    weights = _weights(config, say)
     began_s, training = time.monotonic(), config.training
 
     def model_of(tokenizer: Tokenizer) -> tuple[Any, Callable[[], nn.Module]]:
@@ -75,7 +77,7 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
     dataset = prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
     say(_describe(dataset, time.monotonic() - began_s))
     _, build = model_of(dataset.tokenizer)
-    engine = _engine(config, config.store, build, say)
+    engine = _engine(config, config.store, build, say, weights)
     try:
         yield Run(config, engine, dataset)
     finally:
@@ -101,28 +103,48 @@ def _rehearsed(config: RunConfig) -> Iterator[Engine]:
             engine.close()
 
 
-def _engine(config: RunConfig, store: Path, build: Callable[[], nn.Module], say: Say | None) -> Engine:
+def _engine(
+    config: RunConfig,
+    store: Path,
+    build: Callable[[], nn.Module],
+    say: Say | None,
+    initial: Mapping[str, Tensor] | None = None,
+) -> Engine:
+    optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
+    return Engine(build, store, optimizer, log=say, initial=initial, **engine_settings(config))
+
+
+def engine_settings(config: RunConfig) -> dict[str, Any]:
+    """The keywords of `Engine` that a configuration gives."""
     settings = config.engine
-    return Engine(
-        build,
-        store,
-        Optimizer.from_json(config.optimizer.to_json(config.training.steps)),
-        clip_norm=config.training.clip_norm,
-        precision=settings.precision,
-        device=settings.device,
-        device_memory=settings.device_memory,
-        host_memory=settings.host_memory,
-        seed=config.seed,
-        reduction_groups=settings.reduction_groups,
-        threads_per_worker=settings.threads_per_worker,
-        max_block_bytes=settings.max_block_bytes,
-        activations=settings.activations,
-        prefetch=settings.prefetch,
-        ram_tier=settings.ram_tier,
-        max_skipped_steps=settings.max_skipped_steps,
-        allow_other_numerics=settings.allow_other_numerics,
-        log=say,
-    )
+    return {
+        "clip_norm": config.training.clip_norm,
+        "precision": settings.precision,
+        "device": settings.device,
+        "device_memory": settings.device_memory,
+        "host_memory": settings.host_memory,
+        "seed": config.seed,
+        "reduction_groups": settings.reduction_groups,
+        "threads_per_worker": settings.threads_per_worker,
+        "max_block_bytes": settings.max_block_bytes,
+        "activations": settings.activations,
+        "prefetch": settings.prefetch,
+        "ram_tier": settings.ram_tier,
+        "max_skipped_steps": settings.max_skipped_steps,
+        "allow_other_numerics": settings.allow_other_numerics,
+    }
+
+
+def _weights(config: RunConfig, say: Say) -> Mapping[str, Tensor] | None:
+    """The weights of the model's folder, if a new store is to begin with them."""
+    folder = config.model.path
+    if folder is None or not config.model.weights:
+        return None
+    _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
+    found = initial_values(folder.expanduser(), build, config.store)
+    if found is not None:
+        say(f"training starts from the {len(found)} tensors of {folder}")
+    return found
 
 
 def fit(config: RunConfig, console: Console) -> dict[str, Any]:

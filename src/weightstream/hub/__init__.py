@@ -4,7 +4,15 @@ Either way one tensor is in memory at a time, in the store's record buffer; the 
 """
 
 from weightstream.hub.exporting import export_store
-from weightstream.hub.importing import import_directory, import_model, load_gguf
+from weightstream.hub.importing import import_directory, import_model, initial_values, load_gguf
 from weightstream.hub.pretrained import builder, stored_config
 
-__all__ = ["builder", "export_store", "import_directory", "import_model", "load_gguf", "stored_config"]
+__all__ = [
+    "builder",
+    "export_store",
+    "import_directory",
+    "import_model",
+    "initial_values",
+    "load_gguf",
+    "stored_config",
+]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weightstream.engine import Engine
 from weightstream.errors import ConfigError, StoreError, StoreMismatchError
-from weightstream.hub.checkpoint import Checkpoint, buffer_problems
+from weightstream.hub.checkpoint import INDEX, SINGLE, Checkpoint, buffer_problems
 from weightstream.hub.pretrained import FOLDER, build_from, keep, read_config
 from weightstream.store.given import unfilled
 from weightstream.store.optimizers import Optimizer
@@ -76,6 +76,25 @@ def import_model(
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     _check_same(model, record(build, settings.get("seed", 0), given=EVERY_NAME)[0])
     return _import(build, path, optimizer, values, settings, lambda: keep(path, config, None, model, tokenizer))
+
+
+def initial_values(
+    folder: str | Path, build: Callable[[], nn.Module], store: str | Path
+) -> Mapping[str, Tensor] | None:
+    """The safetensors of a folder as `Engine(initial=...)`; None if the store is whole, or the folder has none.
+
+    Raises:
+        StoreMismatchError: they are not those of the model that `build` makes.
+        StoreError: files cannot be read.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return None
+    if Store.exists(store):
+        with Store.open(store, writable=False) as found:
+            if not unfilled(found):
+                return None
+    return Checkpoint(folder, record(build, 0, given=EVERY_NAME)[0])
 
 
 def load_gguf(file: str | Path) -> tuple[Any, Any]:

@@ -1,0 +1,72 @@
+"""`store import` and `store export`: what the command line knows of a run, put before what moves the weights."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from weightstream.architectures import architecture
+from weightstream.config import RunConfig, load_config
+from weightstream.data.tokenizer import Tokenizer, load_tokenizer
+from weightstream.errors import StoreError
+from weightstream.hub import export_store, import_directory, import_model, load_gguf
+from weightstream.hub.pretrained import FOLDER, read_config
+from weightstream.run import engine_settings
+from weightstream.store.directory import require_store
+from weightstream.store.optimizers import Optimizer
+from weightstream.store.store import Store
+
+
+def import_weights(config: RunConfig, source: Path) -> dict[str, Any]:
+    """Make a run's store of a safetensors folder or a GGUF file; `fit` with the same configuration trains it."""
+    optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
+    settings = engine_settings(config)
+    if source.suffix == ".gguf":
+        model, tokenizer = load_gguf(source)
+        return import_model(model, config.store, optimizer, tokenizer=tokenizer, **settings)
+    return import_directory(source, config.store, optimizer, **settings)
+
+
+def export_weights(
+    store: Path, out: Path, *, folder: Path | None, dtype: Literal["fp32", "bf16"], optimizer_state: bool
+) -> dict[str, Any]:
+    """Write a store, or that of a run, as a folder for `from_pretrained`.
+
+    The configuration comes from `folder`, else from the import, else from the run.
+    """
+    inner = store / "store" if Store.exists(store / "store") else store
+    require_store(inner)
+    run = inner.parent
+    config = tokenizer = None
+    if folder is not None:
+        config = read_config(folder)
+    elif not (inner / FOLDER).is_dir():
+        if not (run / "config.yaml").is_file() or inner.name != "store":
+            raise StoreError(
+                f"store '{inner}' has no configuration with it: it was neither imported nor trained by `weightstream "
+                "fit`; give a folder with config.json by --config"
+            )
+        settings = load_config(run)
+        own = load_tokenizer(run / "data" / _prepared(run))
+        config, _ = architecture(settings.model, vocabulary=own.size, end_of_text=own.end_of_text)
+        tokenizer = _for_transformers(own)
+    return export_store(
+        inner, out, config=config, tokenizer=tokenizer, companions=folder, dtype=dtype, optimizer_state=optimizer_state
+    )
+
+
+def _prepared(run: Path) -> str:
+    """The folder within `data/` that the run trained on."""
+    note = run / "data" / "prepared.json"
+    try:
+        return str(json.loads(note.read_text(encoding="utf-8"))["place"])
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(
+            f"'{note}', which leads to the run's tokenizer, cannot be read: {error}; give --config"
+        ) from None
+
+
+def _for_transformers(tokenizer: Tokenizer) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    end = tokenizer.inner.id_to_token(tokenizer.end_of_text)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.inner, eos_token=end, bos_token=end)
