@@ -1,6 +1,7 @@
 """A real model through all of it: SmolLM2-135M from its GGUF file, fine-tuned, exported, loaded by from_pretrained."""
 
 import ast
+import gc
 import math
 import sysconfig
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ def test_smollm2_is_imported_tuned_exported_and_loaded(tmp_path: Path) -> None:
 
     threads = torch.get_num_threads()
     settings: dict[str, Any] = {
-        "clip_norm": 1.0, "precision": "fp32", "device_memory": "900MiB", "host_memory": "896MiB", "reduction_groups": 4,
+        "clip_norm": 1.0, "precision": "fp32", "device_memory": "720MiB", "host_memory": "1000MiB", "reduction_groups": 1,
         "ram_tier": False, "threads_per_worker": threads,
     }  # fmt: skip
     optimizer = ws.AdamW(lr=ws.constant(5e-5, warmup=2), weight_decay=0.01)
@@ -69,8 +70,9 @@ def test_smollm2_is_imported_tuned_exported_and_loaded(tmp_path: Path) -> None:
     report = import_model(model, tmp_path / "store", optimizer, tokenizer=tokenizer, **settings)
     assert report["parameters"] == sum(parameter.numel() for parameter in model.parameters()) > 134e6
     del model
+    gc.collect()
 
-    training = sequences(tokenizer, TRAINED_ON, 16)
+    training = sequences(tokenizer, TRAINED_ON, 12)
     held_out = sequences(tokenizer, HELD_OUT, 4)
     with ws.Engine(builder(tmp_path / "store"), tmp_path / "store", optimizer, **settings) as engine:
         with engine.module() as streamed:

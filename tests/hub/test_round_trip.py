@@ -156,3 +156,17 @@ def test_an_initialisation_that_cannot_be_replayed_is_no_obstacle(tmp_path: Path
     with ws.Engine(build, tmp_path / "store", OPTIMIZER, **SETTINGS) as engine:
         for name, parts in engine.store.items():
             assert torch.equal(parts["param"], dict(model.named_parameters())[name])
+
+
+def test_names_that_transformers_has_changed_since(tmp_path: Path) -> None:
+    """save_pretrained writes a ViT under the names that its checkpoints always had."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+    )
+    model = ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "source")
+    import_directory(tmp_path / "source", tmp_path / "store", OPTIMIZER, **SETTINGS)
+    export_store(tmp_path / "store", tmp_path / "out")
+    assert_same_weights(ViTForImageClassification.from_pretrained(tmp_path / "out"), model)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,9 @@ def _matched(folder: Path, stored: Mapping[str, Stored], model: nn.Module) -> di
     buffers = persistent_buffers(model)
     found: dict[str, list[Stored]] = {}
     unexpected, problems = [], []
+    rename = _renaming(model)
     for key, place in stored.items():
-        name = next((name for name in _spellings(key, model) if name in names or name in buffers), None)
+        name = next((name for name in _spellings(key, model, rename) if name in names or name in buffers), None)
         if name in names:
             # The first name leads, whatever the order in the files.
             found.setdefault(names[name], []).insert(0 if name == names[name] else 1, place)
@@ -170,10 +171,32 @@ def _buffer_problem(name: str, given: Tensor, made: Tensor) -> list[str]:
     return [f"{name}: a buffer that differs from what the model's code makes; a store keeps parameters alone"]
 
 
-def _spellings(key: str, model: nn.Module) -> tuple[str, ...]:
-    """A checkpoint of the bare model lacks the prefix that a head's model puts before it, and the other way round."""
+def _spellings(key: str, model: nn.Module, rename: Callable[[str], str]) -> list[str]:
+    """What a tensor may be called in the model.
+
+    A checkpoint of the bare model lacks the prefix that a head's model puts before it, and the other way round.
+    """
     prefix = getattr(model, "base_model_prefix", "")
-    return (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")) if prefix else (key,)
+    keys = dict.fromkeys((key, rename(key)))
+    if prefix:
+        return [name for key in keys for name in (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))]
+    return list(keys)
+
+
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """Names in files → names in the model, where transformers has changed a model's names since its checkpoints.
+
+    Renaming alone: tensors that are split or stacked on their way (experts) are refused as not of this model.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
+    except ImportError:  # before transformers kept such a table
+        return str
+    if not hasattr(model, "base_model_prefix"):
+        return str
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return lambda key: str(apply_renamings(key, renamings))
 
 
 def _ignored(key: str, model: nn.Module) -> bool:
