@@ -1,0 +1,415 @@
+"""The engine: what a user does with it beyond plain steps, and that none of it leaves a trace in the numbers."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import weightstream as ws
+
+VOCABULARY, WIDTH = 48, 16
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Layer(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class Model(nn.Module):
+    """Its head is registered first and used last, so that blocks are used in another order than they are numbered."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.layers = nn.ModuleList(Layer(dropout) for _ in range(4))
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.skip: frozenset[int] = frozenset()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            if index not in self.skip:
+                x = layer(x)
+        return F.cross_entropy(self.head(self.norm(x))[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class Plain(Model):
+    """Draws nothing, so that a step does not depend on its number."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+
+
+def tokens(step: int, count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randint(0, VOCABULARY, (2, 7 + index), generator=generator) for index in range(count)]
+
+
+def loss_fn(model: nn.Module, micro_batch: Tensor) -> Tensor:
+    return model(micro_batch)  # type: ignore[no-any-return]
+
+
+def open_engine(store: Path, build: Callable[[], nn.Module] = Model, **settings: Any) -> ws.Engine:
+    optimizer = settings.pop("optimizer", ws.AdamW(lr=ws.cosine(1e-2, warmup=2, steps=20)))
+    chosen = {"clip_norm": 0.5, "threads_per_worker": 1, "ram_tier": False} | settings
+    return ws.Engine(build, store, optimizer, **chosen)
+
+
+def step_and_digest(store: Path) -> tuple[int, str]:
+    reader = ws.Store.open(store, writable=False)
+    try:
+        assert reader.verify() == []
+        return reader.step, reader.digest()
+    finally:
+        reader.close()
+
+
+def train(store: Path, pieces: Sequence[int], **settings: Any) -> tuple[int, str]:
+    """Trains in pieces, the store closed and opened between them."""
+    for steps in pieces:
+        with open_engine(store, **settings) as engine:
+            for _ in range(steps):
+                engine.step(tokens(engine.step_count + 1), loss_fn)
+    return step_and_digest(store)
+
+
+MODES = pytest.mark.parametrize("clip_norm", [None, 0.5], ids=["no clip", "clip"])
+# so little host memory that every staged gradient goes through the ring to disk
+TIGHT = {"host_memory": "48KiB"}
+
+
+class TestResume:
+    @MODES
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_in_pieces_as_in_one_go(self, clip_norm: float | None, precision: str, tmp_path: Path) -> None:
+        settings = {"clip_norm": clip_norm, "precision": precision}
+        whole = train(tmp_path / "whole", [6], **settings)
+        assert whole[0] == 6
+        assert train(tmp_path / "pieces", [1, 3, 2], **settings) == whole
+        assert train(tmp_path / "other", [6], seed=1, **settings)[1] != whole[1]
+
+    @MODES
+    def test_looking_in_between_changes_nothing(self, clip_norm: float | None, tmp_path: Path) -> None:
+        expected = train(tmp_path / "whole", [3], clip_norm=clip_norm)
+        with open_engine(tmp_path / "store", clip_norm=clip_norm) as engine:
+            for step in range(1, 4):
+                engine.step(tokens(step), loss_fn)
+                if step == 1:
+                    engine.commit()
+                    assert step_and_digest(tmp_path / "store")[0] == 1
+                if step == 2:
+                    with engine.module() as model:
+                        model(tokens(9)[0])
+        assert step_and_digest(tmp_path / "store") == expected
+
+    @MODES
+    def test_the_callers_progress_comes_back_with_its_step(self, clip_norm: float | None, tmp_path: Path) -> None:
+        with open_engine(tmp_path / "store", clip_norm=clip_norm) as engine:
+            for step in (1, 2):
+                engine.progress["position"] = 10 * step
+                engine.step(tokens(step), loss_fn)
+        with open_engine(tmp_path / "store", clip_norm=clip_norm) as engine:
+            assert engine.step_count == 2
+            assert engine.progress == {"position": 20}
+
+    def test_what_may_change(self, tmp_path: Path) -> None:
+        settings: list[dict[str, Any]] = [
+            {},
+            {"device_memory": "8MiB", "host_memory": "8MiB"},
+            {"ram_tier": True, "prefetch": 1, "activations": "recompute"},
+            {"activations": "keep", "max_skipped_steps": 3, "log": print},
+        ]
+        for changed in settings:
+            with open_engine(tmp_path / "store", **changed) as engine:
+                engine.step(tokens(engine.step_count + 1), loss_fn)
+        assert step_and_digest(tmp_path / "store") == train(tmp_path / "other", [4])
+
+    def test_learning_rate_and_decay_may_change(self, tmp_path: Path) -> None:
+        for lr in (1e-2, 1e-3):
+            with open_engine(tmp_path / "store", optimizer=ws.AdamW(lr=lr, weight_decay=lr)) as engine:
+                result = engine.step(tokens(engine.step_count + 1), loss_fn)
+                assert result.lr == lr
+
+    @pytest.mark.parametrize(
+        ("changed", "words"),
+        [
+            ({"seed": 3}, ["seed", "0", "3"]),
+            ({"precision": "bf16"}, ["precision", "fp32", "bf16"]),
+            ({"reduction_groups": 4}, ["reduction_groups", "8", "4"]),
+            ({"clip_norm": None}, ["clip_norm", "0.5", "null"]),
+            ({"optimizer": ws.SGD(lr=0.1)}, ["optimizer", "AdamW", "SGD"]),
+            ({"optimizer": ws.AdamW(lr=0.1, betas=(0.8, 0.9))}, ["optimizer", "0.8", "0.95"]),
+            ({"build": lambda: nn.Sequential(nn.Linear(4, 4))}, ["model", "parameters"]),
+            ({"threads_per_worker": 2}, ["threads_per_worker"]),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_what_may_not_change(self, changed: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+        from weightstream.errors import StoreMismatchError
+
+        before = train(tmp_path / "store", [1])
+        with pytest.raises(StoreMismatchError) as caught:
+            open_engine(tmp_path / "store", **changed)
+        found = str(caught.value)
+        assert [word for word in words if word not in found] == [], found
+        torch.set_num_threads(1)
+        assert step_and_digest(tmp_path / "store") == before
+
+    def test_other_numerics_on_demand(self, tmp_path: Path) -> None:
+        train(tmp_path / "store", [1])
+        with open_engine(tmp_path / "store", threads_per_worker=2, allow_other_numerics=True) as engine:
+            assert engine.step_count == 1
+
+    def test_a_store_in_use(self, tmp_path: Path) -> None:
+        from weightstream.errors import StoreInUseError
+
+        with open_engine(tmp_path / "store") as engine:
+            with pytest.raises(StoreInUseError):
+                open_engine(tmp_path / "store")
+            engine.step(tokens(1), loss_fn)
+        assert step_and_digest(tmp_path / "store") == train(tmp_path / "other", [1])
+
+
+class TestBudgets:
+    @pytest.mark.parametrize("budget", ["device_memory", "host_memory"])
+    def test_too_small_names_a_value_that_works_and_makes_nothing(self, budget: str, tmp_path: Path) -> None:
+        import re
+
+        from weightstream.errors import PlanError
+
+        with pytest.raises(PlanError) as caught:
+            open_engine(tmp_path / "store", **{budget: 4096})
+        assert not (tmp_path / "store").exists()
+        named = re.search(rf"{budget}=(\d+MiB)", str(caught.value))
+        assert named is not None, str(caught.value)
+        train(tmp_path / "store", [2], **{budget: named[1]})
+
+    @MODES
+    def test_a_step_that_does_not_fit_is_refused_and_the_engine_goes_on(
+        self, clip_norm: float | None, tmp_path: Path
+    ) -> None:
+        from weightstream.errors import PlanError
+
+        budget = next(kib for kib in range(8, 200, 2) if self.opens(tmp_path / "store", clip_norm, f"{kib}KiB"))
+        # one micro-batch needs no partial sums, eight in eight groups need three
+        with open_engine(tmp_path / "store", clip_norm=clip_norm, device_memory=f"{budget}KiB") as engine:
+            with pytest.raises(PlanError, match="device_memory"):
+                engine.step(tokens(1, 8), loss_fn)
+            assert engine.step_count == 0
+            assert engine.plan
+        assert step_and_digest(tmp_path / "store")[0] == 0
+
+    @staticmethod
+    def opens(store: Path, clip_norm: float | None, budget: str) -> bool:
+        from weightstream.errors import PlanError
+
+        try:
+            open_engine(store, clip_norm=clip_norm, device_memory=budget).close()
+        except PlanError:
+            return False
+        return True
+
+
+class TestNotFinite:
+    """A step whose gradient is not finite leaves nothing behind but its count."""
+
+    @staticmethod
+    def run(store: Path, bad: dict[int, Any], steps: int, **settings: Any) -> list[Any]:
+        """`bad`: step → how it goes wrong."""
+        results = []
+        with open_engine(store, Plain, **settings) as engine:
+            for step in range(1, steps + 1):
+                kind = bad.get(step)
+                function = (lambda model, mb: model(mb) * torch.inf) if kind == "loss" else loss_fn
+                weights = [0.3, float(kind), 0.3] if isinstance(kind, float) else None
+                results.append(engine.step(tokens(step), function, weights=weights))
+            assert engine.skipped_steps == len(bad)
+        return results
+
+    @MODES
+    @pytest.mark.parametrize(
+        ("kind", "memory"),
+        [(float("inf"), {"ram_tier": True}), (float("nan"), TIGHT), ("loss", TIGHT), ("loss", {"ram_tier": True})],
+    )
+    def test_without_a_trace(self, clip_norm: float | None, kind: Any, memory: dict[str, Any], tmp_path: Path) -> None:
+        settings = {"clip_norm": clip_norm, "ram_tier": False} | memory
+        # the rate of step n in both: the second run has no third step, and leaves it out by what may change on resume
+        schedule = ws.linear(1e-2, warmup=0, steps=20)
+        results = self.run(tmp_path / "bad", {3: kind}, 5, optimizer=ws.AdamW(lr=schedule), **settings)
+        assert [result.skipped for result in results] == [False, False, True, False, False]
+        for step in (1, 2, 4, 5):
+            with open_engine(
+                tmp_path / "good", Plain, optimizer=ws.AdamW(lr=schedule(step)), **{**settings, "ram_tier": False}
+            ) as engine:
+                result = engine.step(tokens(step), loss_fn)
+                assert (result.loss, result.grad_norm) == (results[step - 1].loss, results[step - 1].grad_norm)
+        found, expected = step_and_digest(tmp_path / "bad"), step_and_digest(tmp_path / "good")
+        assert found == (5, expected[1])
+        assert expected[0] == 4
+
+    @MODES
+    def test_the_first_and_the_last(self, clip_norm: float | None, tmp_path: Path) -> None:
+        constant = ws.AdamW(lr=1e-2)
+        self.run(tmp_path / "bad", {1: "loss", 2: "loss", 4: "loss"}, 4, clip_norm=clip_norm, optimizer=constant)
+        with open_engine(tmp_path / "good", Plain, clip_norm=clip_norm, optimizer=constant) as engine:
+            engine.step(tokens(3), loss_fn)
+        found, expected = step_and_digest(tmp_path / "bad"), step_and_digest(tmp_path / "good")
+        assert found == (4, expected[1])
+
+    @MODES
+    def test_only_in_one_late_block(self, clip_norm: float | None, tmp_path: Path) -> None:
+        """Without clipping, the blocks behind it were updated and written before its gradient was found."""
+
+        def poisoned(model: Any, micro_batch: Tensor) -> Tensor:
+            hook = model.embedding.register_forward_hook(lambda module, args, out: out * 1e38 * 1e38)
+            try:
+                return model(micro_batch) * 0 + model(micro_batch)
+            finally:
+                hook.remove()
+
+        with open_engine(tmp_path / "bad", Plain, clip_norm=clip_norm, optimizer=ws.AdamW(lr=1e-2)) as engine:
+            for step in (1, 2, 3):
+                result = engine.step(tokens(step), poisoned if step == 2 else loss_fn)
+                assert result.skipped is (step == 2)
+        with open_engine(tmp_path / "good", Plain, clip_norm=clip_norm, optimizer=ws.AdamW(lr=1e-2)) as engine:
+            for step in (1, 3):
+                engine.step(tokens(step), loss_fn)
+        assert step_and_digest(tmp_path / "bad")[1] == step_and_digest(tmp_path / "good")[1]
+
+    @MODES
+    def test_too_many_in_a_row_across_a_resume(self, clip_norm: float | None, tmp_path: Path) -> None:
+        from weightstream.errors import NonFiniteError
+
+        before = train(tmp_path / "store", [1], clip_norm=clip_norm)
+        bad = {"weights": [1.0, float("nan"), 1.0]}
+        with open_engine(tmp_path / "store", clip_norm=clip_norm, max_skipped_steps=2) as engine:
+            assert engine.step(tokens(2), loss_fn, **bad).skipped
+        with open_engine(tmp_path / "store", clip_norm=clip_norm, max_skipped_steps=2) as engine:
+            assert engine.step(tokens(3), loss_fn, **bad).skipped
+            with pytest.raises(NonFiniteError, match="3 steps in a row.*max_skipped_steps=2"):
+                engine.step(tokens(4), loss_fn, **bad)
+        assert step_and_digest(tmp_path / "store")[1] == before[1]
+
+    def test_a_good_step_starts_the_count_anew(self, tmp_path: Path) -> None:
+        bad: dict[int, Any] = dict.fromkeys((2, 3, 5, 6), "loss")
+        self.run(tmp_path / "store", bad, 7, max_skipped_steps=2)
+
+
+class TestMicroBatches:
+    @MODES
+    @pytest.mark.parametrize("tight", [False, True])
+    def test_their_number_may_change_from_step_to_step(
+        self, clip_norm: float | None, tight: bool, tmp_path: Path
+    ) -> None:
+        def run(store: Path, **settings: Any) -> tuple[int, str]:
+            with open_engine(store, clip_norm=clip_norm, **settings) as engine:
+                for step, count in enumerate([1, 4, 2, 11, 1], start=1):
+                    engine.step(tokens(step, count), loss_fn)
+            return step_and_digest(store)
+
+        assert run(tmp_path / "tight", **(TIGHT if tight else {"ram_tier": True})) == run(tmp_path / "plenty")
+
+    def test_none_is_refused(self, tmp_path: Path) -> None:
+        from weightstream.errors import ConfigError
+
+        with open_engine(tmp_path / "store") as engine:
+            with pytest.raises(ConfigError, match="micro-batch"):
+                engine.step([], loss_fn)
+            with pytest.raises(ConfigError, match="3 micro-batches, but 1 weights"):
+                engine.step(tokens(1), loss_fn, weights=[1.0])
+
+
+def micro_batch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("micro-batch")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {clip: train(folder / str(clip), [3], clip_norm=clip) for clip in (None, 0.5)}
+
+
+class TestErrors:
+    """After an error of the user's own, in any place, the engine goes on as if that step had not been tried."""
+
+    class OwnError(Exception):
+        pass
+
+    def fails(self, where: str, at: int) -> Callable[[nn.Module, Tensor], Tensor]:
+        calls: list[int] = []
+
+        def failing(model: nn.Module, micro_batch: Tensor) -> Tensor:
+            calls.append(len(calls))
+            if calls[-1] != at:
+                return loss_fn(model, micro_batch)
+            if where == "before":
+                raise self.OwnError
+            if where == "inside":
+                handle = model.layers[2].register_forward_pre_hook(self._raise)  # type: ignore[index,union-attr]
+                try:
+                    return loss_fn(model, micro_batch)
+                finally:
+                    handle.remove()
+            loss = loss_fn(model, micro_batch)
+            if where == "after":
+                raise self.OwnError
+            return loss.sqrt().requires_grad_() + _FailsBackward.apply(loss)
+
+        return failing
+
+    def _raise(self, *_: Any) -> None:
+        raise self.OwnError
+
+    @MODES
+    @pytest.mark.parametrize("tight", [False, True], ids=["plenty", "tight"])
+    @pytest.mark.parametrize("at", [0, 1, 2])
+    @pytest.mark.parametrize("where", ["before", "inside", "after", "backward"])
+    def test_goes_on(
+        self, where: str, at: int, tight: bool, clip_norm: float | None, tmp_path: Path, undisturbed: dict[Any, Any]
+    ) -> None:
+        settings = {"clip_norm": clip_norm} | (TIGHT if tight else {})
+        with open_engine(tmp_path / "store", **settings) as engine:
+            engine.step(tokens(1), loss_fn)
+            engine.step(tokens(2), loss_fn)
+            with pytest.raises((self.OwnError, ZeroDivisionError)):
+                engine.step(tokens(3), self.fails(where, at))
+            assert micro_batch_threads() == []
+            assert engine.step_count == 2
+            engine.step(tokens(3), loss_fn)
+            with pytest.raises((self.OwnError, ZeroDivisionError)):
+                engine.step(tokens(4), self.fails(where, at))
+            engine.commit()
+        assert micro_batch_threads() == []
+        assert step_and_digest(tmp_path / "store") == undisturbed[clip_norm]
+
+
+class _FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ZeroDivisionError
