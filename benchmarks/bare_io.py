@@ -72,7 +72,7 @@ class BareIo:
     def close(self) -> None:
         for kind, file in self.files.items():
             os.close(file)
-            self.paths[kind].unlink()
+            self.paths[kind].unlink(missing_ok=True)
 
     def _transfer(self, kind: str, call, *, depth: int, chunk_bytes: int) -> None:
         for thread in self._start(kind, call, depth=depth, chunk_bytes=chunk_bytes):

@@ -23,6 +23,7 @@ from pathlib import Path
 from limits import memory_limit
 from results import SCRATCH, provenance, write
 from rss import high_water_bytes
+from scratch import scratch
 from turns import Side, SideEndedError
 from workload import Workload
 
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
     arguments = parser.parse_args()
     measure, name = (hundredfold, "hundredfold") if arguments.hundredfold else (growth, "memory")
-    write(name, measure(arguments) | provenance(1), as_json=arguments.json, record=not arguments.no_record)
+    with scratch(arguments.scratch, name) as folder:
+        result = measure(arguments, folder) | provenance(1)
+    write(name, result, as_json=arguments.json, record=not arguments.no_record)
 
 
 def streamed_command(workload: Workload, store: Path, arguments: argparse.Namespace) -> list[str | Path]:
@@ -54,7 +57,7 @@ def streamed_command(workload: Workload, store: Path, arguments: argparse.Namesp
     return [sys.executable, HERE / "streamed.py", "--serve", *workload.arguments(), "--store", store, *memory]
 
 
-def growth(arguments: argparse.Namespace) -> dict:
+def growth(arguments: argparse.Namespace, folder: Path) -> dict:
     """Peak memory over depths and over numbers of micro-batches."""
     idle = idle_bytes()
     result: dict = {"benchmark": "memory", "width": arguments.width, "idle_bytes": idle, "steps": arguments.steps}
@@ -65,7 +68,6 @@ def growth(arguments: argparse.Namespace) -> dict:
     for key, (layers, micro_batches) in cases.items():
         tokens = arguments.tokens_per_micro_batch * micro_batches
         workload = Workload(layers=layers, width=arguments.width, tokens=tokens, micro_batches=micro_batches)
-        folder = arguments.scratch / "memory"
         side = Side(key, streamed_command(workload, folder / "store", arguments), log=folder / f"{key}.log")
         try:
             # Deferred updates and recycled files come in the second and third step: their buffers must be counted.
@@ -94,7 +96,7 @@ def idle_bytes() -> int:
     return nbytes
 
 
-def hundredfold(arguments: argparse.Namespace) -> dict:
+def hundredfold(arguments: argparse.Namespace, folder: Path) -> dict:
     """One run whose state is 100 times the device budget, and the control's death, under the same limit."""
     device_bytes = parse_bytes(arguments.device_memory)
     layers = arguments.layers or 1
@@ -104,7 +106,6 @@ def hundredfold(arguments: argparse.Namespace) -> dict:
         workload = Workload(layers=layers, width=arguments.width, tokens=512, micro_batches=2)
     state_bytes = workload.parameter_count() * STATE_BYTES
     limit_bytes = state_bytes // 5 // 4096 * 4096
-    folder = arguments.scratch / "hundredfold"
     control = [sys.executable, HERE / "resident.py", "--serve", *workload.arguments(), "--activations", "recompute"]
     died, cause = dies("resident", control, limit_bytes, folder / "resident.log")
     limit = memory_limit(limit_bytes)

@@ -17,6 +17,7 @@ import torch
 from bare_io import SETTINGS, BareIo, Setting
 from bound import Bound, bytes_bound
 from results import SCRATCH, provenance, summary, write
+from scratch import scratch
 from turns import Side, in_turn
 from workload import Workload
 
@@ -44,28 +45,28 @@ def main() -> None:
     bound = bytes_bound(
         workload, precision="bf16", clipped=not arguments.no_clip, staged_on_disk=arguments.staged_on_disk
     )
-    result = {"benchmark": "step"} | compare(workload, bound, arguments)
+    with scratch(arguments.scratch, f"step-{workload.tokens}") as folder:
+        result = {"benchmark": "step"} | compare(workload, bound, arguments, folder)
     name = f"step-{workload.tokens}" + ("-keep" if arguments.activations == "keep" else "")
     name += ("-no-clip" if arguments.no_clip else "") + ("" if arguments.device == "cpu" else f"-{arguments.device}")
     write(name, result | provenance(arguments.turns), as_json=arguments.json, record=not arguments.no_record)
 
 
-def compare(workload: Workload, bound: Bound, arguments: argparse.Namespace) -> dict:
+def compare(workload: Workload, bound: Bound, arguments: argparse.Namespace, folder: Path) -> dict:
     """Both sides and the bare disk, in turn."""
     steps = arguments.steps_per_turn or (2 if workload.tokens >= 2048 else 4)
     common = [*workload.arguments(), "--serve", "--activations", arguments.activations]
     common += ["--threads", str(arguments.threads), "--device", arguments.device]
     common += ["--no-clip"] if arguments.no_clip else []
     memory = ["--device-memory", arguments.device_memory, "--host-memory", arguments.host_memory]
-    folder = arguments.scratch / f"step-{workload.tokens}"
     disk = BareIo(folder, read_bytes=bound.read, write_bytes=bound.written)
     sides: list[Side] = []
     try:
-        python, logs = sys.executable, folder / "logs"
-        resident = Side("resident", [python, HERE / "resident.py", *common], log=logs / "resident.log")
+        python = sys.executable
+        resident = Side("resident", [python, HERE / "resident.py", *common], log=folder / "resident.log")
         sides.append(resident)
         streamed_command = [python, HERE / "streamed.py", *common, *memory, "--store", folder / "store"]
-        streamed = Side("streamed", streamed_command, log=logs / "streamed.log")
+        streamed = Side("streamed", streamed_command, log=folder / "streamed.log")
         sides.append(streamed)
         tried = sorted(SETTINGS, key=disk.measure)[:3]
         bare: dict[Setting, list[float]] = {setting: [] for setting in tried}

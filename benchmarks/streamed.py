@@ -35,8 +35,11 @@ class StreamedSide:
     """One engine on a new store, which is removed at the end."""
 
     def __init__(self, workload: Workload, arguments: argparse.Namespace) -> None:
-        shutil.rmtree(arguments.store, ignore_errors=True)
         self.workload, self.store = workload, Path(arguments.store)
+        if arguments.replace:
+            shutil.rmtree(self.store, ignore_errors=True)
+        elif self.store.exists():
+            raise SystemExit(f"{self.store} exists; give a new folder, or --replace to remove what is there")
         self.engine = open_engine(workload, arguments)
         self.number = 0
 
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--ram-tier", action="store_true")
     parser.add_argument("--no-clip", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--replace", action="store_true", help="remove what is at --store first")
     parser.add_argument("--serve", action="store_true", help="answer commands on standard input (see turns.py)")
     arguments = parser.parse_args()
     workload = Workload.of(arguments)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from results import SCRATCH, provenance, summary, write
+from scratch import scratch
 from turns import Side, SideEndedError, in_turn
 from workload import Workload
 
@@ -46,14 +47,14 @@ from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 AsyncIOBuilder().load()
 CPUAdamBuilder().load()
 """
-# Tried in this order; of each group the fastest is kept, the first being what the next group starts from.
-WHOLE = "--sub-group-elements 1000000000"
-LIVE = "--live-elements 1000000000 --prefetch-elements 50000000"
+# Tried in this order; of each group the fastest is kept, and the next group starts from it. Some fail, and are noted so:
+# its swapper asserts where it prefetches what recomputation fetches too, or where live parameters outnumber its buffers.
+ALL_LIVE = "--live-elements 1000000000 --prefetch-elements 50000000 --buffer-count 128"
 CHOICES: tuple[tuple[str, ...], ...] = (
     ("--micro-batches 4", "--micro-batches 1"),
-    ("--activations keep", "--activations recompute"),
-    ("", LIVE, "--prefetch-elements 4000000 --live-elements 13000000"),
-    ("", "--sub-group-elements 15000000", "--sub-group-elements 100000000", WHOLE),
+    ("--activations keep", "--activations recompute", "--activations recompute --prefetch-elements 0"),
+    ("", "--prefetch-elements 0", "--prefetch-elements 4000000", ALL_LIVE),
+    ("", "--sub-group-elements 15000000", "--sub-group-elements 100000000", "--sub-group-elements 1000000000"),
     ("", "--aio-threads 8 --aio-queue-depth 32", "--aio-block-bytes 8388608 --aio-threads 4", "--aio-threads 1"),
     ("", "--pin", "--pipeline"),
     ("--allocator glibc", "--allocator reuse"),
@@ -82,9 +83,8 @@ def setup() -> None:
 class Contest:
     """Starts sides for one workload; what DeepSpeed swaps and our store lie under `folder`."""
 
-    def __init__(self, workload: Workload, arguments: argparse.Namespace) -> None:
-        self.workload, self.arguments = workload, arguments
-        self.folder: Path = arguments.scratch / f"deepspeed-{workload.tokens}"
+    def __init__(self, workload: Workload, arguments: argparse.Namespace, folder: Path) -> None:
+        self.workload, self.arguments, self.folder = workload, arguments, folder
         self.trials: list[dict] = []
 
     def peer(self, settings: str) -> Side:
@@ -98,7 +98,7 @@ class Contest:
         arguments = self.arguments
         command = [sys.executable, HERE.parent / "streamed.py", "--serve", *self.workload.arguments()]
         command += ["--threads", str(arguments.threads), "--store", self.folder / "store", *shlex.split(settings)]
-        command += ["--device-memory", arguments.device_memory, "--host-memory", arguments.host_memory]
+        command += ["--device-memory", arguments.device_memory, "--host-memory", arguments.host_memory, "--replace"]
         return Side("streamed", command, log=self.folder / "streamed.log")
 
     def trial(self, start, settings: str, *, warm_up: int) -> float:
@@ -196,7 +196,9 @@ def main() -> None:
     if not EXTENSIONS.exists():
         raise SystemExit("DeepSpeed is not set up; run: python benchmarks/peers/deepspeed_nvme.py --setup")
     workload = Workload.of(arguments)
-    result = {"benchmark": "deepspeed_nvme", "peer": REQUIREMENTS[1]} | Contest(workload, arguments).run()
+    result = {"benchmark": "deepspeed_nvme", "peer": REQUIREMENTS[1]}
+    with scratch(arguments.scratch, f"deepspeed-{workload.tokens}") as folder:
+        result |= Contest(workload, arguments, folder).run()
     result |= provenance(arguments.turns)
     write(f"deepspeed-{workload.tokens}", result, as_json=arguments.json, record=not arguments.no_record)
 
