@@ -81,14 +81,14 @@ def default_loss(model: nn.Module, micro_batch: Any) -> Tensor:
     return model(**micro_batch).loss  # type: ignore[no-any-return]
 
 
-def target_tokens(micro_batch: Any) -> int:
+def target_tokens(micro_batch: Any, *, causal: bool = True) -> int:
     """How many tokens of a micro-batch are predicted: labels that are not -100, less the first where inputs are shifted.
 
-    Inputs without labels count their rows.
+    Inputs without labels count their rows. `causal=False` for encoder-decoders, whose labels are not shifted.
     """
     if isinstance(micro_batch, Mapping) and isinstance(labels := micro_batch.get("labels"), Tensor):
         inputs = micro_batch.get("input_ids")
-        shifted = labels.ndim == 2 and isinstance(inputs, Tensor) and inputs.shape == labels.shape
+        shifted = causal and labels.ndim == 2 and isinstance(inputs, Tensor) and inputs.shape == labels.shape
         if labels.is_floating_point():
             return labels.numel()
         return int((labels[:, 1:] if shifted else labels).ne(-100).sum())
@@ -288,6 +288,7 @@ class Engine:
         self._counted = (0, 0)
         facts = self._facts(1)
         self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allot(facts))
+        self.store.before_look = self.commit
 
     def _gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
         self.runtime.gradient(block, name, use, micro_batch, grad)
@@ -380,7 +381,8 @@ class Engine:
         """
         if not micro_batches:
             raise ConfigError("engine.step: expected at least one micro-batch, found none")
-        tokens = [target_tokens(micro_batch) for micro_batch in micro_batches]
+        causal = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        tokens = [target_tokens(micro_batch, causal=causal) for micro_batch in micro_batches]
         if weights is None:
             whole = sum(tokens)
             if not whole:
@@ -390,6 +392,8 @@ class Engine:
             weights = [count / whole for count in tokens]
         elif len(weights) != len(micro_batches):
             raise ConfigError(f"engine.step: {len(micro_batches)} micro-batches, but {len(weights)} weights")
+        if self.runtime.broken:
+            self.commit()  # says why it cannot
         start = time.perf_counter()
         if self.device.type != "cpu":
             micro_batches = [_to_device(micro_batch, self.device) for micro_batch in micro_batches]
@@ -539,6 +543,7 @@ class Engine:
         try:
             self.runtime.close()
         finally:
+            self.store.before_look = lambda: None
             self.store.close()
 
     def __enter__(self) -> Self:

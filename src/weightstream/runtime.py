@@ -15,6 +15,7 @@ from typing import Any, TypeVar, assert_never
 
 import torch
 
+from weightstream.errors import StoreError
 from weightstream.fabric.staging import Pool, Staging
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import (
@@ -120,7 +121,8 @@ class Runtime:
         self._loaded: dict[int, _Loaded] = {}
         self._fetches: dict[int, Future[Any]] = {}
         self._writes: list[Future[Any]] = []
-        self._poisoned = self._rehearsal = False
+        self._poisoned = self._rehearsal = self.broken = False
+        self._updating: int | None = None  # the block between Update and Write
         self._step = 0
         self._visits: list[Visit] = []
         self._micro_batches = 0
@@ -267,6 +269,7 @@ class Runtime:
         self._wait(loaded.done)
         self._wait(self.staging.ready(block))
         buffer = loaded.buffer.result()
+        self._updating = block
         layout = self.store.layout(block)
         loaded.count = self.store.optimizer_steps(block) + 1
         masters = buffer.tensors("param")
@@ -293,6 +296,7 @@ class Runtime:
         del self._loaded[block]
         buffer = loaded.buffer.result()
         written = self.store.write(block, buffer, self.store.version(block) + 1, loaded.count)
+        self._updating = None
         self._writes.append(written)
         self.records.give(buffer, after=written)
 
@@ -416,6 +420,7 @@ class Runtime:
     def _improvise(self) -> None:
         """The rest of a step, from the calls that the model makes: fetch on demand, nothing ahead."""
         count = self._micro_batches
+        self.staging.recall()
         turned = set(range(len(self.outcome.losses)))
         while waiting := [m for m in range(count) if self.worker.wants(m) is not None]:
             chosen = min(waiting, key=self._occurrence)
@@ -527,7 +532,17 @@ class Runtime:
             self._release(block)
 
     def drain(self) -> None:
-        """Applies what waits for its update and commits it; afterwards the store is at the last step."""
+        """Applies what waits for its update and commits it; afterwards the store is at the last step.
+
+        Raises:
+            StoreError: a step was interrupted in the middle of an update.
+        """
+        if self.broken:
+            raise StoreError(
+                f"store '{self.store.path}': a step was interrupted while it updated a record, so that what was not "
+                f"committed is not whole; close the engine and open it again at step {self.store.step}"
+            )
+        self.staging.recall()
         due = sorted(self.pending & self.staging.staged())
         for block in [b for b in self._loaded if b not in due]:
             self._release(block)
@@ -541,7 +556,11 @@ class Runtime:
         self._await_commit()
 
     def abort(self) -> None:
-        """Forgets a step that failed in the middle; what the step before left to do is still there."""
+        """Forgets a step that failed in the middle; what the step before left to do is still there.
+
+        A record that was being updated is neither old nor new: then only the last commit is whole.
+        """
+        self.broken |= self._updating is not None
         self.staging.abort()
         if not self.pending:
             self.staging.clear()
@@ -556,8 +575,13 @@ class Runtime:
                 self._evict(block)
 
     def close(self) -> None:
-        """Drains, and gives all buffers back."""
-        self.drain()
+        """Drains, and gives all buffers back. What an interrupted update left is not committed."""
+        if self.broken:
+            self._settle_writes()
+            self.store.discard()
+            self.staging.clear()
+        else:
+            self.drain()
         self._drop_loaded()
         for block in self.blocks:
             self.store.unpin(block.index)

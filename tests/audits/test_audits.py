@@ -37,6 +37,7 @@ REFUSALS = [
     Refusal(models.Neighbours, ("layers.2.norm.weight", "call the module")),
     Refusal(models.OutsideGradient, ("layers.1.norm.weight", "call the module")),
     # the block whose input changes, and the operation to use instead
+    Refusal(models.InPlace, ("layers.0", "in place", "out-of-place")),
     Refusal(models.InPlaceMask, ("layers.0", "in place", "out-of-place")),
     Refusal(models.ChangedLater, ("in place", "out-of-place")),
     # the block that lets a tensor escape, and where it should go

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.parity.pairwise import Case, pairwise
 from tests.parity.reference import ContractTrainer, OptimizerSettings, OrdinaryTrainer
-from tests.parity.zoo import ZOO, MicroBatch, ZooModel
+from tests.parity.zoo import ZOO, MicroBatch, SkipNet, SkipOutput, ZooModel
 from torch import Tensor, nn
 
 import weightstream as ws
@@ -218,6 +219,25 @@ def test_the_ordinary_loop_is_met_within_rounding(clip_norm: float | None, tmp_p
             apart += float((tensors["param"] - items[name]["param"]).double().square().sum())
             moved += float((items[name]["param"] - initial[name]).double().square().sum())
         assert apart**0.5 <= 1e-4 * moved**0.5
+
+
+class ReadsTwice(SkipNet):
+    """Between blocks, one operation reads a tensor twice that later blocks read as well."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SkipOutput:
+        embedded = self.embedding(input_ids)
+        squared = embedded * embedded
+        unit = F.normalize(embedded, dim=-1)
+        hidden = self.blocks[0](embedded)["hidden"]
+        for block in self.blocks[1:]:
+            hidden = block(hidden + squared, skip=unit)["hidden"] + embedded
+        logits = self.head(self.norm(hidden))
+        return SkipOutput(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100))
+
+
+def test_glue_that_reads_a_tensor_twice(tmp_path: Path) -> None:
+    zoo = replace(ZOO["skip"], build_with_dropout=lambda p: ReadsTwice(32, p, glue=False), calls=(), block_rules={})
+    run_both(zoo, tmp_path / "store", steps=3, count=3)
 
 
 def test_a_learning_rate_schedule_and_groups_count_training_steps(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def plan(facts: Facts, *, steady: bool = True, **changes: Any) -> tuple[Schedule
 
     `changes` overwrite the allotment (a tight one is then easier to say).
     """
-    allotment = replace(allot(facts), **changes)
+    allotted = allot(facts)
+    allotment = replace(allotted, **{"record_buffers": min(3, allotted.record_buffers)} | changes)
     first = build(facts, allotment)
     if not steady or not facts.deferred:
         return first, allotment

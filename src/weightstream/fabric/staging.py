@@ -4,6 +4,7 @@ With clipping a block's gradient waits until the global norm is known; without, 
 memory if the plan has room for it there, else in scratch on disk, through a ring of buffers.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,41 +24,52 @@ T = TypeVar("T")
 
 
 class Pool(Generic[T]):
-    """Buffers that are taken in order of asking, each as soon as its last user is done. Nobody blocks."""
+    """Buffers that are taken in order of asking, each as soon as its last user is done. Nobody blocks.
+
+    Buffers come back from the threads that moved their bytes, so that all of it happens under one lock.
+    """
 
     def __init__(self, buffers: Iterable[T]) -> None:
         self.buffers = list(buffers)
+        self._lock = threading.Lock()
         self._free = deque(self.buffers)
         self._waiting: deque[Future[T]] = deque()
         self._returning = 0
 
     def take(self) -> "Future[T]":
         """A future that is done when a buffer is free; it is the taker's until `give`."""
-        if self._free and not self._waiting:
-            return done(self._free.popleft())
-        future: Future[T] = new_future()
-        self._waiting.append(future)
-        return future
+        with self._lock:
+            if self._free:
+                return done(self._free.popleft())
+            future: Future[T] = new_future()
+            self._waiting.append(future)
+            return future
 
     def give(self, buffer: T, after: "Future[Any] | None" = None) -> None:
         """Returns a buffer, at once or when `after` is settled."""
-        if after is not None and not after.done():
-            self._returning += 1
-            after.add_done_callback(lambda _: self._returned(buffer))
-        elif self._waiting:
-            self._waiting.popleft().set_result(buffer)
+        if after is not None:
+            with self._lock:
+                self._returning += 1
+            after.add_done_callback(lambda _: self._hand_on(buffer, returning=1))
         else:
-            self._free.append(buffer)
+            self._hand_on(buffer, returning=0)
 
-    def _returned(self, buffer: T) -> None:
-        self._returning -= 1
-        self.give(buffer)
+    def _hand_on(self, buffer: T, *, returning: int) -> None:
+        with self._lock:
+            self._returning -= returning
+            if not self._waiting:
+                self._free.append(buffer)
+                return
+            waiting = self._waiting.popleft()
+        waiting.set_result(buffer)  # not under the lock: what waits for it begins here
 
     def take_or(self, make: Callable[[], T]) -> T:
         """A buffer at once: waits only for one that is on its way back; where none is, the pool grows by a new one."""
-        if not self._free and not self._returning:
-            self.buffers.append(make())
-            return self.buffers[-1]
+        with self._lock:
+            grows = not self._free and self._returning <= len(self._waiting)
+            if grows:
+                self.buffers.append(make())
+                return self.buffers[-1]
         return self.take().result()
 
 
@@ -182,18 +194,22 @@ class Staging:
     def prefetch(self, block: int) -> None:
         """Begins to bring a staged gradient back from scratch; does nothing if it is in memory or there is none."""
         staged = self._staged.get(block)
-        if staged is None or staged.ready is not None:
-            return
+        if staged is not None and staged.ready is None:
+            self._bring_back(block, staged, self._ring.take())
+
+    def _bring_back(self, block: int, staged: _Staged, buffer: "Future[AlignedBuffer]") -> None:
         nbytes = gradient_bytes(self._blocks[block])
-        staged.buffer = buffer = self._ring.take()
+        staged.buffer = buffer
         staged.ready = chain(
             [buffer], lambda: self._scratch.scratch_read(("gradient", block), buffer.result().view[:nbytes])
         )
 
     def ready(self, block: int) -> "Future[Any]":
-        """Done when `gradients(block)` may be called."""
-        self.prefetch(block)
-        ready = self._staged[block].ready
+        """Done when `gradients(block)` may be called. Does not wait for buffers of gradients that were loaded ahead."""
+        staged = self._staged[block]
+        if staged.ready is None:
+            self._bring_back(block, staged, done(self._ring.take_or(lambda: AlignedBuffer(self._largest))))
+        ready = staged.ready
         assert ready is not None
         return ready
 
@@ -204,16 +220,34 @@ class Staging:
             staged.targets = self._tensors(block, staged.buffer.result())
         return {name: staged.targets[name] for name in staged.names}
 
+    def recall(self) -> None:
+        """Gives back the buffers of gradients that were brought back ahead, in an order that no longer holds."""
+        for block, staged in self._staged.items():
+            if self._passes_through_ring(block, staged) and staged.ready is not None:
+                self._give_after(staged)
+                staged.ready, staged.targets = None, {}
+
+    def _passes_through_ring(self, block: int, staged: _Staged) -> bool:
+        """Whether a gradient is in scratch, or on its way back from there."""
+        return block not in self._in_ram and not self._immediate and staged.total is None and bool(staged.names)
+
+    def _give_after(self, staged: _Staged) -> None:
+        """Returns a ring buffer once nothing moves in it; it may not even have been given yet."""
+        buffer, ready = staged.buffer, staged.ready
+        assert ready is not None
+        ready.add_done_callback(lambda _: self._ring.give(buffer.result()))
+
     def release(self, block: int) -> None:
         """The gradient was used, or is not wanted."""
         staged = self._staged.pop(block, None)
         if staged is None or block in self._in_ram:
             return
-        on_disk = staged.total is None and not self._immediate and bool(staged.names)
-        if not on_disk or staged.ready is not None:
-            self._ring.give(staged.buffer.result(), after=staged.ready)
-        if on_disk:
+        if self._passes_through_ring(block, staged):
+            if staged.ready is not None:
+                self._give_after(staged)
             self._scratch.scratch_free(("gradient", block))
+        else:
+            self._ring.give(staged.buffer.result())
 
     def staged(self) -> frozenset[int]:
         """Blocks that have a gradient waiting."""

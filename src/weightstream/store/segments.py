@@ -43,7 +43,10 @@ class AlignedBuffer:
         self.nbytes = nbytes
         rounded = align(max(nbytes, 1), ALIGN_PART)
         slack = _HUGE_PAGE if rounded >= _HUGE_PAGE else 0
-        self._map = mmap.mmap(-1, rounded + slack)
+        # private: the kernel gives huge pages to private maps only; kept out of forks, which would copy pages under I/O
+        self._map = mmap.mmap(-1, rounded + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self._map.madvise(mmap.MADV_DONTFORK)
         whole = memoryview(self._map)
         start = -address(whole) % _HUGE_PAGE if slack else 0
         if slack and hasattr(mmap, "MADV_HUGEPAGE"):

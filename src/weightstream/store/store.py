@@ -8,7 +8,7 @@ instant finds the last commit whole, and the store is the checkpoint.
 import json
 import os
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
@@ -61,6 +61,8 @@ class Store:
         records = directory.records(self.path, self._layouts, rows, held, keep_dead=self.writable)
         self._scratch = Scratch(disk, path / directory.SCRATCH)
         self._closed = False
+        # called before anything looks at the whole store: an engine applies the updates that still wait
+        self.before_look: Callable[[], None] = lambda: None
         self.versions = Versions(
             path,
             self._layouts,
@@ -292,6 +294,7 @@ class Store:
     def items(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Every parameter in order of name, with its optimizer states, as copies of the newest version: fp32 `param`,
         states in their own dtype. One record is in memory at a time."""
+        self.before_look()
         return audit.items(self)
 
     def tensor(self, name: str, part: str = "param") -> Tensor:
@@ -300,15 +303,18 @@ class Store:
         Raises:
             KeyError: no such parameter, or no such part of it.
         """
+        self.before_look()
         return audit.tensor(self, name, part)
 
     def digest(self) -> str:
         """SHA-256 over what was committed: masters, states and optimizer steps, in order of name. It does not depend
         on tiers, files, or when a record was last written."""
+        self.before_look()
         return audit.digest(self)
 
     def verify(self) -> list[str]:
         """Read every live file and compare it with its checksums; one line per damage found."""
+        self.before_look()
         return audit.verify(self)
 
     def info(self) -> dict[str, Any]:
@@ -318,6 +324,7 @@ class Store:
     def snapshot(self, name: str) -> None:
         """Hold the last commit under a name: one row, no data is copied."""
         self._require_writable()
+        self.before_look()
         self.versions.add_snapshot(name)
 
     def remove_snapshot(self, name: str) -> None:

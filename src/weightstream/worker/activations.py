@@ -161,8 +161,9 @@ class Activations:
         """Forgets a visit's inputs: their backward is done."""
         for entry in self._spilled.pop(key, ()):
             if entry.on_disk:
-                if entry.writing is not None:
-                    entry.writing.result()
+                for moving in (entry.writing, entry.reading):
+                    if moving is not None:
+                        moving.exception()  # the buffer is not free before its bytes rest, even if nobody wants them
                 self._finish(entry)
                 self._scratch.scratch_free(entry.key)
             elif entry.buffer is not None:

@@ -28,8 +28,7 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise AuditError(
                 f"module '{name}' is {type(module).__name__} in training mode: its statistics depend on which "
-                f"micro-batches pass through it and in which order, which streaming changes; use LayerNorm or GroupNorm, "
-                f"or freeze it with .eval()"
+                f"micro-batches pass through it and in which order, which streaming changes; use LayerNorm or GroupNorm"
             )
 
 
@@ -79,6 +78,14 @@ def check_versions(module: str, tensors: Sequence[Tensor], before: Sequence[int]
                 f"tensor input {position} of block '{module}', shape {tuple(tensor.shape)}, was changed in place {when}: "
                 f"a recomputation would start from the changed values; use the out-of-place operation (x = x + y)"
             )
+
+
+def changed_by_block(module: str, error: RuntimeError) -> AuditError:
+    """What autograd refuses because a block's inputs are leaves: an input changed in place."""
+    return AuditError(
+        f"an input of block '{module}' is changed in place by the block ({error}): a recomputation would start from the "
+        f"changed values; use the out-of-place operation (x = x + y)"
+    )
 
 
 class FirstPass:

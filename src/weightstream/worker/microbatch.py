@@ -200,9 +200,11 @@ class _Glue(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _READS:
             return func(*args, **kwargs)
+        computes = False  # what takes no tensor sets modes of this thread, or makes a tensor out of nothing
         for value in (*args, *kwargs.values()):
             for item in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(item, Tensor):
+                    computes = True
                     if isinstance(item, nn.Parameter):
                         self._audit(item)
                     elif id(item) in self._micro_batch.superseded:
@@ -210,7 +212,7 @@ class _Glue(TorchFunctionMode):
         if _get_current_dispatch_mode() is not None or torch._C._functorch.maybe_current_level() is not None:
             return func(*args, **kwargs)
         try:
-            result = self._hand_over(func, args, kwargs)
+            result = self._hand_over(func, args, kwargs) if computes else func(*args, **kwargs)
         except RuntimeError as error:
             if "leaf Variable that requires grad" not in str(error):
                 raise

@@ -10,7 +10,7 @@ autograd's order.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,11 +116,13 @@ def forward(
     audit.check_inputs(call.module, call.inputs)
     call.versions = [tensor._version for tensor in call.tensors]
     generators.restore(rng)
-    if first_pass is None:
-        graph, spec = run(call, side_outputs, hooks, grad=True)
-    else:
-        with first_pass:
+    try:
+        with first_pass or nullcontext():
             graph, spec = run(call, side_outputs, hooks, grad=True)
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" not in str(error):
+            raise
+        raise audit.changed_by_block(call.module, error) from error
     after = generators.state()
     if not generators.same(rng, after):
         call.rng = rng
@@ -158,6 +160,29 @@ class Glue:
 
     edges: list[GradientEdge]
     leaves: list[Tensor]
+
+
+def _take_gradients(edges: list[GradientEdge]) -> list[tuple[Tensor, Tensor]]:
+    """The gradients that the leaves of one operation already have, taken off: as roots they come first (rule d).
+
+    Where an operation reads a tensor twice, autograd adds both to them one after another, not their sum.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: set[Any] = set()
+    nodes: list[Any] = [edge.node for edge in edges]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is None:
+            nodes.extend(following for following, _ in node.next_functions)
+        elif leaf.grad is not None:
+            found[id(leaf)] = (leaf, leaf.grad)
+    for leaf, _ in found.values():
+        leaf.grad = None
+    return list(found.values())
 
 
 class Way:
@@ -203,7 +228,9 @@ class Way:
             given = [(edge, grad) for edge, grad in pairs if grad is not None]
             if given:
                 walking(len(self.entries))
-                torch.autograd.backward([edge for edge, _ in given], [grad for _, grad in given])
+                before = _take_gradients([edge for edge, _ in given])
+                roots = [*before, *given]
+                torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])  # type: ignore[arg-type]
 
     def backward(
         self,
