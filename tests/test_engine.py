@@ -413,3 +413,121 @@ class _FailsBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise ZeroDivisionError
+
+
+class TestModule:
+    """The streamed model for evaluation and generation gives what the resident one gives."""
+
+    @staticmethod
+    def llama() -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    def test_generates_what_the_resident_model_generates(self, tmp_path: Path) -> None:
+        with open_engine(tmp_path / "store", self.llama, device_memory="256KiB") as engine:
+            batch = {"input_ids": torch.randint(0, 64, (2, 12)), "labels": torch.randint(0, 64, (2, 12))}
+            engine.step([batch])
+            resident = self.llama().eval()
+            resident.load_state_dict({name: t["param"] for name, t in engine.store.items()}, strict=False)
+            prompts = torch.randint(0, 64, (3, 5), generator=torch.Generator().manual_seed(3))
+            options: dict[str, Any] = {
+                "max_new_tokens": 12,
+                "pad_token_id": 0,
+                "attention_mask": torch.ones_like(prompts),
+            }
+            for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 2.0}):
+                found = []
+                with engine.module() as model:
+                    assert not model.training
+                    for one in (model, resident):
+                        torch.manual_seed(7)
+                        result = one.generate(  # type: ignore[operator]
+                            prompts,
+                            **options,
+                            **sampling,
+                            use_cache=True,
+                            return_dict_in_generate=True,
+                            output_logits=True,
+                        )
+                        found.append(result)
+                assert torch.equal(found[0].sequences, found[1].sequences)
+                for one, other in zip(found[0].logits, found[1].logits, strict=True):
+                    assert torch.equal(one, other)
+            assert engine.model.training
+            assert not engine.model.config.use_cache  # training goes on without a cache
+            engine.step([batch])
+
+    @MODES
+    def test_an_error_inside_leaves_an_engine_that_trains(self, clip_norm: float | None, tmp_path: Path) -> None:
+        with open_engine(tmp_path / "store", clip_norm=clip_norm) as engine:
+            engine.step(tokens(1), loss_fn)
+            with pytest.raises(IndexError), engine.module() as model:
+                model(torch.full((1, 3), VOCABULARY))
+            engine.step(tokens(2), loss_fn)
+        assert step_and_digest(tmp_path / "store") == train(tmp_path / "other", [2], clip_norm=clip_norm)
+
+    def test_a_model_is_not_called_outside(self, tmp_path: Path) -> None:
+        from weightstream.errors import AuditError
+
+        with open_engine(tmp_path / "store") as engine, pytest.raises(AuditError, match=r"engine\.module\(\)"):
+            engine.model(tokens(1)[0])
+
+
+class TestOtherCalls:
+    """A model that calls other blocks than it did before is followed, in whatever memory there is."""
+
+    @MODES
+    @pytest.mark.parametrize("memory", [TIGHT, {}], ids=["tight", "plenty"])
+    def test_layers_that_are_skipped_in_some_steps(
+        self, memory: dict[str, Any], clip_norm: float | None, tmp_path: Path
+    ) -> None:
+        def run(store: Path, **settings: Any) -> tuple[int, str]:
+            with open_engine(store, clip_norm=clip_norm, **settings) as engine:
+                for step in range(1, 5):
+                    engine.model.skip = frozenset({0, 1}) if step in (3, 4) else frozenset()  # type: ignore[assignment]
+                    engine.step(tokens(step), loss_fn)
+            return step_and_digest(store)
+
+        assert run(tmp_path / "one", **memory) == run(tmp_path / "other", ram_tier=True)
+
+
+class TestBrokenUpdates:
+    """An optimizer that fails in the middle of a record: nothing of a half update may ever be committed."""
+
+    @pytest.mark.parametrize("clip_norm", [None, 1e-3], ids=["no clip", "clip"])
+    @pytest.mark.parametrize("at", [0, 1, 3])
+    def test_a_failed_update_is_done_once_or_not_at_all(
+        self, at: int, clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[str] = []
+        plain = ws.AdamW.update
+
+        def interrupted(self: ws.AdamW, *args: Any, **kwargs: Any) -> None:
+            plain(self, *args, **kwargs)
+            calls.append(kwargs["name"])
+            if len(calls) == at + 1 + before:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ws.AdamW, "update", interrupted)
+        before = 10**6
+        settings = {"clip_norm": clip_norm}
+        expected = {step: train(tmp_path / f"whole {step}", [step], **settings)[1] for step in (1, 2, 3)}
+        engine = open_engine(tmp_path / "store", **settings)
+        engine.step(tokens(1), loss_fn)
+        engine.step(tokens(2), loss_fn)
+        before = len(calls)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(tokens(3), loss_fn)
+        before = 10**6
+        try:
+            engine.close()
+        except Exception:  # it may refuse to commit what is broken
+            engine.store.close()
+        step, digest = step_and_digest(tmp_path / "store")
+        assert digest == expected[step]
+        assert train(tmp_path / "store", [3 - step], **settings)[1] == expected[3]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightstream.worker.generators import Generators
-from weightstream.worker.microbatch import GRAIN_ELEMENTS, MicroBatch, current
+from weightstream.worker.microbatch import MicroBatch, current
 
 CPU = torch.device("cpu")
 made: list[MicroBatch] = []
@@ -104,41 +105,43 @@ def test_each_has_its_own_random_state() -> None:
     assert pair[1].loss != alone.loss
 
 
-def test_large_operations_run_in_the_schedulers_thread_with_the_callers_modes() -> None:
-    seen: list[tuple[str, bool, bool]] = []
+def test_operations_between_blocks_run_in_the_schedulers_thread_with_the_callers_modes() -> None:
+    seen: list[tuple[str, bool]] = []
 
-    class Spy(Tensor):
-        @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.exp:
-                seen.append(
-                    (threading.current_thread().name, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
-                )
-            return super().__torch_function__(func, types, args, kwargs or {})
+    class Noticing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.exp.default:
+                seen.append((threading.current_thread().name, torch.is_grad_enabled()))
+            return func(*args, **(kwargs or {}))
 
-    def run() -> None:
-        for size in (8, GRAIN_ELEMENTS):
-            x = torch.zeros(size).as_subclass(Spy)
-            torch.exp(x)
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                torch.exp(x)
+    def run() -> tuple[Tensor, ...]:
+        x = torch.ones(8, requires_grad=True)
+        plain = torch.exp(x)
+        with torch.no_grad():
+            without = torch.exp(x)
+            assert not torch.is_grad_enabled()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = torch.ones(8, 8) @ torch.ones(8, 8)
+        assert torch.is_grad_enabled()
+        return plain, without, cast
 
-    micro_batch(run).resume(seed=0)
+    one = micro_batch(run)
+    with Noticing():  # of this thread
+        one.resume(seed=0)
+    plain, without, cast = one.loss  # type: ignore[misc]
     here = threading.current_thread().name
-    assert seen == [
-        ("micro-batch 0", True, False),
-        ("micro-batch 0", False, True),
-        (here, True, False),
-        (here, False, True),
-    ]
+    assert [name for name, _ in seen] == [here, here]
+    assert plain.requires_grad
+    assert not without.requires_grad
+    assert cast.dtype == torch.bfloat16
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_an_error_of_a_large_operation_is_raised_in_the_users_code() -> None:
+def test_an_error_of_an_operation_is_raised_in_the_users_code() -> None:
     def run() -> str:
         try:
-            torch.zeros(GRAIN_ELEMENTS) + torch.zeros(3)
+            torch.zeros(4) + torch.zeros(3)
         except RuntimeError as error:
             return str(error)
         return "nothing"
