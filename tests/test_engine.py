@@ -104,10 +104,10 @@ class TestResume:
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     def test_in_pieces_as_in_one_go(self, clip_norm: float | None, precision: str, tmp_path: Path) -> None:
         settings = {"clip_norm": clip_norm, "precision": precision}
-        whole = train(tmp_path / "whole", [6], **settings)
-        assert whole[0] == 6
-        assert train(tmp_path / "pieces", [1, 3, 2], **settings) == whole
-        assert train(tmp_path / "other", [6], seed=1, **settings)[1] != whole[1]
+        whole = train(tmp_path / "whole", [4], **settings)
+        assert whole[0] == 4
+        assert train(tmp_path / "pieces", [1, 2, 1], **settings) == whole
+        assert train(tmp_path / "other", [4], seed=1, **settings)[1] != whole[1]
 
     @MODES
     def test_looking_in_between_changes_nothing(self, clip_norm: float | None, tmp_path: Path) -> None:
@@ -383,8 +383,7 @@ class TestErrors:
         raise self.OwnError
 
     @MODES
-    @pytest.mark.parametrize("tight", [False, True], ids=["plenty", "tight"])
-    @pytest.mark.parametrize("at", [0, 1, 2])
+    @pytest.mark.parametrize(("at", "tight"), [(0, False), (1, True), (2, False)], ids=["0", "1-tight", "2"])
     @pytest.mark.parametrize("where", ["before", "inside", "after", "backward"])
     def test_goes_on(
         self, where: str, at: int, tight: bool, clip_norm: float | None, tmp_path: Path, undisturbed: dict[Any, Any]
@@ -500,7 +499,7 @@ class TestBrokenUpdates:
     """An optimizer that fails in the middle of a record: nothing of a half update may ever be committed."""
 
     @pytest.mark.parametrize("clip_norm", [None, 1e-3], ids=["no clip", "clip"])
-    @pytest.mark.parametrize("at", [0, 1, 3])
+    @pytest.mark.parametrize("at", [0, 3])
     def test_a_failed_update_is_done_once_or_not_at_all(
         self, at: int, clip_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
