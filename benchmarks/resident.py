@@ -1,11 +1,11 @@
 """The control: the same training with everything in memory, in plain PyTorch, as fast as we know how to make it.
 
 bf16 weights, fp32 masters, fp32 gradient sums over micro-batches, global-norm clipping, fused AdamW on the masters.
-What makes it fast, each measured (`LOG.md`):
+What makes it fast (`LOG.md` has what was tried):
 - a gradient is added to its fp32 sum by a hook as soon as autograd has made it, while it is in cache, then freed;
 - clipping costs one pass, the norm: the coefficient goes into the fused AdamW kernel as its `grad_scale`;
 - recomputation is `torch.utils.checkpoint`, non-reentrant, per layer; it stops when it has what backward needs;
-- freed memory is kept for reuse (`allocator.py`).
+- freed memory is kept for reuse, as on the streamed side (`allocator.py`; worth little here).
 Imports nothing of weightstream. Runs as a side of a benchmark (`turns.py`), or alone to print seconds per phase:
 
     python benchmarks/resident.py --tokens 2048 --micro-batches 4 --activations recompute

@@ -8,6 +8,7 @@ a private copy of standard output; whatever a library prints goes to standard er
 import ctypes
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ class Side:
     `enter` runs in the child before its program does (a memory limit must hold before the first allocation).
 
     Raises:
-        SideEndedError: the process ended before it was told to.
+        SideEndedError: the process ended before it was told to, or did not answer in `time_limit_s`.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Side:
         log: Path,
         environment: Mapping[str, str] | None = None,
         enter: Callable[[], None] | None = None,
+        time_limit_s: float = 1800.0,
     ) -> None:
         self.name, self.command = name, [str(part) for part in command]
+        self.time_limit_s = time_limit_s
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.turns: list[float] = []  # seconds per step, one figure per counted turn
@@ -99,6 +102,11 @@ class Side:
         os.killpg(self.process.pid, number)
 
     def _receive(self) -> dict[str, Any]:
+        # A side answers with one whole line, so nothing waits in the buffer where the pipe is empty.
+        answered, _, _ = select.select([self.process.stdout], [], [], self.time_limit_s)
+        if not answered:
+            self.abandon()
+            raise SideEndedError(f"side {self.name!r} gave no answer within {self.time_limit_s:.0f} s", -signal.SIGKILL)
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()

@@ -25,6 +25,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from limits import DataLimit
 from results import SCRATCH, provenance, summary, write
 from scratch import scratch
 from turns import Side, SideEndedError, in_turn
@@ -48,11 +49,18 @@ AsyncIOBuilder().load()
 CPUAdamBuilder().load()
 """
 # Tried in this order; of each group the fastest is kept, and the next group starts from it. Some fail, and are noted so:
-# its swapper asserts where it prefetches what recomputation fetches too, or where live parameters outnumber its buffers.
-ALL_LIVE = "--live-elements 1000000000 --prefetch-elements 50000000 --buffer-count 128"
+# its swapper asserts where it prefetches what it already has (small models; recomputation), or where live parameters outnumber its buffers.
+ALL_LIVE = "--live-elements 1000000000 --prefetch-elements 50000000 --parameter-buffers 128"
 CHOICES: tuple[tuple[str, ...], ...] = (
     ("--micro-batches 4", "--micro-batches 1"),
-    ("--activations keep", "--activations recompute", "--activations recompute --prefetch-elements 0"),
+    (
+        "--activations keep",
+        *(
+            f"--activations {policy}{prefetch}"
+            for policy in ("recompute", "deepspeed")
+            for prefetch in ("", " --prefetch-elements 0")
+        ),
+    ),
     ("", "--prefetch-elements 0", "--prefetch-elements 4000000", ALL_LIVE),
     ("", "--sub-group-elements 15000000", "--sub-group-elements 100000000", "--sub-group-elements 1000000000"),
     ("", "--aio-threads 8 --aio-queue-depth 32", "--aio-block-bytes 8388608 --aio-threads 4", "--aio-threads 1"),
@@ -92,7 +100,10 @@ class Contest:
         shutil.rmtree(swap, ignore_errors=True)
         command = [ENVIRONMENT / "bin" / "python", HERE / "deepspeed_side.py", *self.workload.arguments()]
         command += ["--threads", str(self.arguments.threads), "--folder", swap, *shlex.split(settings)]
-        return Side("deepspeed", command, log=self.folder / "deepspeed.log", environment=peer_environment())
+        # Some of its settings ask for more memory than there is: the trial then fails, and not the machine.
+        limit = DataLimit(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4)
+        log = self.folder / "deepspeed.log"
+        return Side("deepspeed", command, log=log, environment=peer_environment(), enter=limit.enter, time_limit_s=600)
 
     def streamed(self, settings: str) -> Side:
         arguments = self.arguments

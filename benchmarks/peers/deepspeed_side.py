@@ -47,7 +47,7 @@ def configuration(workload: Workload, arguments: argparse.Namespace) -> dict:
             "offload_param": {
                 "device": "nvme",
                 "nvme_path": arguments.folder,
-                "buffer_count": arguments.buffer_count,
+                "buffer_count": arguments.parameter_buffers,
                 "buffer_size": largest,
                 "max_in_cpu": 0,
                 "pin_memory": arguments.pin,
@@ -55,7 +55,7 @@ def configuration(workload: Workload, arguments: argparse.Namespace) -> dict:
             "offload_optimizer": {
                 "device": "nvme",
                 "nvme_path": arguments.folder,
-                "buffer_count": arguments.buffer_count,
+                "buffer_count": arguments.optimizer_buffers,
                 "pin_memory": arguments.pin,
                 "pipeline_read": arguments.pipeline,
                 "pipeline_write": arguments.pipeline,
@@ -91,6 +91,11 @@ class DeepSpeedSide:
         model.train()
         if arguments.activations == "recompute":
             model.gradient_checkpointing_enable({"use_reentrant": arguments.reentrant, "preserve_rng_state": False})
+        elif arguments.activations == "deepspeed":
+            deepspeed.checkpointing.configure(None, partition_activations=False, contiguous_checkpointing=False)
+            for layer in model.model.layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = deepspeed.checkpointing.checkpoint
         self.workload, self.folder, self.number = workload, arguments.folder, 0
         parameters = list(model.parameters())
         groups = [
@@ -119,13 +124,14 @@ class DeepSpeedSide:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Workload.add_arguments(parser)
-    parser.add_argument("--activations", choices=["keep", "recompute"], default="keep")
+    parser.add_argument("--activations", choices=["keep", "recompute", "deepspeed"], default="keep")
     parser.add_argument("--reentrant", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--allocator", choices=["reuse", "glibc"], default="glibc")
     parser.add_argument("--folder", required=True)
     parser.add_argument("--port", type=int, default=29517)
-    parser.add_argument("--buffer-count", type=int, default=8)
+    parser.add_argument("--parameter-buffers", type=int, default=8)
+    parser.add_argument("--optimizer-buffers", type=int, default=8, help="each as large as a sub-group, in fp32")
     parser.add_argument("--pin", action="store_true")
     parser.add_argument("--pipeline", action="store_true")
     parser.add_argument("--bucket-elements", type=int, default=50_000_000)
