@@ -49,7 +49,7 @@ AsyncIOBuilder().load()
 CPUAdamBuilder().load()
 """
 # Tried in this order; of each group the fastest is kept, and the next group starts from it. Some fail, and are noted so:
-# its swapper asserts where it prefetches what it already has (small models; recomputation), or where live parameters outnumber its buffers.
+# its swapper asserts where it prefetches what it already has, or where live parameters outnumber its buffers.
 ALL_LIVE = "--live-elements 1000000000 --prefetch-elements 50000000 --parameter-buffers 128"
 CHOICES: tuple[tuple[str, ...], ...] = (
     ("--micro-batches 4", "--micro-batches 1"),
