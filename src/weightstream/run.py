@@ -59,7 +59,7 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
             raise StoreError(
                 f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
             )
-        with _rehearsed(config):
+        with _temporary(config):
             pass
     weights = _weights(config, say)
     began_s, training = time.monotonic(), config.training
@@ -73,6 +73,9 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
             side.check_vocabulary(vocabulary)
         dataset.train_sequences(training.sequence_length, at_least=training.sequences_per_step)
         dataset.validation_sequences(training.sequence_length)
+        if not Store.exists(config.store):
+            with _temporary(config) as engine:
+                _rehearse(engine, config)
 
     dataset = prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
     say(_describe(dataset, time.monotonic() - began_s))
@@ -85,22 +88,26 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
 
 
 @contextmanager
-def _rehearsed(config: RunConfig) -> Iterator[Engine]:
+def _temporary(config: RunConfig) -> Iterator[Engine]:
     """An engine as the run would have it, before there is any text: its store is a temporary one beside the run's own.
 
     The tokenizer is taken to have all the tokens that were asked for.
     """
     _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
-    training = config.training
-    ids = torch.zeros((training.micro_batch_size, training.sequence_length), dtype=torch.long)
     near = next(folder for folder in config.store.absolute().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".weightstream-plan-", dir=near) as folder:
         engine = _engine(config, Path(folder) / "store", build, None)
         try:
-            engine.rehearse({"input_ids": ids, "labels": ids}, micro_batches=training.micro_batches)
             yield engine
         finally:
             engine.close()
+
+
+def _rehearse(engine: Engine, config: RunConfig) -> None:
+    """One micro-batch of the run's size, so that the plan knows the activations and refuses what will not fit."""
+    training = config.training
+    ids = torch.zeros((training.micro_batch_size, training.sequence_length), dtype=torch.long)
+    engine.rehearse({"input_ids": ids, "labels": ids}, micro_batches=training.micro_batches)
 
 
 def _engine(
@@ -174,7 +181,8 @@ def fit(config: RunConfig, console: Console) -> dict[str, Any]:
 
 def plan(config: RunConfig) -> dict[str, Any]:
     """What a run would use, found out without the text and without leaving anything behind."""
-    with _rehearsed(config) as engine:
+    with _temporary(config) as engine:
+        _rehearse(engine, config)
         allotment, bound = engine.allotment, engine.bytes_bound()
         return {
             "text": engine.plan,
