@@ -26,7 +26,7 @@ from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
 from weightstream.store.given import fill
-from weightstream.store.layout import Precision
+from weightstream.store.layout import Precision, RecordLayout, record_layout
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
@@ -246,13 +246,7 @@ class Engine:
                 bound = largest // 2
 
     def _layout_bytes(self, blocks: Sequence[Block]) -> list[tuple[int, int, int]]:
-        from weightstream.store.layout import record_layout
-
-        layouts = [record_layout(block, self.precision, self.optimizer) for block in blocks]
-        return [
-            (layout.streamed.nbytes, sum(part.nbytes for part in layout.states), layout.image_nbytes)
-            for layout in layouts
-        ]
+        return [_sizes(record_layout(block, self.precision, self.optimizer)) for block in blocks]
 
     def _check_disk(self, path: Path, blocks: Sequence[Block]) -> None:
         """Three versions of every record and the scratch must fit before anything is made."""
@@ -286,6 +280,7 @@ class Engine:
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
         self._counted = (0, 0)
+        self._record_sizes = [_sizes(self.store.layout(block.index)) for block in self.store.blocks]
         facts = self._facts(1)
         self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allot(facts))
         self.store.before_look = self.commit
@@ -329,7 +324,7 @@ class Engine:
         return measured is not None and len(measured[0]) == len(visits)
 
     def _facts(self, micro_batches: int) -> Facts:
-        return self._facts_of(self.store.blocks, self._layout_bytes(self.store.blocks), self._visits, micro_batches)
+        return self._facts_of(self.store.blocks, self._record_sizes, self._visits, micro_batches)
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
@@ -553,6 +548,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _sizes(layout: RecordLayout) -> tuple[int, int, int]:
+    """Bytes of a record that are streamed, loaded for an update, and written by one."""
+    return layout.streamed.nbytes, sum(part.nbytes for part in layout.states), layout.image_nbytes
 
 
 def _same_buffers(one: Allotment, other: Allotment) -> bool:

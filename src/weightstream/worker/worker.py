@@ -174,6 +174,7 @@ class Worker:
         route = self._routes[micro_batch]
         request = route.thread.request
         assert request is not None
+        assert route.thread.rng is not None
         assert self.slabs is not None
         assert self.activations is not None
         call = self._call(visit, request, route)
@@ -191,7 +192,7 @@ class Worker:
             route.way.cut_in_place(call.tensors)
         saved = _Saved(self.slabs, keep=keep, measure=self.measuring)
         reply, rng = tape.forward(
-            call, self.generators, self._rng(route), self._side_outputs, saved.hooks, keep=keep, first_pass=first_pass
+            call, self.generators, route.thread.rng, self._side_outputs, saved.hooks, keep=keep, first_pass=first_pass
         )
         if self.measuring:
             self.measured.kept_bytes[visit] = max(self.measured.kept_bytes[visit], saved.nbytes)
@@ -207,9 +208,6 @@ class Worker:
         return tape.Call(
             visit, block, request.module, self._forwards[request.module], inputs, spec, request.modes, route.side
         )
-
-    def _rng(self, route: _Route) -> Any:
-        return route.thread.rng
 
     def spill(self, visit: int, micro_batch: int, *, to_disk: bool) -> None:
         """Moves the inputs of a visit out, before its forward (they wait in the request) or after it."""
