@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import weightstream as ws
 
@@ -329,6 +330,32 @@ class TestMicroBatches:
             return step_and_digest(store)
 
         assert run(tmp_path / "tight", **(TIGHT if tight else {"ram_tier": True})) == run(tmp_path / "plenty")
+
+    def test_what_a_recomputed_block_saves_is_gone_when_the_next_runs_also_while_its_size_is_measured(
+        self, tmp_path: Path
+    ) -> None:
+        inner: list[StorageWeakRef] = []
+
+        def build() -> nn.Module:
+            model = Plain()
+            for layer in model.layers:
+                layer.up.register_forward_hook(
+                    lambda _, inputs, output: inner.append(StorageWeakRef(output.untyped_storage()))
+                )
+            return model
+
+        left: list[int] = []
+
+        def counting(model: nn.Module, micro_batch: Tensor) -> Tensor:
+            loss = loss_fn(model, micro_batch)
+            left.append(sum(not saved.expired() for saved in inner))
+            return loss
+
+        with open_engine(tmp_path / "store", build, activations="recompute") as engine:
+            engine.step(tokens(1), counting)
+            engine.step(tokens(2), counting)
+        assert len(inner) >= 4 * 3 * 2
+        assert left == [0] * 6
 
     def test_none_is_refused(self, tmp_path: Path) -> None:
         from weightstream.errors import ConfigError

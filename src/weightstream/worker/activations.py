@@ -51,12 +51,13 @@ def _storage_uses(tensor: Tensor) -> int:
 _ALONE = _storage_uses(torch.empty(8))  # what a storage with a single tensor counts, our own handle included
 
 
-def spillable(tensor: Tensor, known_references: int) -> bool:
+def spillable(tensor: Tensor, known_references: int, known_aliases: int = 0) -> bool:
     """Whether nothing but the tape can reach a tensor's bytes.
 
     Args:
         known_references: how many Python references the caller knows of, its own variables included; any other is
             somebody else's. What this function and `sys.getrefcount` add themselves is allowed for.
+        known_aliases: how many other tensors on the same bytes the caller knows of: leaves of graphs that saved nothing.
     """
     return (
         tensor.requires_grad
@@ -64,7 +65,7 @@ def spillable(tensor: Tensor, known_references: int) -> bool:
         and tensor.nbytes >= MIN_BYTES
         and tensor.untyped_storage().nbytes() >= MIN_BYTES
         and tensor._use_count() == 1  # type: ignore[attr-defined]  # no graph node saved it
-        and _storage_uses(tensor) == _ALONE  # no other tensor shares its bytes
+        and _storage_uses(tensor) == _ALONE + known_aliases  # no other tensor shares its bytes
         and sys.getrefcount(tensor) <= known_references + 2
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from weightstream.errors import AuditError
 from weightstream.worker import audit
 from weightstream.worker.generators import Generators, State
 from weightstream.worker.microbatch import Modes
@@ -53,23 +54,112 @@ class Call:
     versions: list[int] = field(default_factory=list)
     rng: State | None = None
     outputs: list[Any] = field(default_factory=list)
-    kept: "Graph | None" = None
+    graph: "Graph | None" = None
 
     @property
     def tensors(self) -> list[Tensor]:
         return [x for x in self.inputs if isinstance(x, Tensor)]
 
 
-@dataclass(slots=True)
-class Graph:
-    """A forward with its graph: what backward starts from and what it delivers to."""
+class Dropped:
+    """What a forward saves for backward, by number only. A recomputation brings the tensors back, as far as needed.
 
-    leaves: dict[int, Tensor]  # id of an input -> the leaf that stands for it
-    views: dict[int, Tensor]  # id of an input -> what the block was given
+    The graph of the first pass stays; its nodes hold numbers. So what follows the last saved tensor (in a decoder
+    layer, the last product) is not computed twice, as in torch.utils.checkpoint (Chen et al. 2016, section 4).
+    """
+
+    def __init__(self, note: Callable[[Tensor], None] | None = None) -> None:
+        self.count = 0
+        self.values: list[Tensor] = []
+        self._note = note
+
+    @property
+    def hooks(self) -> Hooks:
+        return self._number, self._value
+
+    def _number(self, tensor: Tensor) -> int:
+        if self._note is not None:
+            self._note(tensor)
+        self.count += 1
+        return self.count - 1
+
+    def _value(self, number: int) -> Tensor:
+        return self.values[number]
+
+    def _take(self, tensor: Tensor) -> int:
+        self.values.append(tensor.detach())
+        if len(self.values) == self.count:
+            raise _EnoughError
+        return len(self.values) - 1
+
+    def recompute(self, call: "Call", side_outputs: SideOutputs | None) -> None:
+        """Runs the block again until all that was saved is there.
+
+        Raises:
+            AuditError: the block saved less than the first time, so it does not do the same twice.
+        """
+        self.values = []
+        if not self.count:
+            return
+        try:
+            run(call, side_outputs, (self._take, self._value), grad=True)
+        except _EnoughError:
+            return
+        raise AuditError(
+            f"block '{call.module}' saved {self.count} tensors for backward at first, {len(self.values)} when it was "
+            f"recomputed: what it does depends on more than its inputs and the random state; keep its activations "
+            f"(activations='keep') or make it repeatable"
+        )
+
+
+class _EnoughError(Exception):
+    """Ends a recomputation that has brought back everything."""
+
+
+@dataclass(slots=True)
+class Forward:
+    """One execution of a block's forward: the leaves and views that stood for its inputs, by id, and its outputs."""
+
+    leaves: dict[int, Tensor]
+    views: dict[int, Tensor]
     outputs: list[Any]
 
 
-def run(call: Call, side_outputs: SideOutputs | None, hooks: Hooks, *, grad: bool) -> tuple[Graph, TreeSpec]:
+@dataclass(slots=True)
+class Graph:
+    """The graph of a forward by its ends, without the tensors: inputs that need a gradient, and outputs."""
+
+    leaves: dict[int, Tensor]
+    views: dict[int, GradientEdge]
+    outputs: list[GradientEdge | None]
+    dropped: Dropped | None
+
+    @classmethod
+    def of(cls, made: Forward, dropped: Dropped | None) -> "Graph":
+        needed = {key: leaf for key, leaf in made.leaves.items() if leaf.requires_grad}
+        return cls(
+            needed,
+            {key: get_gradient_edge(made.views[key]) for key in needed},
+            [get_gradient_edge(y) if isinstance(y, Tensor) and y.requires_grad else None for y in made.outputs],
+            dropped,
+        )
+
+    def has_custom_function(self) -> bool:
+        """Whether a Python autograd function is part of it: what such a one keeps aside cannot be seen or brought back."""
+        seen: set[Any] = set()
+        nodes: list[Any] = [edge.node for edge in self.outputs if edge is not None]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                return True
+            nodes.extend(following for following, _ in node.next_functions)
+        return False
+
+
+def run(call: Call, side_outputs: SideOutputs | None, hooks: Hooks, *, grad: bool) -> tuple[Forward, TreeSpec]:
     """Runs the block's own forward on leaves that stand for the call's inputs."""
     leaves: dict[int, Tensor] = {}
     views: dict[int, Tensor] = {}
@@ -95,7 +185,7 @@ def run(call: Call, side_outputs: SideOutputs | None, hooks: Hooks, *, grad: boo
                 output = call.forward(*args, **kwargs)
             result = (output, collected())
     outputs, spec = tree_flatten(result)
-    return Graph(leaves, views, outputs), spec
+    return Forward(leaves, views, outputs), spec
 
 
 def forward(
@@ -103,12 +193,11 @@ def forward(
     generators: Generators,
     rng: State,
     side_outputs: SideOutputs | None,
-    hooks: Hooks,
+    saved: Dropped | Hooks,
     *,
-    keep: bool,
     first_pass: audit.FirstPass | None,
 ) -> tuple[Any, State]:
-    """Runs a call and cuts the graph behind it.
+    """Runs a call and cuts the graph behind it; what its graph saves is dropped, or kept by the hooks given.
 
     Returns:
         `((output, side outputs) as cut leaves, random state afterwards)`.
@@ -118,6 +207,7 @@ def forward(
     generators.restore(rng)
     try:
         with first_pass or nullcontext():
+            hooks = saved.hooks if isinstance(saved, Dropped) else saved
             graph, spec = run(call, side_outputs, hooks, grad=True)
     except RuntimeError as error:
         if "leaf Variable that requires grad" not in str(error):
@@ -149,8 +239,7 @@ def forward(
             cut[id(value)] = leaf
             reply.append(leaf)
             call.outputs.append(leaf)
-    if keep:
-        call.kept = graph
+    call.graph = Graph.of(graph, saved if isinstance(saved, Dropped) else None)
     return tree_unflatten(reply, spec), after
 
 
@@ -252,20 +341,23 @@ class Way:
         self.through_glue(walking)
 
     def _through(self, call: Call, generators: Generators, side_outputs: SideOutputs | None, hooks: Hooks) -> None:
-        graph = call.kept
-        call.kept = None
+        graph, call.graph = call.graph, None
+        if call.rng is not None and (graph is None or graph.dropped is not None):
+            generators.restore(call.rng)
         if graph is None:
-            if call.rng is not None:
-                generators.restore(call.rng)
-            graph, _ = run(call, side_outputs, hooks, grad=True)
-        roots: list[tuple[Tensor, Tensor]] = []
+            made, _ = run(call, side_outputs, hooks, grad=True)
+            graph = Graph.of(made, None)
+            del made
+        elif graph.dropped is not None:
+            graph.dropped.recompute(call, side_outputs)
+        roots: list[tuple[GradientEdge, Tensor]] = []
         inputs = {id(x): x for x in call.tensors if x.requires_grad}
         for key, x in inputs.items():
             if x.is_leaf and x.grad is not None:
                 roots.append((graph.views[key], x.grad.clone()))
-        for output, leaf in zip(graph.outputs, call.outputs, strict=True):
-            if leaf is not None and leaf.grad is not None and output.requires_grad:
-                roots.append((output, leaf.grad))
+        for edge, leaf in zip(graph.outputs, call.outputs, strict=True):
+            if edge is not None and leaf is not None and leaf.grad is not None:
+                roots.append((edge, leaf.grad))
         graph.outputs = []
         torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
         for key, x in inputs.items():

@@ -73,6 +73,7 @@ class Worker:
         self.block_of_module: dict[str, int] = {}
         self._routes: list[_Route] = []
         self._audited: set[str] = set()
+        self._recomputed_whole: set[str] = set()  # modules with autograd functions of their own
         self._walking: tuple[int | None, int, int] = (None, 0, 0)  # block or None for glue, use, micro-batch
         self.outside: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self._intercept()
@@ -190,13 +191,18 @@ class Worker:
         keep = keep and first_pass is None  # a kept graph keeps alive what the audit looks for
         if call.modes.grad:
             route.way.cut_in_place(call.tensors)
-        saved = _Saved(self.slabs, keep=keep, measure=self.measuring)
+        meter = _Meter(self.slabs) if self.measuring else None
+        saved = _kept(self.slabs, meter) if keep else tape.Dropped(meter.note if meter is not None else None)
         reply, rng = tape.forward(
-            call, self.generators, route.thread.rng, self._side_outputs, saved.hooks, keep=keep, first_pass=first_pass
+            call, self.generators, route.thread.rng, self._side_outputs, saved, first_pass=first_pass
         )
-        if self.measuring:
-            self.measured.kept_bytes[visit] = max(self.measured.kept_bytes[visit], saved.nbytes)
-            saved.forget()
+        if first_pass is not None and call.graph is not None and call.graph.has_custom_function():
+            self._recomputed_whole.add(call.module)
+        if not keep and call.module in self._recomputed_whole:
+            call.graph = None
+        if meter is not None:
+            self.measured.kept_bytes[visit] = max(self.measured.kept_bytes[visit], meter.nbytes)
+            meter.forget()
         route.way.entries.append(call)
         route.thread.rng = rng
         del request
@@ -221,7 +227,13 @@ class Worker:
             candidates = [x for x in _unique(call.inputs) if not self.slabs.within(x)]
             held.update(id(x) for x in candidates if self.activations.backs((visit, micro_batch), x))
             # two more: the list of candidates, and the variable that runs through it
-            tensors = [x for x in candidates if spillable(x, held[id(x)] + 2)]
+            aliases = Counter(
+                key
+                for entry in route.way.entries
+                if isinstance(entry, tape.Call) and entry.graph is not None
+                for key in entry.graph.leaves
+            )
+            tensors = [x for x in candidates if spillable(x, held[id(x)] + 2, aliases[id(x)])]
             del candidates
         else:
             request = route.thread.request
@@ -292,10 +304,9 @@ class Worker:
         assert call.visit == visit
         self.activations.wait((visit, micro_batch))
         self.activations.ensure(call.tensors)
-        saved = _Saved(self.slabs, keep=True, measure=False)
 
         walking = self._walker(micro_batch, call.block, visit)
-        route.way.backward(self.generators, self._side_outputs, saved.hooks, walking)
+        route.way.backward(self.generators, self._side_outputs, _kept(self.slabs, None), walking)
         self.activations.drop((visit, micro_batch))
 
     def end(self) -> None:
@@ -339,29 +350,32 @@ def _unique(leaves: Sequence[Any]) -> list[Tensor]:
     return list({id(x): x for x in leaves if isinstance(x, Tensor)}.values())
 
 
-class _Saved:
-    """Hooks for what autograd saves: dropped if it will be recomputed, else kept without the weights."""
+class _Meter:
+    """Adds up the bytes of what autograd saves, each storage once, without the weights."""
 
-    def __init__(self, slabs: Slabs, *, keep: bool, measure: bool) -> None:
-        self._slabs, self._keep, self._measure = slabs, keep, measure
+    def __init__(self, slabs: Slabs) -> None:
+        self._slabs = slabs
         self.nbytes = 0
         self._seen: dict[int, Any] = {}  # storages, held so that none of them gets another's address
 
-    @property
-    def hooks(self) -> tape.Hooks:
-        return (self._pack, self._slabs.unpack if self._keep else _dropped)
+    def note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen and not self._slabs.within(tensor):
+            self._seen[storage.data_ptr()] = storage
+            self.nbytes += storage.nbytes()
 
     def forget(self) -> None:
+        """Lets go of the storages: the hooks that hold this meter live as long as their graph."""
         self._seen.clear()
 
-    def _pack(self, tensor: Tensor) -> Any:
-        if self._measure:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._seen and not self._slabs.within(tensor):
-                self._seen[storage.data_ptr()] = storage
-                self.nbytes += storage.nbytes()
-        return self._slabs.pack(tensor) if self._keep else None
 
+def _kept(slabs: Slabs, meter: _Meter | None) -> tape.Hooks:
+    """Hooks that keep what autograd saves, but for the weights, which are where their block is."""
+    if meter is None:
+        return slabs.pack, slabs.unpack
 
-def _dropped(_: Any) -> Tensor:
-    raise AssertionError("a saved tensor was dropped, but its graph was walked")
+    def pack(tensor: Tensor) -> Any:
+        meter.note(tensor)
+        return slabs.pack(tensor)
+
+    return pack, slabs.unpack
