@@ -32,7 +32,7 @@ def plan_text(engine: "Engine") -> str:
         f"device memory     {format_bytes(allotment.device_bytes)} of {format_bytes(facts.device_memory)}: "
         f"{allotment.slabs} slabs of {format_bytes(allotment.slab_bytes)}, resident "
         f"{format_bytes(allotment.resident_bytes)}, {allotment.partial_sums} partial gradient sums of "
-        f"{format_bytes(allotment.partial_bytes)}",
+        f"{format_bytes(allotment.partial_bytes)}, {allotment.held_gradients} gradients of a block held at once",
         f"host memory       {format_bytes(allotment.host_bytes)} of {format_bytes(facts.host_memory)}: "
         f"{allotment.record_buffers} record buffers of {format_bytes(allotment.record_bytes)}, staged gradients of "
         f"{staged}",

@@ -104,7 +104,8 @@ class Runtime:
         self.records = Pool([RecordBuffer(allotment.record_bytes) for _ in range(allotment.record_buffers)])
         self.staging = Staging(
             store, store.blocks, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
-            partial_sums=allotment.partial_sums, device=worker.device, immediate=not facts.deferred,
+            partial_sums=allotment.partial_sums, held_gradients=allotment.held_gradients, device=worker.device,
+            immediate=not facts.deferred,
         )  # fmt: skip
         self.activations = Activations(store, worker.device)
         worker.slabs, worker.activations = self.slabs, self.activations

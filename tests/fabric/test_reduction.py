@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from tests.fabric.contract import sum_over_uses
 from torch import Tensor
 
-from weightstream.fabric.reduction import NORM_PIECE, BlockSum, sum_of_squares
+from weightstream.fabric.reduction import NORM_PIECE, SUM_PIECE, BlockSum, sum_of_squares
 from weightstream.schedule.reduction import partial_sums
 
 
 class Room:
-    """Gives partial sums and counts the slots in use; fresh ones hold NaN, so that nothing relies on zeros."""
+    """Gives partial sums and counts the slots in use; new ones hold NaN, so that nothing relies on zeros."""
 
     def __init__(self) -> None:
         self.slots: dict[tuple[int, str], Tensor] = {}
 
     def __call__(self, slot: int, name: str) -> Tensor:
-        return self.slots.setdefault((slot, name), torch.full((5,), math.nan)).fill_(math.nan)
+        return self.slots.setdefault((slot, name), torch.full((5,), math.nan))
 
     @property
     def most(self) -> int:
@@ -34,11 +34,12 @@ def gradients(seed: int, count: int, dtype: torch.dtype) -> list[Tensor]:
     return [(torch.randn(5, generator=generator) * 10.0**scale).to(dtype) for scale in scales.tolist()]
 
 
+@pytest.mark.parametrize("held", [1, 3, 20])
 @pytest.mark.parametrize("groups", range(1, 17))
-def test_every_number_of_micro_batches(groups: int) -> None:
+def test_every_number_of_micro_batches(groups: int, held: int) -> None:
     for count in range(1, 21):
         grads, room, target = gradients(count, count, torch.float32), Room(), torch.full((5,), math.nan)
-        total = BlockSum({"w": target}, room, micro_batches=count, groups=groups)
+        total = BlockSum({"w": target}, room, micro_batches=count, groups=groups, held=held)
         for index, grad in enumerate(grads):
             total.add("w", 0, index, grad)
         result = total.close()
@@ -46,19 +47,25 @@ def test_every_number_of_micro_batches(groups: int) -> None:
         assert expected is not None
         assert result["w"] is target
         assert torch.equal(target, expected), (count, groups)
-        assert room.most <= partial_sums(count, groups) - 1  # the leftmost lives in the target
+        assert room.most <= (partial_sums(count, groups) - 1 if held < count else 0)  # the leftmost lives in the target
+        assert total.squares == {"w": sum_of_squares(target)}
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.data(), st.integers(1, 20), st.integers(1, 16), st.integers(1, 3), st.sampled_from(["float32", "bfloat16"]))
-def test_absent_gradients_and_several_uses(data: st.DataObject, count: int, groups: int, uses: int, dtype: str) -> None:
+@given(
+    st.data(), st.integers(1, 20), st.integers(1, 16), st.integers(1, 3), st.sampled_from(["float32", "bfloat16"]),
+    st.sampled_from([1, 2, 5, 20]),
+)  # fmt: skip
+def test_absent_gradients_and_several_uses(
+    data: st.DataObject, count: int, groups: int, uses: int, dtype: str, held: int
+) -> None:
     present = data.draw(st.lists(st.lists(st.booleans(), min_size=count, max_size=count), min_size=uses, max_size=uses))
     all_grads = [gradients(use, count, getattr(torch, dtype)) for use in range(uses)]
     grads = [
         [g if there else None for g, there in zip(*pair, strict=True)] for pair in zip(all_grads, present, strict=True)
     ]
     target, room = torch.full((5,), math.nan), Room()
-    total = BlockSum({"w": target, "other": torch.zeros(5)}, room, micro_batches=count, groups=groups)
+    total = BlockSum({"w": target, "other": torch.zeros(5)}, room, micro_batches=count, groups=groups, held=held)
     for use in reversed(range(uses)):  # backward reaches the last use first
         for index, grad in enumerate(grads[use]):
             if grad is not None:
@@ -72,6 +79,22 @@ def test_absent_gradients_and_several_uses(data: st.DataObject, count: int, grou
     else:
         assert result["w"] is target
         assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("size", [SUM_PIECE - 1, SUM_PIECE, 2 * SUM_PIECE + 77])
+@pytest.mark.parametrize("held", [1, 2, 5])
+def test_sums_of_several_pieces(size: int, held: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    grads = [torch.randn(1, size, generator=generator).bfloat16() for _ in range(5)]
+    target = torch.full((1, size), math.nan)
+    total = BlockSum(
+        {"w": target}, lambda slot, name: torch.full((1, size), math.nan), micro_batches=5, groups=4, held=held
+    )
+    for index, grad in enumerate(grads):
+        total.add("w", 0, index, grad)
+    assert total.close()["w"] is target
+    assert torch.equal(target, sum_over_uses([grads], 4))
+    assert total.squares == {"w": sum_of_squares(target)}
 
 
 def test_micro_batches_out_of_order_are_our_own_mistake() -> None:

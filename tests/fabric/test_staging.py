@@ -62,7 +62,8 @@ def blocks(count: int) -> tuple[Block, ...]:
 
 
 def make(scratch: FakeScratch, count: int = 4, **settings: object) -> Staging:
-    chosen = {"in_ram": frozenset(), "ring": 2, "partial_sums": 1, "device": torch.device("cpu"), "immediate": False}
+    chosen = {"in_ram": frozenset(), "ring": 2, "partial_sums": 1, "held_gradients": 1,
+              "device": torch.device("cpu"), "immediate": False}  # fmt: skip
     return Staging(scratch, blocks(count), **(chosen | settings))  # type: ignore[arg-type]
 
 

@@ -15,9 +15,10 @@ MEASURED = {"boundary_bytes": (4096,) * 4, "kept_bytes": (65536,) * 4, "activati
 TIED = (Visit(1, "embedding"), Visit(2, "layer"), Visit(1, "head"))
 
 CASES = {
-    "clip_steady": (chain(**MEASURED), True, {}),
-    "clip_first": (chain(**MEASURED), False, {}),
-    "no_clip": (chain(deferred=False, **MEASURED), True, {}),
+    "clip_steady": (chain(**MEASURED), True, {"slabs": 3}),
+    "clip_first": (chain(**MEASURED), False, {"slabs": 3}),
+    "no_clip": (chain(deferred=False, **MEASURED), True, {"slabs": 3}),
+    "kept_across_the_turn": (chain(**MEASURED), True, {}),
     "spilled": (chain(), True, SPILL),
     "spilled_across": (chain(), True, SPILL | {"boundaries_cross": False}),
     "kept": (chain(), True, SPILL | {"keep": frozenset({1, 2})}),

@@ -101,6 +101,7 @@ class Staging:
     Args:
         in_ram: blocks whose gradient has host memory of its own; the others pass through `ring` buffers to scratch.
         partial_sums: how many partial sums may be alive beside the leftmost; each gets a buffer on the device.
+        held_gradients: how many gradients of a parameter may be kept until they are added together.
         immediate: every gradient is used as soon as it is complete, so that none goes to scratch.
     """
 
@@ -112,10 +113,12 @@ class Staging:
         in_ram: frozenset[int],
         ring: int,
         partial_sums: int,
+        held_gradients: int,
         device: torch.device,
         immediate: bool,
     ) -> None:
         self._scratch, self._blocks, self._in_ram, self._immediate = scratch, blocks, in_ram, immediate
+        self._held = held_gradients
         self._device = device
         self._own = {index: AlignedBuffer(gradient_bytes(blocks[index])) for index in in_ram}
         largest = self._largest = max((gradient_bytes(block) for block in blocks if block.trainable), default=0)
@@ -128,7 +131,8 @@ class Staging:
         """Makes room for a block's sum; waits for a buffer of the ring if it has none of its own.
 
         Args:
-            brief: the sum is closed before that of another block is opened, so that it may use the shared partial sums.
+            brief: the sum is closed before that of another block is opened, so that it may use the shared partial sums
+                and hold gradients.
         """
         # more sums than planned are open at once only in a first step that finds other calls than were guessed
         own = self._own.get(block)
@@ -142,7 +146,7 @@ class Staging:
             }
         staged.total = BlockSum(
             staged.targets, lambda slot, name: self._partial(block, slot, name, brief),
-            micro_batches=micro_batches, groups=groups,
+            micro_batches=micro_batches, groups=groups, held=self._held if brief else 1,
         )  # fmt: skip
         self._staged[block] = staged
         return staged.total
@@ -172,13 +176,13 @@ class Staging:
         staged = self._staged.get(block)
         if staged is None or staged.total is None:
             return {}
-        sums = staged.total.close()
+        sums, squares = staged.total.close(), staged.total.squares
         if self._device.type != "cpu":
             landing = self._tensors(block, staged.buffer.result())
             sums = {name: landing[name].copy_(total) for name, total in sums.items()}
             staged.targets = landing
+            squares = {name: sum_of_squares(total) for name, total in sums.items()}
         staged.total, staged.names = None, tuple(sums)
-        squares = {name: sum_of_squares(total) for name, total in sums.items()}
         if not sums:
             self.release(block)
         elif block not in self._in_ram and not self._immediate:

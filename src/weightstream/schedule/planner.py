@@ -35,6 +35,8 @@ from weightstream.units import MIB, format_bytes
 Activations = Literal["auto", "keep", "recompute"]
 Tier = Literal["device", "host", "disk"]
 RESTORE_AHEAD = 2
+MOST_HELD = 8
+"""Gradients of a block that are held and added in one pass; with more, their pieces no longer fit a cache together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class Allotment:
     partial_sums: int
     partial_bytes: int
     tied_bytes: int
+    held_gradients: int
+    held_bytes: int
     record_buffers: int
     record_bytes: int
     gradient_buffers: int
@@ -124,6 +128,13 @@ def allot(facts: Facts) -> Allotment:
     wanted = min(facts.prefetch + 1, len({station.block for station in stations}))
     while slabs < wanted and device + slab_bytes <= facts.device_memory:
         slabs, device = slabs + 1, device + slab_bytes
+    # all gradients of a block held until the last is there are added in one pass, and need no room for partial sums
+    held, held_bytes = 1, 0
+    wanted_bytes = (micro_batches - 1) * max((b.streamed_bytes for b in trained if not b.resident), default=0)
+    more = wanted_bytes - partials * gradient_bytes
+    if facts.host_is_device and 1 < micro_batches <= MOST_HELD and device + more <= facts.device_memory:
+        device += more
+        held, held_bytes, partials = micro_batches, wanted_bytes, 0
     cross = micro_batches * largest_boundary - in_flight
     boundaries_cross = facts.boundary_bytes is not None and device + max(0, cross) <= facts.device_memory
     if boundaries_cross:
@@ -134,6 +145,11 @@ def allot(facts: Facts) -> Allotment:
         if facts.boundary_bytes is not None and device + size <= facts.device_memory:
             tiers[visit], device = "device", device + size
     keep, device = _choose_kept(facts, tiers, device)
+    if (
+        facts.boundary_bytes is not None
+    ):  # what is left keeps blocks across the turn, so that backward need not fetch them
+        while slabs < len({station.block for station in stations}) and device + slab_bytes <= facts.device_memory:
+            slabs, device = slabs + 1, device + slab_bytes
 
     # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
     buffers = min(2, len(trained))
@@ -179,7 +195,7 @@ def allot(facts: Facts) -> Allotment:
     return Allotment(
         slabs=slabs, slab_bytes=slab_bytes, resident_bytes=resident_bytes,
         partial_sums=partials, partial_bytes=gradient_bytes, tied_bytes=tied_bytes,
-        record_buffers=buffers, record_bytes=record_bytes,
+        held_gradients=held, held_bytes=held_bytes, record_buffers=buffers, record_bytes=record_bytes,
         gradient_buffers=ring, gradient_bytes=gradient_bytes, staged_in_ram=frozenset(staged),
         pinned_copies=frozenset(pinned_copies), pinned_states=frozenset(pinned_states),
         keep=keep, boundaries=tuple(tiers), boundaries_cross=boundaries_cross,

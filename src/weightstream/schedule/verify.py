@@ -82,6 +82,7 @@ class _Machine:
             + self.allotment.resident_bytes
             + self.allotment.partial_sums * self.allotment.partial_bytes
             + self.allotment.tied_bytes
+            + self.allotment.held_bytes
         )
 
     def need(self, holds: bool, what: str, needed: str) -> None:
