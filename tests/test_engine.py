@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import weightstream as ws
+from weightstream.errors import ConfigError, StoreMismatchError
 
 VOCABULARY, WIDTH = 48, 16
 
@@ -167,8 +168,6 @@ class TestResume:
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_what_may_not_change(self, changed: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-        from weightstream.errors import StoreMismatchError
-
         before = train(tmp_path / "store", [1])
         with pytest.raises(StoreMismatchError) as caught:
             open_engine(tmp_path / "store", **changed)
@@ -230,6 +229,29 @@ class TestBudgets:
         except PlanError:
             return False
         return True
+
+
+class TestBlocks:
+    def test_a_later_run_may_leave_out_how_blocks_were_made_or_say_it_again(self, tmp_path: Path) -> None:
+        rules = {"layers.*": "split"}
+        open_engine(tmp_path / "store", block_rules=rules).close()
+        with open_engine(tmp_path / "store") as engine:
+            count = len(engine.store.blocks)
+        with open_engine(tmp_path / "store", block_rules=rules, device_memory="2GiB") as engine:
+            assert len(engine.store.blocks) == count
+
+    @pytest.mark.parametrize("other", [{"block_rules": {"layers.*": "split"}}, {"max_block_bytes": 1000}])
+    def test_other_blocks_than_the_store_has_are_refused(self, other: dict[str, Any], tmp_path: Path) -> None:
+        open_engine(tmp_path / "store").close()
+        before = step_and_digest(tmp_path / "store")
+        with pytest.raises(StoreMismatchError, match="blocks are fixed when a store is made"):
+            open_engine(tmp_path / "store", **other)
+        assert step_and_digest(tmp_path / "store") == before
+
+    def test_a_list_of_modules_cannot_be_one_block(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"ModuleList is never called itself.*'layers\.\*'"):
+            open_engine(tmp_path / "store", block_rules={"layers": "block"})
+        assert not (tmp_path / "store").exists()
 
 
 class TestNotFinite:
@@ -358,8 +380,6 @@ class TestMicroBatches:
         assert left == [0] * 6
 
     def test_none_is_refused(self, tmp_path: Path) -> None:
-        from weightstream.errors import ConfigError
-
         with open_engine(tmp_path / "store") as engine:
             with pytest.raises(ConfigError, match="micro-batch"):
                 engine.step([], loss_fn)

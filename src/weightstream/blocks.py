@@ -86,7 +86,7 @@ def split(
         rules: `{pattern of module names: "block" | "split" | "resident"}`, first match wins, over the rules above.
 
     Raises:
-        ConfigError: a rule matches no module.
+        ConfigError: a rule matches no module, or makes a block of a list of modules.
         PlanError: the model has no parameter, or one that is not floating point.
     """
     rules = dict(rules or {})
@@ -136,6 +136,11 @@ def split(
                 else:
                     add(root, name, module)
                 return
+        if container and rule == "block":
+            raise ConfigError(
+                f"block rule for '{name}': a {type(module).__name__} is never called itself, so it cannot stream as one "
+                f"block; give the rule for its elements ('{name}.*') or for the module that calls them"
+            )
         if not container and (rule == "block" or (rule != "split" and (leaf or (fits and (repeated or inside))))):
             group = _Group(name, [], [])
             add(group, name, module)

@@ -121,6 +121,8 @@ class EngineConfig(Section):
     reduction_groups: int = Field(default=8, ge=1)
     threads_per_worker: int | None = Field(default=None, ge=1)
     max_block_bytes: Bytes | None = None
+    block_rules: dict[str, Literal["block", "split", "resident"]] = Field(default_factory=dict)
+    """By pattern of module names, first match wins, over the rules that split a model into blocks."""
     max_skipped_steps: int = Field(default=10, ge=1)
     allow_other_numerics: bool = False
 

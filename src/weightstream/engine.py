@@ -1,5 +1,6 @@
 """The public API: an engine that trains a model out of a store, within the memory that it is given."""
 
+import gc
 import hashlib
 import json
 import math
@@ -110,6 +111,8 @@ class Engine:
         host_memory: bytes for record buffers, staged gradients, spilled activations and what stays in RAM.
         reduction_groups: in how many groups micro-batches are summed; fixed when the store is made.
         max_block_bytes: bound on a block's streamed bytes; default: as small as `device_memory` asks for.
+        block_rules: `{pattern of module names: "block" | "split" | "resident"}`, over the rules that split a model; this
+            and `max_block_bytes` are fixed when the store is made.
         ram_tier: whether records may stay in RAM between uses, within `host_memory`.
         max_skipped_steps: how many steps in a row may have gradients that are not finite.
         initial: values by parameter name for a new store, asked for one at a time; what it lacks begins as the model's
@@ -154,8 +157,6 @@ class Engine:
         self._log = log or (lambda text: None)
         self._closed = False
         self.device = torch.device(device)
-        if self.device.type == "cpu":
-            keep_memory()
         self.threads = threads_per_worker or torch.get_num_threads()
         torch.set_num_threads(self.threads)
         self.optimizer, self.clip_norm, self.precision, self.seed = optimizer, clip_norm, precision, seed
@@ -165,13 +166,19 @@ class Engine:
         self._groups = reduction_groups
         path = Path(store)
         exists = Store.exists(path)
+        bound = None if max_block_bytes is None else parse_bytes(max_block_bytes)
         self.model, recipes = record(model, seed, given=EVERY_NAME if exists else initial or ())
+        gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
+        if self.device.type == "cpu":
+            keep_memory()
         self.model.train()
         check_model(self.model)
         if exists:
             self.store = self._reopen(path, allow_other_numerics)
+            if bound is not None or block_rules:
+                self._check_blocks(bound, block_rules)
         else:
-            blocks = self._split(None if max_block_bytes is None else parse_bytes(max_block_bytes), block_rules)
+            blocks = self._split(bound, block_rules)
             contract = self._contract()
             self._check_disk(path, blocks)
             self.store = Store.create(
@@ -226,24 +233,41 @@ class Engine:
             raise
         return store
 
-    def _split(self, max_block_bytes: int | None, rules: Mapping[str, Rule] | None) -> tuple[Block, ...]:
-        """Splits as coarsely as the budgets allow, unless told how."""
-        element = DTYPES[self.precision].itemsize
-        if max_block_bytes is not None:
-            return split(self.model, max_block_bytes=max_block_bytes, element_bytes=element, rules=rules)
-        bound: int | None = None
-        error: PlanError | None = None
+    def _check_blocks(self, max_block_bytes: int | None, rules: Mapping[str, Rule] | None) -> None:
+        """Blocks are fixed when a store is made: what is asked for must be what it has."""
+        has = [block.parameters for block in self.store.blocks]
+        if not any([block.parameters for block in wanted] == has for wanted in self._splits(max_block_bytes, rules)):
+            self.store.close()
+            raise StoreMismatchError(
+                f"store '{self.store.path}' has {len(has)} blocks, other ones than max_block_bytes={max_block_bytes} with "
+                f"block_rules={dict(rules or {})} gives; blocks are fixed when a store is made: leave both out to use the "
+                f"store's, or give another store"
+            )
+
+    def _splits(self, max_block_bytes: int | None, rules: Mapping[str, Rule] | None) -> Iterator[tuple[Block, ...]]:
+        """The one split that is asked for; where no bound is, all from coarse to fine."""
+        element, bound = DTYPES[self.precision].itemsize, max_block_bytes
         while True:
             blocks = split(self.model, max_block_bytes=bound, element_bytes=element, rules=rules)
+            yield blocks
+            largest = max((block.numel for block in blocks if not block.resident), default=0) * element
+            if max_block_bytes is not None or largest < 2 or (bound is not None and largest > bound):
+                return  # leaves: they are never cut
+            bound = largest // 2
+
+    def _split(self, max_block_bytes: int | None, rules: Mapping[str, Rule] | None) -> tuple[Block, ...]:
+        """Splits as coarsely as the budgets allow, unless told how."""
+        error: PlanError | None = None
+        for blocks in self._splits(max_block_bytes, rules):
+            if max_block_bytes is not None:
+                return blocks
             try:
                 allot(self._facts_of(blocks, self._layout_bytes(blocks), (), 1))
                 return blocks
             except PlanError as refused:
-                error = error or refused
-                largest = max(block.numel for block in blocks if not block.resident) * element
-                if bound is not None and largest > bound:  # leaves: they are never cut
-                    raise refused from None
-                bound = largest // 2
+                error = refused
+        assert error is not None
+        raise error
 
     def _layout_bytes(self, blocks: Sequence[Block]) -> list[tuple[int, int, int]]:
         return [_sizes(record_layout(block, self.precision, self.optimizer)) for block in blocks]
@@ -337,6 +361,7 @@ class Engine:
             else:
                 self._next_loads = ()
                 self.runtime.close()
+                gc.collect()  # futures refer to the buffers in cycles; both generations at once would exceed the budgets
                 self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allotment)
         pending = self.runtime.pending
         loaded = tuple(block for block in self._next_loads if block in pending and self.runtime.is_loaded(block))

@@ -134,6 +134,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "reduction_groups": settings.reduction_groups,
         "threads_per_worker": settings.threads_per_worker,
         "max_block_bytes": settings.max_block_bytes,
+        "block_rules": settings.block_rules,
         "activations": settings.activations,
         "prefetch": settings.prefetch,
         "ram_tier": settings.ram_tier,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 NORM_PIECE = 65_536  # elements whose squares are summed by one fp64 dot product
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -140,7 +141,8 @@ class ContractTrainer:
     """The numerical contract, resident.
 
     `calls` names the modules each of whose calls is one use of the parameters below it; it matters only for parameters
-    that are used more than once in a micro-batch.
+    that are used more than once in a micro-batch. On a `device` other than the host, model and sums of gradients are
+    there, and masters, norm and optimizer on the host.
     """
 
     def __init__(
@@ -154,13 +156,15 @@ class ContractTrainer:
         seed: int = 0,
         reduction_groups: int = 8,
         calls: Sequence[str] = (),
+        device: str = "cpu",
     ) -> None:
-        self.model = build().train()
+        self.model, self.device = build().train(), device
         load_initial(self.model, initial)
         self.settings, self.clip_norm, self.seed, self.groups = settings, clip_norm, seed, reduction_groups
         self.step_count = 0
         self.parameters = dict(self.model.named_parameters())
         self.masters = {name: parameter.data for name, parameter in self.parameters.items()}  # in fp32 the same storage
+        self.model.to(device)
         if precision == "bf16":
             for parameter in self.parameters.values():  # buffers stay as the model made them
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -175,6 +179,7 @@ class ContractTrainer:
 
     def step(self, micro_batches: Sequence[Any], loss_fn: LossFn, weights: Sequence[float]) -> Outcome:
         self.step_count += 1
+        micro_batches = tree_map_only(Tensor, lambda x: x.to(self.device), list(micro_batches))
         losses, gradients = self._gradients(micro_batches, loss_fn, weights)
         norm = math.sqrt(sum((square_sum(gradients[name]) for name in sorted(gradients)), start=0.0))
         loss = sum(weight * value for weight, value in zip(weights, losses, strict=True))
@@ -208,7 +213,7 @@ class ContractTrainer:
         for name, use in sorted({use for group_sum in sums for use in group_sum}):  # uses of a parameter in order
             total = tree_sum([group_sum.get((name, use)) for group_sum in sums])
             gradients[name] = gradients[name] + total if name in gradients else total
-        return losses, gradients
+        return losses, {name: gradient.cpu() for name, gradient in gradients.items()}
 
     def _take_gradients(self) -> dict[tuple[str, int], Tensor]:
         taken = self.untied.take_gradients()

@@ -49,6 +49,9 @@ FACTORS: dict[str, Sequence[Any]] = {
     "weights": ("tokens", "given"),
 }
 CASES = pairwise(FACTORS)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# compute there, optimizer and sums of squares on the host, on both sides
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
 
 
 def label(case: Case) -> str:
@@ -109,11 +112,14 @@ def assert_equal_items(engine: ws.Engine, expected: dict[str, dict[str, Tensor]]
     assert expected.keys() == {name for name, _ in engine.store.items()}
 
 
+@pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_streamed_equals_resident(case: Case, tmp_path: Path) -> None:
+def test_streamed_equals_resident(case: Case, on: str, tmp_path: Path) -> None:
     zoo = ZOO[case["model"]].with_(dropout=case["dropout"], frozen=case["frozen"])
     settings, optimizer = OPTIMIZERS[case["optimizer"]]
-    common = {"optimizer": optimizer(), "precision": case["precision"], "clip_norm": case["clip_norm"], "seed": 11}
+    common = {
+        "optimizer": optimizer(), "precision": case["precision"], "clip_norm": case["clip_norm"], "seed": 11, "device": on,
+    }  # fmt: skip
 
     def micro_batches(step: int) -> list[MicroBatch]:
         return zoo.micro_batches(case["micro_batches"], ragged=case["ragged"], step=step)
@@ -128,7 +134,7 @@ def test_streamed_equals_resident(case: Case, tmp_path: Path) -> None:
     with open_engine(zoo, tmp_path / "store", **common, **planned, **memory) as engine:
         resident = ContractTrainer(
             zoo.build, initial_values(engine), settings, calls=zoo.calls,
-            precision=case["precision"], clip_norm=case["clip_norm"], seed=11,
+            precision=case["precision"], clip_norm=case["clip_norm"], seed=11, device=on,
         )  # fmt: skip
         for step in range(1, STEPS + 1):
             batch = micro_batches(step)
@@ -173,15 +179,18 @@ def run_both(
     calls: Sequence[str] | None = None,
     clip_norm: float | None = 0.5,
     precision: str = "fp32",
+    on: str = "cpu",
     **rest: Any,
 ) -> None:
     """A run of its own beside the table: ragged, clipped, AdamW unless said otherwise."""
     loss_fn = loss_fn or zoo.loss_fn
-    common = {"optimizer": optimizer or OPTIMIZERS["adamw"][1](), "clip_norm": clip_norm, "precision": precision}
+    common = {
+        "optimizer": optimizer or OPTIMIZERS["adamw"][1](), "clip_norm": clip_norm, "precision": precision, "device": on,
+    }  # fmt: skip
     with open_engine(zoo, store, **common, **rest) as engine:
         resident = ContractTrainer(
             zoo.build, initial_values(engine), settings or OPTIMIZERS["adamw"][0], clip_norm=clip_norm,
-            precision=precision, calls=zoo.calls if calls is None else calls,
+            precision=precision, calls=zoo.calls if calls is None else calls, device=on,
         )  # fmt: skip
         for step in range(1, steps + 1):
             batch = zoo.micro_batches(count, ragged=True, step=step)
@@ -191,12 +200,13 @@ def run_both(
         assert_equal_items(engine, resident.items())
 
 
+@pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "moe_router"])
-def test_layers_that_are_split(name: str, precision: str, tmp_path: Path) -> None:
+def test_layers_that_are_split(name: str, precision: str, on: str, tmp_path: Path) -> None:
     """Blocks below a layer: attention, MLP and norms by themselves, with the residual stream as glue between them."""
     zoo = ZOO[name].with_(dropout=0.1)
-    run_both(zoo, tmp_path / "store", steps=4, count=3, precision=precision, max_block_bytes=9000)
+    run_both(zoo, tmp_path / "store", steps=4, count=3, precision=precision, max_block_bytes=9000, on=on)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])

@@ -12,9 +12,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class _Forgetful(Future[T]):
+    """A future that keeps nothing of its callbacks once they were called: they hold the buffers of what they did."""
+
+    def add_done_callback(self, fn: "Callable[[Future[T]], object]") -> None:
+        waiting = [fn]
+        super().add_done_callback(lambda finished: waiting.pop()(finished))
+
+
 def new_future() -> "Future[Any]":
     """A future that is already running, so that it cannot be cancelled under an operation."""
-    future: Future[Any] = Future()
+    future: Future[Any] = _Forgetful()
     future.set_running_or_notify_cancel()
     return future
 

@@ -17,9 +17,11 @@ def keep_memory() -> bool:
     global _done
     if not _done:
         try:
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            libc = ctypes.CDLL("libc.so.6")
+            mallopt, trim = libc.mallopt, libc.malloc_trim
         except (OSError, AttributeError):  # not glibc: its own allocator decides
             return False
+        trim(0)  # what is free now is of other sizes than what comes
         _done = all(
             mallopt(option, value)
             for option, value in (
