@@ -20,7 +20,7 @@ LAYERS = (
     ("worker",),
     ("trace",),
     ("runtime", "simulator", "streaming"),
-    ("captures", "engine", "nn", "plan_text"),
+    ("captures", "planning", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report"),
     ("config", "architectures", "run", "transfer", "demo", "cli"),
 )

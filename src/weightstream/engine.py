@@ -9,7 +9,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,22 +18,31 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import Block, Rule, call_order, split
+from weightstream.blocks import Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
-from weightstream.errors import ConfigError, NonFiniteError, PlanError, StoreMismatchError
-from weightstream.fabric.staging import gradient_bytes
+from weightstream.errors import ConfigError, NonFiniteError, StoreMismatchError
+from weightstream.planning import (
+    Budgets,
+    Measured,
+    RecordBytes,
+    check_blocks,
+    check_disk,
+    facts_of,
+    same_buffers,
+    split_within,
+)
 from weightstream.runtime import Runtime, StepOutcome
-from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
+from weightstream.schedule.cost import StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
 from weightstream.store.given import fill
-from weightstream.store.layout import Precision, RecordLayout, record_layout
+from weightstream.store.layout import Precision, record_layout
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, without_cache
-from weightstream.units import format_bytes, parse_bytes
+from weightstream.units import parse_bytes
 from weightstream.worker.allocator import keep_memory
 from weightstream.worker.audit import check_model
 from weightstream.worker.slabs import Parameters
@@ -161,12 +171,18 @@ class Engine:
         torch.set_num_threads(self.threads)
         self.optimizer, self.clip_norm, self.precision, self.seed = optimizer, clip_norm, precision, seed
         self.max_skipped_steps = max_skipped_steps
-        self._memory = parse_bytes(device_memory), parse_bytes(host_memory)
-        self._settings: dict[str, Any] = {"activations": activations, "prefetch": prefetch, "ram_tier": ram_tier}
-        self._groups = reduction_groups
+        self._budgets = Budgets(
+            device_memory=parse_bytes(device_memory), host_memory=parse_bytes(host_memory),
+            reduction_groups=reduction_groups, deferred=clip_norm is not None,
+            host_is_device=self.device.type == "cpu", activations=activations, prefetch=prefetch, ram_tier=ram_tier,
+        )  # fmt: skip
         path = Path(store)
         exists = Store.exists(path)
-        bound = None if max_block_bytes is None else parse_bytes(max_block_bytes)
+        wanted: dict[str, Any] = {
+            "element_bytes": DTYPES[precision].itemsize,
+            "max_block_bytes": None if max_block_bytes is None else parse_bytes(max_block_bytes),
+            "rules": block_rules,
+        }
         self.model, recipes = record(model, seed, given=EVERY_NAME if exists else initial or ())
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
         if self.device.type == "cpu":
@@ -174,13 +190,12 @@ class Engine:
         self.model.train()
         check_model(self.model)
         if exists:
-            self.store = self._reopen(path, allow_other_numerics)
-            if bound is not None or block_rules:
-                self._check_blocks(bound, block_rules)
+            self.store = self._reopen(path, allow_other_numerics, wanted)
         else:
-            blocks = self._split(bound, block_rules)
+            layout = partial(record_layout, precision=precision, optimizer=optimizer)
+            blocks = split_within(self.model, self._budgets, layout, **wanted)
             contract = self._contract()
-            self._check_disk(path, blocks)
+            check_disk(path, blocks, [RecordBytes.of(layout(b)) for b in blocks], deferred=self._budgets.deferred)
             self.store = Store.create(
                 path, blocks=blocks, recipes=recipes, optimizer=optimizer, precision=precision, contract=contract
             )
@@ -203,7 +218,7 @@ class Engine:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "precision": self.precision,
             "seed": self.seed,
-            "reduction_groups": self._groups,
+            "reduction_groups": self._budgets.reduction_groups,
             "clip_norm": self.clip_norm,
             "optimizer": self.optimizer.fixed(),
             "numerics": {
@@ -213,7 +228,7 @@ class Engine:
             },
         }
 
-    def _reopen(self, path: Path, allow_other_numerics: bool) -> Store:
+    def _reopen(self, path: Path, allow_other_numerics: bool, wanted: dict[str, Any]) -> Store:
         store = Store.open(path)
         try:
             contract = self._contract()
@@ -227,63 +242,13 @@ class Engine:
                     f"store '{path}' {'has' if name in found else 'lacks'} parameter '{name}', the model "
                     f"{'lacks' if name in found else 'has'} it; give another store or the same model"
                 )
+            if wanted["max_block_bytes"] is not None or wanted["rules"]:
+                check_blocks(store, self.model, **wanted)
             store.optimizer = self.optimizer  # learning rate, decay and groups are this run's
         except BaseException:
             store.close()
             raise
         return store
-
-    def _check_blocks(self, max_block_bytes: int | None, rules: Mapping[str, Rule] | None) -> None:
-        """Blocks are fixed when a store is made: what is asked for must be what it has."""
-        has = [block.parameters for block in self.store.blocks]
-        if not any([block.parameters for block in wanted] == has for wanted in self._splits(max_block_bytes, rules)):
-            self.store.close()
-            raise StoreMismatchError(
-                f"store '{self.store.path}' has {len(has)} blocks, other ones than max_block_bytes={max_block_bytes} with "
-                f"block_rules={dict(rules or {})} gives; blocks are fixed when a store is made: leave both out to use the "
-                f"store's, or give another store"
-            )
-
-    def _splits(self, max_block_bytes: int | None, rules: Mapping[str, Rule] | None) -> Iterator[tuple[Block, ...]]:
-        """The one split that is asked for; where no bound is, all from coarse to fine."""
-        element, bound = DTYPES[self.precision].itemsize, max_block_bytes
-        while True:
-            blocks = split(self.model, max_block_bytes=bound, element_bytes=element, rules=rules)
-            yield blocks
-            largest = max((block.numel for block in blocks if not block.resident), default=0) * element
-            if max_block_bytes is not None or largest < 2 or (bound is not None and largest > bound):
-                return  # leaves: they are never cut
-            bound = largest // 2
-
-    def _split(self, max_block_bytes: int | None, rules: Mapping[str, Rule] | None) -> tuple[Block, ...]:
-        """Splits as coarsely as the budgets allow, unless told how."""
-        error: PlanError | None = None
-        for blocks in self._splits(max_block_bytes, rules):
-            if max_block_bytes is not None:
-                return blocks
-            try:
-                allot(self._facts_of(blocks, self._layout_bytes(blocks), (), 1))
-                return blocks
-            except PlanError as refused:
-                error = refused
-        assert error is not None
-        raise error
-
-    def _layout_bytes(self, blocks: Sequence[Block]) -> list[tuple[int, int, int]]:
-        return [_sizes(record_layout(block, self.precision, self.optimizer)) for block in blocks]
-
-    def _check_disk(self, path: Path, blocks: Sequence[Block]) -> None:
-        """Three versions of every record and the scratch must fit before anything is made."""
-        images = sum(image for _, _, image in self._layout_bytes(blocks))
-        staged = sum(gradient_bytes(block) for block in blocks) if self.clip_norm is not None else 0
-        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-        free = shutil.disk_usage(parent).free
-        if 3 * images + staged > free:
-            raise PlanError(
-                f"store '{path}' needs up to {format_bytes(3 * images + staged)} (three versions of "
-                f"{format_bytes(images)}, staged gradients {format_bytes(staged)}), its disk has {format_bytes(free)} free; "
-                f"free some space or give a store on another disk"
-            )
 
     def _start(self) -> None:
         self.parameters = Parameters(self.model, self.store.blocks, self.device, DTYPES[self.precision])
@@ -299,12 +264,12 @@ class Engine:
         visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
                        if m in self.worker.block_of_module)  # fmt: skip
         self._visits = visits
-        self._measured: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+        self._measured: Measured | None = None
         self._uniform = True
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
         self._counted = (0, 0)
-        self._record_sizes = [_sizes(self.store.layout(block.index)) for block in self.store.blocks]
+        self._records = [RecordBytes.of(self.store.layout(block.index)) for block in self.store.blocks]
         facts = self._facts(1)
         self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allot(facts))
         self.store.before_look = self.commit
@@ -314,41 +279,11 @@ class Engine:
 
     # planning
 
-    def _facts_of(
-        self,
-        blocks: Sequence[Block],
-        sizes: Sequence[tuple[int, int, int]],
-        visits: tuple[Visit, ...],
-        micro_batches: int,
-    ) -> Facts:
-        uses = self.worker.uses(visits) if visits else {}
-        block_facts = tuple(
-            BlockFacts(
-                block.index, block.name, streamed, load, image, gradient_bytes(block), block.trainable, block.resident,
-                sum(4 * p.numel * uses[p.name] for p in block.parameters if p.trainable and uses.get(p.name, 0) > 1),
-            )
-            for block, (streamed, load, image) in zip(blocks, sizes, strict=True)
-        )  # fmt: skip
-        if not visits:
-            visits = tuple(Visit(block.index, block.name) for block in blocks if not block.resident)
-        boundary = kept = None
-        workspace = 0
-        if self._measured_for(visits):
-            assert self._measured is not None
-            boundary, kept, workspace = self._measured
-        return Facts(
-            blocks=block_facts, visits=visits, micro_batches=micro_batches, reduction_groups=self._groups,
-            deferred=self.clip_norm is not None, device_memory=self._memory[0], host_memory=self._memory[1],
-            host_is_device=self.device.type == "cpu", boundary_bytes=boundary, kept_bytes=kept,
-            workspace_bytes=workspace, **self._settings,
-        )  # fmt: skip
-
-    def _measured_for(self, visits: tuple[Visit, ...]) -> bool:
-        measured = getattr(self, "_measured", None)
-        return measured is not None and len(measured[0]) == len(visits)
-
     def _facts(self, micro_batches: int) -> Facts:
-        return self._facts_of(self.store.blocks, self._record_sizes, self._visits, micro_batches)
+        return facts_of(
+            self.store.blocks, self._records, self._budgets, visits=self._visits, uses=self.worker.uses(self._visits),
+            micro_batches=micro_batches, measured=self._measured,
+        )  # fmt: skip
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
@@ -356,7 +291,7 @@ class Engine:
         if facts != self.runtime.facts:
             allotment = allot(facts)
             self._schedules.clear()
-            if _same_buffers(allotment, self.runtime.allotment) and facts.visits == self.runtime.facts.visits:
+            if same_buffers(allotment, self.runtime.allotment) and facts.visits == self.runtime.facts.visits:
                 self.runtime.facts, self.runtime.allotment = facts, allotment
             else:
                 self._next_loads = ()
@@ -493,7 +428,7 @@ class Engine:
             boundary[-1] = max(boundary)
             kept = tuple(measured.kept_bytes.get(visit, 0) for visit in range(count))
             workspace = max(2 * max(kept), kept[-1] + measured.loss_bytes)
-            self._measured = tuple(boundary), kept, workspace
+            self._measured = Measured(tuple(boundary), kept, workspace)
             self.worker.measuring = False
 
     def _moved(self) -> MovedBytes:
@@ -573,17 +508,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _sizes(layout: RecordLayout) -> tuple[int, int, int]:
-    """Bytes of a record that are streamed, loaded for an update, and written by one."""
-    return layout.streamed.nbytes, sum(part.nbytes for part in layout.states), layout.image_nbytes
-
-
-def _same_buffers(one: Allotment, other: Allotment) -> bool:
-    """Whether two allotments differ only in what needs no buffers of its own."""
-    free = {"keep": frozenset(), "boundaries": (), "boundaries_cross": False, "device_bytes": 0, "host_bytes": 0}
-    return replace(one, **free) == replace(other, **free)  # type: ignore[arg-type]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -1,0 +1,180 @@
+"""From a model and its budgets to the facts of a plan: how it is split, what a step moves, whether the disk will hold it."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from weightstream.blocks import Block, Rule, split
+from weightstream.errors import PlanError, StoreMismatchError
+from weightstream.fabric.staging import gradient_bytes
+from weightstream.schedule.cost import BlockFacts
+from weightstream.schedule.operations import Visit
+from weightstream.schedule.planner import Activations, Allotment, Facts, allot
+from weightstream.store.layout import RecordLayout
+from weightstream.store.store import Store
+from weightstream.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """What a plan is held to: the settings of an engine that every plan of it shares."""
+
+    device_memory: int
+    host_memory: int
+    reduction_groups: int
+    deferred: bool
+    host_is_device: bool
+    activations: Activations
+    prefetch: int
+    ram_tier: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecordBytes:
+    """Bytes of a record that are streamed, loaded for an update, and written by one."""
+
+    streamed: int
+    loaded: int
+    written: int
+
+    @classmethod
+    def of(cls, layout: RecordLayout) -> "RecordBytes":
+        return cls(layout.streamed.nbytes, sum(part.nbytes for part in layout.states), layout.image_nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a step has shown of its activations: bytes per visit and micro-batch, and while one block computes."""
+
+    boundary_bytes: tuple[int, ...]
+    kept_bytes: tuple[int, ...]
+    workspace_bytes: int
+
+
+def facts_of(
+    blocks: Sequence[Block],
+    records: Sequence[RecordBytes],
+    budgets: Budgets,
+    *,
+    visits: tuple[Visit, ...] = (),
+    uses: Mapping[str, int] | None = None,
+    micro_batches: int = 1,
+    measured: Measured | None = None,
+) -> Facts:
+    """The facts of a step; before the calls of the model are known every block is visited once, in order.
+
+    Args:
+        uses: in how many visits each parameter is used; more than one means that it is tied.
+        measured: left out of account where it is of other visits.
+    """
+    counts = uses or {}
+    block_facts = tuple(
+        BlockFacts(
+            block.index, block.name, record.streamed, record.loaded, record.written, gradient_bytes(block),
+            block.trainable, block.resident,
+            sum(4 * p.numel * counts[p.name] for p in block.parameters if p.trainable and counts.get(p.name, 0) > 1),
+        )
+        for block, record in zip(blocks, records, strict=True)
+    )  # fmt: skip
+    if not visits:
+        visits = tuple(Visit(block.index, block.name) for block in blocks if not block.resident)
+    if measured is not None and len(measured.boundary_bytes) != len(visits):
+        measured = None
+    return Facts(
+        blocks=block_facts, visits=visits, micro_batches=micro_batches, reduction_groups=budgets.reduction_groups,
+        deferred=budgets.deferred, device_memory=budgets.device_memory, host_memory=budgets.host_memory,
+        activations=budgets.activations, prefetch=budgets.prefetch, ram_tier=budgets.ram_tier,
+        host_is_device=budgets.host_is_device,
+        boundary_bytes=measured.boundary_bytes if measured else None,
+        kept_bytes=measured.kept_bytes if measured else None,
+        workspace_bytes=measured.workspace_bytes if measured else 0,
+    )  # fmt: skip
+
+
+def splits(
+    model: nn.Module, *, element_bytes: int, max_block_bytes: int | None, rules: Mapping[str, Rule] | None
+) -> Iterator[tuple[Block, ...]]:
+    """The one split that is asked for; where no bound is given, all from coarse to fine."""
+    bound = max_block_bytes
+    while True:
+        blocks = split(model, max_block_bytes=bound, element_bytes=element_bytes, rules=rules)
+        yield blocks
+        largest = max((block.numel for block in blocks if not block.resident), default=0) * element_bytes
+        if max_block_bytes is not None or largest < 2 or (bound is not None and largest > bound):
+            return  # leaves: they are never cut
+        bound = largest // 2
+
+
+def split_within(
+    model: nn.Module,
+    budgets: Budgets,
+    layout: Callable[[Block], RecordLayout],
+    *,
+    element_bytes: int,
+    max_block_bytes: int | None,
+    rules: Mapping[str, Rule] | None,
+) -> tuple[Block, ...]:
+    """Splits a model as coarsely as its budgets allow, or as the bound says.
+
+    Raises:
+        PlanError: no split fits; the message is about the finest.
+    """
+    error: PlanError | None = None
+    for blocks in splits(model, element_bytes=element_bytes, max_block_bytes=max_block_bytes, rules=rules):
+        if max_block_bytes is not None:
+            return blocks
+        try:
+            allot(facts_of(blocks, [RecordBytes.of(layout(block)) for block in blocks], budgets))
+            return blocks
+        except PlanError as refused:
+            error = refused
+    assert error is not None
+    raise error
+
+
+def check_blocks(
+    store: Store, model: nn.Module, *, element_bytes: int, max_block_bytes: int | None, rules: Mapping[str, Rule] | None
+) -> None:
+    """Blocks are fixed when a store is made: what a later run asks for must be what it has.
+
+    Raises:
+        StoreMismatchError: it has others.
+    """
+    has = [block.parameters for block in store.blocks]
+    possible = splits(model, element_bytes=element_bytes, max_block_bytes=max_block_bytes, rules=rules)
+    if not any([block.parameters for block in blocks] == has for blocks in possible):
+        raise StoreMismatchError(
+            f"store '{store.path}' has {len(has)} blocks, other ones than max_block_bytes={max_block_bytes} with "
+            f"block_rules={dict(rules or {})} gives; blocks are fixed when a store is made: leave both out to use the "
+            f"store's, or give another store"
+        )
+
+
+def check_disk(path: Path, blocks: Sequence[Block], records: Sequence[RecordBytes], *, deferred: bool) -> None:
+    """Three versions of every record and the staged gradients must fit before anything is made.
+
+    Raises:
+        PlanError: they do not.
+    """
+    images = sum(record.written for record in records)
+    staged = sum(gradient_bytes(block) for block in blocks) if deferred else 0
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if 3 * images + staged > free:
+        raise PlanError(
+            f"store '{path}' needs up to {format_bytes(3 * images + staged)} (three versions of "
+            f"{format_bytes(images)}, staged gradients {format_bytes(staged)}), its disk has {format_bytes(free)} free; "
+            f"free some space or give a store on another disk"
+        )
+
+
+def same_buffers(one: Allotment, other: Allotment) -> bool:
+    """Whether two allotments differ only in what needs no buffers of its own."""
+    return _buffers(one) == _buffers(other)
+
+
+def _buffers(allotment: Allotment) -> Allotment:
+    return replace(allotment, keep=frozenset(), boundaries=(), boundaries_cross=False, device_bytes=0, host_bytes=0)
