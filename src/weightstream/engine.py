@@ -228,7 +228,7 @@ class Engine:
             },
         }
 
-    def _reopen(self, path: Path, allow_other_numerics: bool, wanted: dict[str, Any]) -> Store:
+    def _reopen(self, path: Path, allow_other_numerics: bool, blocks: dict[str, Any]) -> Store:
         store = Store.open(path)
         try:
             contract = self._contract()
@@ -242,8 +242,8 @@ class Engine:
                     f"store '{path}' {'has' if name in found else 'lacks'} parameter '{name}', the model "
                     f"{'lacks' if name in found else 'has'} it; give another store or the same model"
                 )
-            if wanted["max_block_bytes"] is not None or wanted["rules"]:
-                check_blocks(store, self.model, **wanted)
+            if blocks["max_block_bytes"] is not None or blocks["rules"]:
+                check_blocks(store, self.model, **blocks)
             store.optimizer = self.optimizer  # learning rate, decay and groups are this run's
         except BaseException:
             store.close()
