@@ -40,10 +40,12 @@ from weightstream.store.futures import chain, done
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.store import Store
 from weightstream.worker.activations import Activations
+from weightstream.worker.allocator import give_back
 from weightstream.worker.slabs import Parameters, Slab, Slabs
 from weightstream.worker.worker import LossFunction, Worker
 
 T = TypeVar("T")
+GIVE_BACK_EVERY = 4  # blocks: free memory is returned to the kernel
 
 
 class DivergedError(Exception):
@@ -128,6 +130,7 @@ class Runtime:
         self._visits: list[Visit] = []
         self._micro_batches = 0
         self._members: list[set[int]] = []
+        self._blocks_left = 0
         self._progress: Callable[[bool], dict[str, Any]] = lambda finite: {}
 
     # one step
@@ -360,6 +363,12 @@ class Runtime:
             self._wait(fetch)
         self.parameters.unbind(block)
         self.slabs.release(block)
+        self._leave_block()
+
+    def _leave_block(self) -> None:
+        self._blocks_left += 1
+        if self._blocks_left % GIVE_BACK_EVERY == 0:
+            give_back()
 
     def _need(self, block: int) -> None:
         """Makes sure that a block is present: waits for its bytes and binds its parameters to them."""
@@ -415,6 +424,7 @@ class Runtime:
                 self._poisoned = not self.facts.deferred
         if self._poisoned:
             self.staging.release(block)
+        self._leave_block()
 
     # a step whose calls are not known
 
