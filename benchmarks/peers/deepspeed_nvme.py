@@ -96,7 +96,9 @@ class Contest:
         # Some of its settings ask for more memory than there is: the trial then fails, and not the machine.
         limit = DataLimit(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4)
         log = self.folder / "deepspeed.log"
-        return Side("deepspeed", command, log=log, environment=peer_environment(), enter=limit.enter, time_limit_s=TRIAL_LIMIT_S)
+        return Side(
+            "deepspeed", command, log=log, environment=peer_environment(), enter=limit.enter, time_limit_s=TRIAL_LIMIT_S
+        )
 
     def streamed(self, settings: str) -> Side:
         arguments = self.arguments
