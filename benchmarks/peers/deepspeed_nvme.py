@@ -6,7 +6,7 @@
 
 First DeepSpeed's settings are tried one at a time, each trial a new process (`CHOICES`: one micro-batch or four, keep
 or recompute, its buffers, its I/O, the allocator), keeping what was fastest; then both sides run in turn. The streamed
-side too is tried with keep and recompute. `--peer` gives DeepSpeed's settings and skips the trials. Its environment is
+side too is tried with recompute and auto. `--peer` gives DeepSpeed's settings and skips the trials. Its environment is
 `benchmarks/peers/.venv`, which git ignores.
 
 Keys: `streamed_s`, `peer_s`, `speedup` = peer / streamed, `peak_rss_bytes`, `peer_peak_rss_bytes`, `memory_ratio`.

@@ -296,7 +296,6 @@ class Engine:
             else:
                 self._next_loads = ()
                 self.runtime.close()
-                gc.collect()  # futures refer to the buffers in cycles; both generations at once would exceed the budgets
                 self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allotment)
         pending = self.runtime.pending
         loaded = tuple(block for block in self._next_loads if block in pending and self.runtime.is_loaded(block))

@@ -223,16 +223,10 @@ class Worker:
         call = route.way.last_call
         after = call is not None and call.visit == visit
         if call is not None and after:
-            held = _references(route.way.entries)
+            held, aliases = _references(route.way.entries)
             candidates = [x for x in _unique(call.inputs) if not self.slabs.within(x)]
             held.update(id(x) for x in candidates if self.activations.backs((visit, micro_batch), x))
             # two more: the list of candidates, and the variable that runs through it
-            aliases = Counter(
-                key
-                for entry in route.way.entries
-                if isinstance(entry, tape.Call) and entry.graph is not None
-                for key in entry.graph.leaves
-            )
             tensors = [x for x in candidates if spillable(x, held[id(x)] + 2, aliases[id(x)])]
             del candidates
         else:
@@ -331,19 +325,25 @@ class Worker:
         return counts
 
 
-def _references(entries: Sequence[tape.Call | tape.Glue]) -> Counter[int]:
-    """How often a tape refers to each tensor, by id. The latest entries are all that matter to the latest call."""
+def _references(entries: Sequence[tape.Call | tape.Glue]) -> tuple[Counter[int], Counter[int]]:
+    """How often a tape refers to each tensor, and how many leaves of its graphs share its bytes, by id.
+
+    The latest entries are all that matter to the latest call.
+    """
     counts: Counter[int] = Counter()
+    aliases: Counter[int] = Counter()
     calls = 0
     for entry in reversed(entries):
         if isinstance(entry, tape.Call):
             calls += 1
             counts.update(id(x) for x in (*entry.inputs, *entry.outputs))
+            if entry.graph is not None:
+                aliases.update(entry.graph.leaves.keys())
         else:
             counts.update(map(id, entry.leaves))
         if calls == 3:
             break
-    return counts
+    return counts, aliases
 
 
 def _unique(leaves: Sequence[Any]) -> list[Tensor]:
