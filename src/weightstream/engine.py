@@ -427,7 +427,7 @@ class Engine:
             boundary[-1] = max(boundary)
             kept = tuple(measured.kept_bytes.get(visit, 0) for visit in range(count))
             workspace = max(2 * max(kept), kept[-1] + measured.loss_bytes)
-            self._measured = Measured(tuple(boundary), kept, workspace)
+            self._measured = Measured(tuple(boundary), kept, measured.lasting_bytes, workspace)
             self.worker.measuring = False
 
     def _moved(self) -> MovedBytes:

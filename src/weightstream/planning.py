@@ -51,6 +51,7 @@ class Measured:
 
     boundary_bytes: tuple[int, ...]
     kept_bytes: tuple[int, ...]
+    lasting_bytes: int
     workspace_bytes: int
 
 
@@ -90,6 +91,7 @@ def facts_of(
         host_is_device=budgets.host_is_device,
         boundary_bytes=measured.boundary_bytes if measured else None,
         kept_bytes=measured.kept_bytes if measured else None,
+        lasting_bytes=measured.lasting_bytes if measured else 0,
         workspace_bytes=measured.workspace_bytes if measured else 0,
     )  # fmt: skip
 
@@ -177,4 +179,4 @@ def same_buffers(one: Allotment, other: Allotment) -> bool:
 
 
 def _buffers(allotment: Allotment) -> Allotment:
-    return replace(allotment, keep=frozenset(), boundaries=(), boundaries_cross=False, device_bytes=0, host_bytes=0)
+    return replace(allotment, keep=frozenset(), boundaries=(), device_bytes=0, host_bytes=0)

@@ -10,7 +10,7 @@ from weightstream.schedule.planner import Allotment, Facts
 from weightstream.schedule.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
-SPILL = {"boundaries": ("disk", "host", "disk", "device"), "boundaries_cross": True}
+SPILL = {"boundaries": ("disk", "host", "disk", "device")}
 MEASURED = {"boundary_bytes": (4096,) * 4, "kept_bytes": (65536,) * 4, "activations": "recompute"}
 TIED = (Visit(1, "embedding"), Visit(2, "layer"), Visit(1, "head"))
 
@@ -20,7 +20,6 @@ CASES = {
     "no_clip": (chain(deferred=False, **MEASURED), True, {"slabs": 3}),
     "kept_across_the_turn": (chain(**MEASURED), True, {}),
     "spilled": (chain(), True, SPILL),
-    "spilled_across": (chain(), True, SPILL | {"boundaries_cross": False}),
     "kept": (chain(), True, SPILL | {"keep": frozenset({1, 2})}),
     "tied": (chain(2, visits=TIED), True, {}),
     "two_slabs": (chain(5, prefetch=1), True, {"slabs": 2}),

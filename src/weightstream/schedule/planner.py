@@ -44,7 +44,8 @@ class Facts:
     """All that a plan depends on.
 
     `boundary_bytes` and `kept_bytes` are per visit and micro-batch: the inputs that backward needs again, and what a
-    block's forward saves if it is not recomputed. They are None until a first step has measured them.
+    block's forward saves if it is not recomputed. They are None until a first step has measured them. `lasting_bytes`
+    per micro-batch are what lies between blocks and cannot be spilled (the model itself still refers to it).
     """
 
     blocks: tuple[BlockFacts, ...]
@@ -60,6 +61,7 @@ class Facts:
     host_is_device: bool = True
     boundary_bytes: tuple[int, ...] | None = None
     kept_bytes: tuple[int, ...] | None = None
+    lasting_bytes: int = 0
     workspace_bytes: int = 0
 
 
@@ -84,7 +86,6 @@ class Allotment:
     pinned_states: frozenset[int]
     keep: frozenset[int]
     boundaries: tuple[Tier, ...]
-    boundaries_cross: bool
     device_bytes: int
     host_bytes: int
 
@@ -113,7 +114,8 @@ def allot(facts: Facts) -> Allotment:
 
     # device memory: slabs, sums, workspace and the boundaries in flight; then more slabs, boundaries, kept activations
     slabs = min(2, max(1, len({station.block for station in stations})))
-    in_flight = (RESTORE_AHEAD + 2) * largest_boundary
+    # each micro-batch has either its way forward or its gradient's way back in device memory
+    in_flight = (micro_batches + RESTORE_AHEAD + 2) * largest_boundary + micro_batches * facts.lasting_bytes
     device = (
         slabs * slab_bytes + resident_bytes + partials * gradient_bytes + tied_bytes + facts.workspace_bytes + in_flight
     )
@@ -121,9 +123,9 @@ def allot(facts: Facts) -> Allotment:
         raise PlanError(
             f"device_memory={format_bytes(facts.device_memory)} is too small: {slabs} slabs of "
             f"{format_bytes(slab_bytes)}, resident parameters {format_bytes(resident_bytes)}, gradient sums "
-            f"{format_bytes(partials * gradient_bytes + tied_bytes)}, activations of one block and micro-batch "
-            f"{format_bytes(facts.workspace_bytes + in_flight)} need {format_bytes(device)}; the smallest value that "
-            f"works is device_memory={-(-device // MIB)}MiB (or fewer tokens in a micro-batch, or max_block_bytes)"
+            f"{format_bytes(partials * gradient_bytes + tied_bytes)}, activations between blocks "
+            f"{format_bytes(in_flight)} and of one block {format_bytes(facts.workspace_bytes)} need {format_bytes(device)}; the smallest value that "
+            f"works is device_memory={-(-device // MIB)}MiB (or fewer or smaller micro-batches, or max_block_bytes)"
         )
     wanted = min(facts.prefetch + 1, len({station.block for station in stations}))
     while slabs < wanted and device + slab_bytes <= facts.device_memory:
@@ -135,10 +137,6 @@ def allot(facts: Facts) -> Allotment:
     if facts.host_is_device and 1 < micro_batches <= MOST_HELD and device + more <= facts.device_memory:
         device += more
         held, held_bytes, partials = micro_batches, wanted_bytes, 0
-    cross = micro_batches * largest_boundary - in_flight
-    boundaries_cross = facts.boundary_bytes is not None and device + max(0, cross) <= facts.device_memory
-    if boundaries_cross:
-        device += max(0, cross)
     tiers: list[Tier] = ["disk"] * visits
     for visit in reversed(range(visits)):
         size = boundary[visit] * micro_batches
@@ -198,7 +196,7 @@ def allot(facts: Facts) -> Allotment:
         held_gradients=held, held_bytes=held_bytes, record_buffers=buffers, record_bytes=record_bytes,
         gradient_buffers=ring, gradient_bytes=gradient_bytes, staged_in_ram=frozenset(staged),
         pinned_copies=frozenset(pinned_copies), pinned_states=frozenset(pinned_states),
-        keep=keep, boundaries=tuple(tiers), boundaries_cross=boundaries_cross,
+        keep=keep, boundaries=tuple(tiers),
         device_bytes=device, host_bytes=host,
     )  # fmt: skip
 
@@ -270,7 +268,6 @@ class _Builder:
         self.slab_of: dict[int, int] = {}
         self.updated: set[int] = set()
         self.to_load: list[int] = []
-        self.backing: set[tuple[int, int]] = set()
 
     def build(self) -> Schedule:
         facts, emit = self.facts, self.operations.append
@@ -284,12 +281,14 @@ class _Builder:
             self._update(index, self.allotment.slabs + position)
         for position, station in enumerate(self.stations):
             self._serve(position)
+            if position == len(self.stations) - 2:
+                continue  # it goes with the last one
             if position == len(self.stations) - 1:
                 for index in update_order:  # the sweep: what the forward did not fetch
                     self._update(index)
                 if self.pending:
                     emit(Commit())
-                self._turn(station)
+                self._turn()
             else:
                 for visit in station.visits:
                     self._forward(visit, station.block)
@@ -356,29 +355,24 @@ class _Builder:
             self._forward_one(visit, block, micro_batch)
 
     def _forward_one(self, visit: int, block: int, micro_batch: int) -> None:
-        emit, placed, cross = self.operations.append, self.allotment.boundaries, self.allotment.boundaries_cross
+        self.operations.append(Forward(visit, block, micro_batch))
         last = visit == len(self.facts.visits) - 1
-        if not cross and visit > 0 and placed[visit] != "device":
-            for ahead in range(micro_batch, min(micro_batch + RESTORE_AHEAD, self.facts.micro_batches)):
-                if (visit, ahead) in self.backing:
-                    emit(Restore(visit, ahead))
-                    self.backing.discard((visit, ahead))
-        emit(Forward(visit, block, micro_batch))
-        if placed[visit] != "device" and not last and visit not in self.allotment.keep:
-            emit(Spill(visit, micro_batch))
-        if not cross and not last and placed[visit + 1] != "device":
-            emit(Spill(visit + 1, micro_batch))
-            self.backing.add((visit + 1, micro_batch))
+        if self.allotment.boundaries[visit] != "device" and not last and visit not in self.allotment.keep:
+            self.operations.append(Spill(visit, micro_batch))
 
-    def _turn(self, station: _Station) -> None:
-        """All visits of the last block but the last one, then each micro-batch through loss and back before the next."""
-        for visit in station.visits[:-1]:
-            self._forward(visit, station.block)
-        last = station.visits[-1]
+    def _turn(self) -> None:
+        """Each micro-batch through the last two blocks and the loss, and back through the last visit, before the next.
+
+        What lies behind the last block but one (a final norm, say) is larger than any boundary between two layers, and
+        cannot be spilled: this way only one micro-batch has it at a time.
+        """
+        last = len(self.facts.visits) - 1
         for micro_batch in range(self.facts.micro_batches):
-            self._forward_one(last, station.block, micro_batch)
+            for station in self.stations[-2:]:
+                for visit in station.visits:
+                    self._forward_one(visit, station.block, micro_batch)
             self.operations.append(Turn(micro_batch))
-            self.operations.append(Backward(last, station.block, micro_batch))
+            self.operations.append(Backward(last, self.stations[-1].block, micro_batch))
 
     def _backward_pass(self, update_order: list[int]) -> list[int]:
         facts, emit = self.facts, self.operations.append

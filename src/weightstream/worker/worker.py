@@ -16,7 +16,7 @@ from weightstream.blocks import Block
 from weightstream.errors import AuditError
 from weightstream.schedule.operations import Visit
 from weightstream.worker import audit, tape
-from weightstream.worker.activations import MIN_BYTES, Activations, spillable
+from weightstream.worker.activations import Activations, spillable
 from weightstream.worker.generators import Generators, seed_of
 from weightstream.worker.microbatch import MicroBatch, Request, current
 from weightstream.worker.slabs import Parameters, Slabs
@@ -37,10 +37,15 @@ class _Route:
 
 @dataclass(slots=True)
 class Measured:
-    """What a step needed, per visit and micro-batch at most: bytes of inputs that could be spilled, of saved tensors."""
+    """What a step needed, per visit and micro-batch at most: bytes of inputs that could be spilled, of saved tensors.
+
+    `lasting_bytes`, per micro-batch, lie on the tape and could not be spilled; `loss_bytes` are the loss's own and what
+    lies behind the last block but one.
+    """
 
     boundary_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     kept_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    lasting_bytes: int = 0
     loss_bytes: int = 0
 
 
@@ -216,30 +221,20 @@ class Worker:
         )
 
     def spill(self, visit: int, micro_batch: int, *, to_disk: bool) -> None:
-        """Moves the inputs of a visit out, before its forward (they wait in the request) or after it."""
+        """Moves the inputs of a visit out, after its forward."""
         assert self.activations is not None
         assert self.slabs is not None
         route = self._routes[micro_batch]
         call = route.way.last_call
-        after = call is not None and call.visit == visit
-        if call is not None and after:
-            held, aliases = _references(route.way.entries)
-            candidates = [x for x in _unique(call.inputs) if not self.slabs.within(x)]
-            held.update(id(x) for x in candidates if self.activations.backs((visit, micro_batch), x))
-            # two more: the list of candidates, and the variable that runs through it
-            tensors = [x for x in candidates if spillable(x, held[id(x)] + 2, aliases[id(x)])]
-            del candidates
-        else:
-            request = route.thread.request
-            if request is None:
-                return
-            leaves = torch.utils._pytree.tree_leaves((request.args, request.kwargs))
-            tensors = [
-                x
-                for x in _unique(leaves)
-                if x.requires_grad and x.nbytes >= MIN_BYTES and x.is_contiguous() and not self.slabs.within(x)
-            ]
-        if self.measuring and after:
+        if call is None or call.visit != visit:
+            return
+        held, aliases = _references(route.way.entries)
+        candidates = [x for x in _unique(call.inputs) if not self.slabs.within(x)]
+        held.update(id(x) for x in candidates if self.activations.backs((visit, micro_batch), x))
+        # two more: the list of candidates, and the variable that runs through it
+        tensors = [x for x in candidates if spillable(x, held[id(x)] + 2, aliases[id(x)])]
+        del candidates
+        if self.measuring:
             size = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
             self.measured.boundary_bytes[visit] = max(self.measured.boundary_bytes[visit], size)
         self.activations.spill((visit, micro_batch), tensors, to_disk=to_disk)
@@ -273,12 +268,34 @@ class Worker:
             logits = [y for y in call.outputs if y is not None]
             # the outputs and their gradients, and in fp32 a copy, its softmax and that one's gradient
             size = sum(y.numel() * (2 * y.itemsize + 12) for y in logits)
-            self.measured.loss_bytes = max(self.measured.loss_bytes, size)
+            lasting, between = self._on_tape(route.way.entries)
+            self.measured.loss_bytes = max(self.measured.loss_bytes, between + size)
+            self.measured.lasting_bytes = max(self.measured.lasting_bytes, lasting)
         walking = self._walker(micro_batch, -1, -1)
         walking(len(route.way.entries))
         (loss * route.weight).sum().backward()
         route.way.through_glue(walking)
         return float(loss.detach())
+
+    def _on_tape(self, entries: Sequence[tape.Call | tape.Glue]) -> tuple[int, int]:
+        """Bytes on a tape that were not spilled: up to the last call but one, and between it and the last."""
+        assert self.slabs is not None
+        calls = [position for position, entry in enumerate(entries) if isinstance(entry, tape.Call)]
+        *_, before, last = [0, *calls]
+        meter = _Meter(self.slabs)
+        lasting = 0
+        for position, entry in enumerate(entries[:last]):
+            if isinstance(entry, tape.Glue):
+                held = entry.leaves
+            elif entry.graph is None or entry.graph.dropped is not None:
+                held = entry.tensors
+            else:
+                held = []  # its kept activations are counted for themselves
+            for tensor in held:
+                meter.note(tensor)
+            if position == before:
+                lasting = meter.nbytes
+        return lasting, meter.nbytes - lasting
 
     def _walker(self, micro_batch: int, block: int, visit: int) -> Callable[[int | None], None]:
         """Notes what is being walked: a block's visit, or glue at a position of the tape."""
