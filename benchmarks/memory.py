@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--hundredfold", action="store_true")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, help="of --hundredfold; default: as many as it takes")
-    parser.add_argument("--device-memory", help="default: 256MiB, or 128MiB with --hundredfold")
+    parser.add_argument("--device-memory", help="default: 320MiB, or 128MiB with --hundredfold")
     parser.add_argument("--host-memory", help="default: 1GiB, or 768MiB with --hundredfold")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens-per-micro-batch", type=int, default=512, help="not of --hundredfold, which has 256")
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
     arguments = parser.parse_args()
-    defaults = ("128MiB", "768MiB") if arguments.hundredfold else ("256MiB", "1GiB")
+    defaults = ("128MiB", "768MiB") if arguments.hundredfold else ("320MiB", "1GiB")
     arguments.device_memory = arguments.device_memory or defaults[0]
     arguments.host_memory = arguments.host_memory or defaults[1]
     measure, name = (hundredfold, "hundredfold") if arguments.hundredfold else (growth, "memory")

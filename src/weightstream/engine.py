@@ -43,7 +43,7 @@ from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, without_cache
 from weightstream.units import parse_bytes
-from weightstream.worker.allocator import keep_memory
+from weightstream.worker.allocator import Ceiling, give_back, keep_memory
 from weightstream.worker.audit import check_model
 from weightstream.worker.slabs import Parameters
 from weightstream.worker.worker import LossFunction, Worker
@@ -187,6 +187,8 @@ class Engine:
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
         if self.device.type == "cpu":
             keep_memory()
+        on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host)
         self.model.train()
         check_model(self.model)
         if exists:
@@ -271,7 +273,7 @@ class Engine:
         self._counted = (0, 0)
         self._records = [RecordBytes.of(self.store.layout(block.index)) for block in self.store.blocks]
         facts = self._facts(1)
-        self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allot(facts))
+        self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allot(facts), self._ceiling)
         self.store.before_look = self.commit
 
     def _gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
@@ -295,8 +297,9 @@ class Engine:
                 self.runtime.facts, self.runtime.allotment = facts, allotment
             else:
                 self._next_loads = ()
+                give_back()  # activations of other sizes come
                 self.runtime.close()
-                self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allotment)
+                self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allotment, self._ceiling)
         pending = self.runtime.pending
         loaded = tuple(block for block in self._next_loads if block in pending and self.runtime.is_loaded(block))
         self.runtime.keep_loaded(loaded)

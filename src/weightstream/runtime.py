@@ -40,12 +40,11 @@ from weightstream.store.futures import chain, done
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.store import Store
 from weightstream.worker.activations import Activations
-from weightstream.worker.allocator import give_back
+from weightstream.worker.allocator import Ceiling
 from weightstream.worker.slabs import Parameters, Slab, Slabs
 from weightstream.worker.worker import LossFunction, Worker
 
 T = TypeVar("T")
-GIVE_BACK_EVERY = 4  # blocks: free memory is returned to the kernel
 
 
 class DivergedError(Exception):
@@ -93,10 +92,16 @@ class Runtime:
     """
 
     def __init__(
-        self, store: Store, worker: Worker, parameters: Parameters, facts: Facts, allotment: Allotment
+        self,
+        store: Store,
+        worker: Worker,
+        parameters: Parameters,
+        facts: Facts,
+        allotment: Allotment,
+        ceiling: Ceiling,
     ) -> None:
         self.store, self.worker, self.parameters = store, worker, parameters
-        self.facts, self.allotment = facts, allotment
+        self.facts, self.allotment, self.ceiling = facts, allotment, ceiling
         self.blocks: tuple[BlockFacts, ...] = facts.blocks
         residents = [block for block in facts.blocks if block.resident]
         self._resident_slab = {block.index: allotment.slabs + i for i, block in enumerate(residents)}
@@ -130,7 +135,6 @@ class Runtime:
         self._visits: list[Visit] = []
         self._micro_batches = 0
         self._members: list[set[int]] = []
-        self._blocks_left = 0
         self._progress: Callable[[bool], dict[str, Any]] = lambda finite: {}
 
     # one step
@@ -236,6 +240,7 @@ class Runtime:
                 self._publish()
             case _:
                 assert_never(operation)
+        self.ceiling.check()
         name = type(operation).__name__.lower()
         self.outcome.counts[name] += 1
         self.outcome.seconds[name] += time.perf_counter() - start - (self.outcome.stalled_s - stalled)
@@ -363,12 +368,6 @@ class Runtime:
             self._wait(fetch)
         self.parameters.unbind(block)
         self.slabs.release(block)
-        self._leave_block()
-
-    def _leave_block(self) -> None:
-        self._blocks_left += 1
-        if self._blocks_left % GIVE_BACK_EVERY == 0:
-            give_back()
 
     def _need(self, block: int) -> None:
         """Makes sure that a block is present: waits for its bytes and binds its parameters to them."""
@@ -424,7 +423,6 @@ class Runtime:
                 self._poisoned = not self.facts.deferred
         if self._poisoned:
             self.staging.release(block)
-        self._leave_block()
 
     # a step whose calls are not known
 

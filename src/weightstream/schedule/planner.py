@@ -124,8 +124,9 @@ def allot(facts: Facts) -> Allotment:
             f"device_memory={format_bytes(facts.device_memory)} is too small: {slabs} slabs of "
             f"{format_bytes(slab_bytes)}, resident parameters {format_bytes(resident_bytes)}, gradient sums "
             f"{format_bytes(partials * gradient_bytes + tied_bytes)}, activations between blocks "
-            f"{format_bytes(in_flight)} and of one block {format_bytes(facts.workspace_bytes)} need {format_bytes(device)}; the smallest value that "
-            f"works is device_memory={-(-device // MIB)}MiB (or fewer or smaller micro-batches, or max_block_bytes)"
+            f"{format_bytes(in_flight)} and of one block {format_bytes(facts.workspace_bytes)} need "
+            f"{format_bytes(device)}; the smallest value that works is device_memory={-(-device // MIB)}MiB (or fewer or "
+            f"smaller micro-batches, or max_block_bytes)"
         )
     wanted = min(facts.prefetch + 1, len({station.block for station in stations}))
     while slabs < wanted and device + slab_bytes <= facts.device_memory:
@@ -137,16 +138,18 @@ def allot(facts: Facts) -> Allotment:
     if facts.host_is_device and 1 < micro_batches <= MOST_HELD and device + more <= facts.device_memory:
         device += more
         held, held_bytes, partials = micro_batches, wanted_bytes, 0
+    # what follows is worth less than room for the holes that the heap's allocator leaves between what is in use
+    spare = facts.device_memory - (2 * facts.workspace_bytes if facts.host_is_device else 0)
     tiers: list[Tier] = ["disk"] * visits
     for visit in reversed(range(visits)):
         size = boundary[visit] * micro_batches
-        if facts.boundary_bytes is not None and device + size <= facts.device_memory:
+        if facts.boundary_bytes is not None and device + size <= spare:
             tiers[visit], device = "device", device + size
-    keep, device = _choose_kept(facts, tiers, device)
+    keep, device = _choose_kept(facts, tiers, device, spare)
     if (
         facts.boundary_bytes is not None
     ):  # what is left keeps blocks across the turn, so that backward need not fetch them
-        while slabs < len({station.block for station in stations}) and device + slab_bytes <= facts.device_memory:
+        while slabs < len({station.block for station in stations}) and device + slab_bytes <= spare:
             slabs, device = slabs + 1, device + slab_bytes
 
     # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
@@ -201,7 +204,7 @@ def allot(facts: Facts) -> Allotment:
     )  # fmt: skip
 
 
-def _choose_kept(facts: Facts, tiers: list[Tier], device: int) -> tuple[frozenset[int], int]:
+def _choose_kept(facts: Facts, tiers: list[Tier], device: int, spare: int) -> tuple[frozenset[int], int]:
     """Which visits keep their activations: the latest first, as many as fit. The last one never recomputes anyway."""
     if facts.kept_bytes is None or facts.boundary_bytes is None:  # not measured yet
         return frozenset(range(len(facts.visits)) if facts.activations == "keep" else ()), device
@@ -211,7 +214,7 @@ def _choose_kept(facts: Facts, tiers: list[Tier], device: int) -> tuple[frozense
     for visit in reversed(range(len(facts.visits) - 1)):
         inputs = 0 if tiers[visit] == "device" else facts.boundary_bytes[visit]
         size = (facts.kept_bytes[visit] + inputs) * facts.micro_batches
-        if device + size <= facts.device_memory:
+        if device + size <= (facts.device_memory if facts.activations == "keep" else spare):
             kept.add(visit)
             device += size
         elif facts.activations == "keep":

@@ -2,7 +2,8 @@
 
 The inputs of a visit leave device memory (`spill`) for host memory or scratch on disk and come back (`restore`) ahead of
 their next use. A tensor keeps its identity: its storage is emptied in place and filled again, so that tapes, autograd
-graphs and the model's own variables never notice. Only storages that nobody else can touch meanwhile are spilled.
+graphs and the model's own variables never notice. Only storages that nobody else can touch meanwhile are spilled. On a
+CPU, host memory is where they are already.
 """
 
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from weightstream.store.segments import AlignedBuffer
 from weightstream.units import align
+from weightstream.worker import pages
 
 MIN_BYTES = 4096
 Key = tuple[int, int]  # (visit, micro-batch)
@@ -87,6 +89,11 @@ class Activations:
         """Whether a visit's tensor has been spilled before, so that an entry refers to it."""
         return any(entry.tensor is tensor for entry in self._spilled.get(key, ()))
 
+    def is_out(self, tensor: Tensor) -> bool:
+        """Whether a tensor's bytes are elsewhere now."""
+        found = self._by_storage.get(tensor.untyped_storage()._cdata)
+        return found is not None and found[1].empty
+
     def spill(self, key: Key, tensors: Iterable[Tensor], *, to_disk: bool) -> None:
         """Empties the storages of a visit's inputs. Bytes that were written once are not written again."""
         entries = self._spilled.setdefault(key, [])
@@ -98,6 +105,8 @@ class Activations:
                 if not backed[id(tensor)].empty:
                     self._empty(key, backed[id(tensor)])
                 continue
+            if pages.has_pages(tensor) and not to_disk:
+                continue  # it is in host memory already
             nbytes = tensor.untyped_storage().nbytes()
             buffer = self._take(nbytes)
             _bytes_tensor(buffer, nbytes).copy_(_raw(tensor))
@@ -113,7 +122,10 @@ class Activations:
     def _empty(self, key: Key, entry: _Spilled) -> None:
         storage = entry.tensor.untyped_storage()
         self._by_storage[storage._cdata] = (key, entry)
-        storage.resize_(0)
+        if pages.has_pages(entry.tensor):
+            pages.empty(entry.tensor)
+        else:
+            storage.resize_(0)
         entry.empty = True
 
     def restore(self, key: Key) -> None:
@@ -146,7 +158,8 @@ class Activations:
             entry.reading.result()
         assert entry.buffer is not None
         storage = entry.tensor.untyped_storage()
-        storage.resize_(entry.nbytes)
+        if not pages.has_pages(entry.tensor):
+            storage.resize_(entry.nbytes)
         _raw(entry.tensor).copy_(_bytes_tensor(entry.buffer, entry.nbytes))
         self._by_storage.pop(storage._cdata, None)
         entry.empty = False

@@ -23,6 +23,7 @@ from weightstream.errors import AuditError
 from weightstream.worker import audit
 from weightstream.worker.generators import Generators, State
 from weightstream.worker.microbatch import Modes
+from weightstream.worker.pages import on_pages
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -235,7 +236,10 @@ def forward(
             reply.append(cut[id(value)])
             call.outputs.append(None)
         else:
-            leaf = value.detach().requires_grad_(value.requires_grad)
+            leaf = value.detach()
+            if isinstance(saved, Dropped) and value.requires_grad:
+                leaf = on_pages(leaf)
+            leaf.requires_grad_(value.requires_grad)
             cut[id(value)] = leaf
             reply.append(leaf)
             call.outputs.append(leaf)
@@ -364,6 +368,6 @@ class Way:
             grad = graph.leaves[key].grad
             if grad is not None:
                 if x.is_leaf:
-                    x.grad = grad
+                    x.grad = on_pages(grad)
                 else:  # a view that was not cut: nothing but views lies between it and a leaf
                     torch.autograd.backward([x], [grad])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightstream.blocks import Block
 from weightstream.errors import AuditError
@@ -280,6 +281,7 @@ class Worker:
     def _on_tape(self, entries: Sequence[tape.Call | tape.Glue]) -> tuple[int, int]:
         """Bytes on a tape that were not spilled: up to the last call but one, and between it and the last."""
         assert self.slabs is not None
+        assert self.activations is not None
         calls = [position for position, entry in enumerate(entries) if isinstance(entry, tape.Call)]
         *_, before, last = [0, *calls]
         meter = _Meter(self.slabs)
@@ -292,7 +294,8 @@ class Worker:
             else:
                 held = []  # its kept activations are counted for themselves
             for tensor in held:
-                meter.note(tensor)
+                if not self.activations.is_out(tensor):
+                    meter.note(tensor)
             if position == before:
                 lasting = meter.nbytes
         return lasting, meter.nbytes - lasting
@@ -368,18 +371,18 @@ def _unique(leaves: Sequence[Any]) -> list[Tensor]:
 
 
 class _Meter:
-    """Adds up the bytes of what autograd saves, each storage once, without the weights."""
+    """Adds up the bytes of what autograd saves, each storage once, without the weights. Keeps none of it alive."""
 
     def __init__(self, slabs: Slabs) -> None:
         self._slabs = slabs
         self.nbytes = 0
-        self._seen: dict[int, Any] = {}  # storages, held so that none of them gets another's address
+        self._seen: dict[int, StorageWeakRef] = {}  # while it is here no other storage gets the same number
 
     def note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen and not self._slabs.within(tensor):
-            self._seen[storage.data_ptr()] = storage
-            self.nbytes += storage.nbytes()
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage.cdata not in self._seen and not self._slabs.within(tensor):
+            self._seen[storage.cdata] = storage
+            self.nbytes += tensor.untyped_storage().nbytes()
 
     def forget(self) -> None:
         """Lets go of the storages: the hooks that hold this meter live as long as their graph."""
