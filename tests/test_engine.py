@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import weightstream as ws
-from weightstream.errors import ConfigError, StoreMismatchError
+from weightstream.errors import ConfigError, DamagedRecordError, StoreMismatchError
 
 VOCABULARY, WIDTH = 48, 16
 
@@ -577,3 +577,30 @@ class TestBrokenUpdates:
         step, digest = step_and_digest(tmp_path / "store")
         assert digest == expected[step]
         assert train(tmp_path / "store", [3 - step], **settings)[1] == expected[3]
+
+
+def step_and_damage(store: Path) -> tuple[int, int]:
+    reader = ws.Store.open(store, writable=False)
+    try:
+        return reader.step, len(reader.verify())
+    finally:
+        reader.close()
+
+
+class TestDamage:
+    @MODES
+    def test_a_damaged_state_is_named_before_its_update(self, clip_norm: float | None, tmp_path: Path) -> None:
+        settings = {"clip_norm": clip_norm}
+        expected = train(tmp_path / "whole", [3], **settings)
+        train(tmp_path / "store", [2], **settings)
+        reader = ws.Store.open(tmp_path / "store", writable=False)
+        index = next(block.index for block in reader.blocks if block.name == "layers.2")
+        layout, path = reader.layout(index), reader.versions.segment_path(index, reader.versions.records[index].newest)
+        reader.close()
+        place, whole = layout.part("exp_avg_sq").offset, path.read_bytes()
+        path.write_bytes(whole[: place + 1] + bytes([whole[place + 1] ^ 4]) + whole[place + 2 :])
+        with pytest.raises(DamagedRecordError, match=r"layers\.2.*version 2.*'exp_avg_sq'"):
+            train(tmp_path / "store", [2], **settings)
+        assert step_and_damage(tmp_path / "store") == (2, 1)
+        path.write_bytes(whole)
+        assert train(tmp_path / "store", [1], **settings) == expected

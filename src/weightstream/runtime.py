@@ -56,6 +56,7 @@ class _Loaded:
     buffer: "Future[RecordBuffer]"
     done: "Future[Any]"
     count: int = 0
+    checksums: dict[str, int] = field(default_factory=dict)
     updated: bool = False
 
 
@@ -264,7 +265,7 @@ class Runtime:
         if block in self._loaded:
             return
         buffer = self.records.take()
-        loading = chain([buffer], lambda: self.store.load(block, buffer.result()))
+        loading = chain([buffer], lambda: self.store.load(block, buffer.result(), check=False))
         self._loaded[block] = _Loaded(buffer, loading)
         if block in self.pending:
             self.staging.prefetch(block)
@@ -278,6 +279,7 @@ class Runtime:
         self._wait(loaded.done)
         self._wait(self.staging.ready(block))
         buffer = loaded.buffer.result()
+        self.store.check(block, buffer)
         self._updating = block
         layout = self.store.layout(block)
         loaded.count = self.store.optimizer_steps(block) + 1
@@ -293,6 +295,7 @@ class Runtime:
             for name, copy in buffer.tensors("copy").items():
                 copy.copy_(masters[name])
         self.staging.release(block)
+        loaded.checksums = self.store.checksums(block, buffer)
         loaded.updated = True
 
     def _write(self, block: int) -> None:
@@ -304,7 +307,7 @@ class Runtime:
             return
         del self._loaded[block]
         buffer = loaded.buffer.result()
-        written = self.store.write(block, buffer, self.store.version(block) + 1, loaded.count)
+        written = self.store.write(block, buffer, self.store.version(block) + 1, loaded.count, loaded.checksums)
         self._updating = None
         self._writes.append(written)
         self.records.give(buffer, after=written)

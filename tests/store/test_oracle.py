@@ -34,11 +34,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.digests: dict[str, str] = {self._key(): self.store.digest()}
         self.snapshots: dict[str, int] = {}
 
-    @rule(index=blocks, wait=st.booleans())
-    def write(self, index: int, wait: bool) -> None:
+    @rule(index=blocks, wait=st.booleans(), summed=st.booleans())
+    def write(self, index: int, wait: bool, summed: bool) -> None:
         self.value += 1
         version = self.newest.get(index, (0, 0))[1] + 1
-        future = self.store.write(index, filled(self.store.layout(index), self.value), version, version)
+        buffer = filled(self.store.layout(index), self.value)
+        sums = self.store.checksums(index, buffer) if summed else None
+        future = self.store.write(index, buffer, version, version, sums)
         self.newest[index] = (self.value, version)
         if wait:
             future.result(timeout=30)
@@ -97,7 +99,7 @@ class StoreMachine(RuleBasedStateMachine):
         self._settle()
         before = dict(self.committed)
         self.device.writes_left = writes_left
-        self.write(index, False)
+        self.write(index, False, False)
         future: Future[None] = self.store.commit(self.step + 1, {"value": self.value})
         failed = future.exception(timeout=30) is not None
         abandon(self.store)

@@ -106,6 +106,36 @@ def test_one_flipped_bit_is_found(tmp_path: Path, part: str) -> None:
                 store.fetch(1, AlignedBuffer(layout.streamed.nbytes).view).result(timeout=30)
 
 
+@pytest.mark.parametrize("part", ["param", "exp_avg", "exp_avg_sq"])
+def test_what_was_loaded_without_a_check_is_found_by_the_check(tmp_path: Path, part: str) -> None:
+    with make(tmp_path / "store") as store:
+        step(store, 1, 1)
+        layout, path = store.layout(1), segment(store, 1)
+        buffer = RecordBuffer(layout)
+        store.load(1, buffer, check=False).result(timeout=30)
+        store.check(1, buffer)
+        with path.open("r+b") as handle:
+            handle.seek(layout.part(part).offset + layout.part(part).nbytes - 1)
+            handle.write(b"\x55")
+        store.load(1, buffer, check=False).result(timeout=30)
+        with pytest.raises(DamagedRecordError, match=rf"block 1 .*version 1.*part '{part}'.*expected.*found"):
+            store.check(1, buffer)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_checksums_do_not_depend_on_who_makes_them(tmp_path: Path, threads: int) -> None:
+    before = torch.get_num_threads()
+    with make(tmp_path / "store") as store:
+        step(store, 1, 1)
+        layout, buffer = store.layout(1), RecordBuffer(store.layout(1))
+        store.load(1, buffer, [part.name for part in layout.parts]).result(timeout=30)
+        torch.set_num_threads(threads)
+        try:
+            assert store.checksums(1, buffer) == store.versions.records[1].newest.checksums
+        finally:
+            torch.set_num_threads(before)
+
+
 def test_a_damaged_part_that_should_be_pinned_is_not_kept(tmp_path: Path) -> None:
     with make(tmp_path / "store") as store:
         step(store, 1)

@@ -23,6 +23,7 @@ class Entry:
     ready: "Future[Any]" = field(default_factory=lambda: done(None))  # its file is written and synced
     readers: "list[Future[Any]]" = field(default_factory=list)
     claimed: "Future[None]" = field(default_factory=new_future)  # it has a file, though perhaps not written
+    unchecked: set[str] = field(default_factory=set)  # parts that were read without a check
     new_file: bool = False  # its name must be synced with its directory
 
     def users(self) -> "list[Future[Any]]":

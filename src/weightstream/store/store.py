@@ -217,27 +217,52 @@ class Store:
             raise ValueError(f"fetch of block {block_index} needs {part.nbytes} bytes, the view has {view.nbytes}")
         return self.versions.read(block_index, {part.name: view[: part.nbytes]}, "copy")
 
-    def load(self, block_index: int, record: RecordBuffer, parts: Collection[str] | None = None) -> "Future[int]":
+    def load(
+        self, block_index: int, record: RecordBuffer, parts: Collection[str] | None = None, *, check: bool = True
+    ) -> "Future[int]":
         """Fill a buffer with masters and states (or the parts named) of the newest version, at their places.
 
         Binds the buffer to this block's layout. The bf16 copy is not loaded unless named: an update makes it anew.
+        With `check=False` the bytes from disk must not be used before `check` has been called.
         """
         layout = self._layouts[block_index]
         record.bind(layout)
         wanted = layout.states if parts is None else tuple(layout.part(name) for name in parts)
-        return self.versions.read(block_index, {part.name: record.view(part.name) for part in wanted}, "states")
+        return self.versions.read(
+            block_index, {part.name: record.view(part.name) for part in wanted}, "states", check=check
+        )
 
-    def write(self, block_index: int, record: RecordBuffer, version: int, optimizer_steps: int) -> "Future[None]":
+    def check(self, block_index: int, record: RecordBuffer) -> None:
+        """Compare what `load(check=False)` read with its checksums, by all cores: to be called where compute waits.
+
+        Raises:
+            DamagedRecordError: the bytes are not those that were written.
+        """
+        self.versions.check(block_index, record)
+
+    def checksums(self, block_index: int, record: RecordBuffer) -> dict[str, int]:
+        """The checksum of each part of a record that is about to be written, by all cores."""
+        return self.versions.sums(block_index, record)
+
+    def write(
+        self,
+        block_index: int,
+        record: RecordBuffer,
+        version: int,
+        optimizer_steps: int,
+        checksums: Mapping[str, int] | None = None,
+    ) -> "Future[None]":
         """Write the whole image as a new version, to be published by the next commit; done when synced.
 
-        From now on `fetch` and `load` serve this version, once it is written.
+        From now on `fetch` and `load` serve this version, once it is written. Without `checksums` of all its parts they
+        are made on the way to the disk.
 
         Raises:
             StoreError: opened for reading, or an earlier commit failed and `discard` was not called.
             ValueError: a version older than the newest, or a buffer bound to another layout.
         """
         self._require_writable()
-        return self.versions.write(block_index, record, version, optimizer_steps)
+        return self.versions.write(block_index, record, version, optimizer_steps, checksums)
 
     def commit(self, step: int, progress: Mapping[str, Any]) -> "Future[None]":
         """Publish every version written so far, with the step and the caller's progress, in one transaction.

@@ -1,8 +1,9 @@
 """The two tiers that records live in: the disk, through direct I/O, and memory.
 
 The disk is two thread pools, one for reads and one for writes, each first in first out. A transfer is cut into chunks,
-so that one record alone fills the queue; each chunk is checked (xxh3_64) in the thread that moves it, while it is in
-the cache. Python holds its lock in none of this: `preadv`, `pwritev`, xxhash and memmove all let it go.
+so that one record alone fills the queue. Each chunk is checked (xxh3_64) in the thread that moves it, while it is in
+the cache, unless the caller sees to that (`checksums.py`). Python holds its lock in none of this: `preadv`, `pwritev`,
+xxhash and memmove all let it go.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from typing import Any
 import xxhash
 
 from weightstream.errors import DamagedRecordError
+from weightstream.store.checksums import part_checksum
 from weightstream.store.futures import gather, new_future, settle
 from weightstream.store.layout import ALIGN_PART
 from weightstream.store.segments import AlignedBuffer, address
@@ -42,11 +44,6 @@ _memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, c
 
 URGENT_KINDS = frozenset({"copy", "scratch"})  # streamed copies, staged gradients, activations
 URGENT_DEPTH = 3
-
-
-def part_checksum(chunk_digests: Sequence[bytes]) -> int:
-    """The checksum of a part: xxh3_64 over the digests of its chunks."""
-    return xxhash.xxh3_64_intdigest(b"".join(chunk_digests))
 
 
 class Traffic:

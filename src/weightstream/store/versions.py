@@ -18,6 +18,7 @@ from typing import Any
 
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
+from weightstream.store.checksums import checksums
 from weightstream.store.futures import chain, forward, gather, new_future, settle
 from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
@@ -66,7 +67,14 @@ class Versions:
         self._failure: BaseException | None = None
         self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
 
-    def write(self, block_index: int, record: RecordBuffer, version: int, optimizer_steps: int) -> "Future[None]":
+    def write(
+        self,
+        block_index: int,
+        record: RecordBuffer,
+        version: int,
+        optimizer_steps: int,
+        sums: Mapping[str, int] | None = None,
+    ) -> "Future[None]":
         """Make the buffer's image the newest version; done when it is synced and in its pins."""
         layout = self.layouts[block_index]
         if record.layout != layout:
@@ -78,7 +86,7 @@ class Versions:
             if version < state.newest.version:
                 raise ValueError(f"write of block {block_index}: version {version} after {state.newest.version}")
             record.image[: layout.header_nbytes] = layout.header(version)
-            entry = Entry(version, optimizer_steps, ready=out)
+            entry = Entry(version, optimizer_steps, checksums=sums or {}, ready=out)
             state.newest = entry
             self.track(out)
             copies = [self._copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
@@ -152,7 +160,23 @@ class Versions:
 
     # Reading.
 
-    def read(self, block_index: int, targets: Targets, kind: str) -> "Future[int]":
+    def sums(self, block_index: int, record: RecordBuffer, parts: Collection[str] | None = None) -> dict[str, int]:
+        """The checksums of the parts in a buffer."""
+        names = [part.name for part in self.layouts[block_index].parts if parts is None or part.name in parts]
+        views = [record.view(name) for name in names]
+        return dict(zip(names, checksums(views, self._disk.chunk_bytes), strict=True))
+
+    def check(self, block_index: int, record: RecordBuffer) -> None:
+        """Compares what was read without a check."""
+        with self._lock:
+            entry = self.records[block_index].newest
+            unchecked = set(entry.unchecked)
+        found = self.sums(block_index, record, unchecked)
+        parts = [self.layouts[block_index].part(name) for name in found]
+        self._check(block_index, entry, parts, list(found.values()))
+        entry.unchecked -= unchecked
+
+    def read(self, block_index: int, targets: Targets, kind: str, *, check: bool = True) -> "Future[int]":
         """Fill the targets with the newest version, from memory where they are pinned."""
         out: Future[int] = new_future()
         with self._lock:
@@ -177,6 +201,9 @@ class Versions:
                 entry.add_reader(out)
             self.track(out)
         others = {name: view for name, view in targets.items() if name not in from_pins}
+        check = check or bool(fills) or entry.slot is None  # what goes into memory is checked once, here
+        if not check:
+            entry.unchecked.update(others)
 
         def start() -> "Future[list[None]]":
             moves: list[Future[None]] = []
@@ -185,7 +212,7 @@ class Versions:
                 moves.append(self._memory.copy(pin.buffer.view, targets[name], kind, write=False))
             if others:
                 entry.ready.result()
-                moves.append(chain((), lambda: self.read_entry(block_index, entry, others, kind)))
+                moves.append(chain((), lambda: self.read_entry(block_index, entry, others, kind, check=check)))
             return gather(moves)
 
         def fill_pins(read: "Future[list[None]]") -> "Future[list[None]]":
@@ -220,7 +247,9 @@ class Versions:
 
         settle(out, version)
 
-    def read_entry(self, block_index: int, entry: Entry, targets: Targets, kind: str) -> "Future[None]":
+    def read_entry(
+        self, block_index: int, entry: Entry, targets: Targets, kind: str, *, check: bool = True
+    ) -> "Future[None]":
         """Fill the targets with one version, from its file or the generator, never from memory."""
         layout = self.layouts[block_index]
         parts = [layout.part(name) for name in targets]
@@ -237,10 +266,15 @@ class Versions:
             entry.add_reader(out)
         self.track(out)
 
-        def check(finished: "Future[list[int]]") -> None:
-            settle(out, lambda: self._check(block_index, entry, parts, finished.result()))
+        def compare(finished: "Future[list[int]]") -> None:
+            found = finished.result()
+            if check:
+                self._check(block_index, entry, parts, found)
 
-        self._disk.read(self.segment_path(block_index, entry), extents, kind).add_done_callback(check)
+        path = self.segment_path(block_index, entry)
+        self._disk.read(path, extents, kind, digest=check).add_done_callback(
+            lambda finished: settle(out, lambda: compare(finished))
+        )
         return out
 
     def segment_path(self, block_index: int, entry: Entry) -> Path:
@@ -291,6 +325,7 @@ class Versions:
                 "segment",
                 allocate_bytes=layout.image_nbytes,
                 recycle=entry.slot in known,
+                digest=not entry.checksums,
             )
 
         out: Future[None] = new_future()
@@ -298,7 +333,8 @@ class Versions:
         def keep(finished: "Future[list[int]]") -> None:
             def checksums() -> None:
                 found = finished.result()[1:]
-                entry.checksums = {part.name: value for part, value in zip(layout.parts, found, strict=True)}
+                if not entry.checksums:
+                    entry.checksums = {part.name: value for part, value in zip(layout.parts, found, strict=True)}
 
             settle(out, checksums)
 
