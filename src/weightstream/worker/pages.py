@@ -1,9 +1,8 @@
 """Tensors on pages of their own: what outlives an operation on a CPU, kept out of the heap.
 
-Among an operation's temporaries each would leave a hole when it is freed. glibc's aligned allocation asks for more than
-the hole that a tensor of the same size has left, so such holes are not filled again: with 16 micro-batches they came to
-as much as the activations themselves, twice over. Pages go back to the kernel with their tensor, and can be emptied
-before, at the same address.
+Among an operation's temporaries each would leave a hole when it is freed, and glibc's aligned allocation asks for more
+than a tensor of the same size has left, so that holes grow with the number of micro-batches (benchmarks/LOG.md). Pages
+go back to the kernel with their tensor, and can be emptied before, at the same address.
 """
 
 import mmap
