@@ -140,10 +140,11 @@ def allot(facts: Facts) -> Allotment:
         held, held_bytes, partials = micro_batches, wanted_bytes, 0
     # what follows is worth less than room for the holes that the heap's allocator leaves between what is in use
     spare = facts.device_memory - (2 * facts.workspace_bytes if facts.host_is_device else 0)
-    tiers: list[Tier] = ["disk"] * visits
+    keeps_all = facts.activations == "keep" and facts.boundary_bytes is not None  # inputs are kept with the rest
+    tiers: list[Tier] = ["device" if keeps_all else "disk"] * visits
     for visit in reversed(range(visits)):
         size = boundary[visit] * micro_batches
-        if facts.boundary_bytes is not None and device + size <= spare:
+        if facts.boundary_bytes is not None and not keeps_all and device + size <= spare:
             tiers[visit], device = "device", device + size
     keep, device = _choose_kept(facts, tiers, device, spare)
     if (
@@ -212,13 +213,15 @@ def _choose_kept(facts: Facts, tiers: list[Tier], device: int, spare: int) -> tu
     if facts.activations == "recompute":
         return frozenset(), device
     for visit in reversed(range(len(facts.visits) - 1)):
-        inputs = 0 if tiers[visit] == "device" else facts.boundary_bytes[visit]
+        whole = facts.activations == "keep"
+        inputs = 0 if tiers[visit] == "device" and not whole else facts.boundary_bytes[visit]
         size = (facts.kept_bytes[visit] + inputs) * facts.micro_batches
         if device + size <= (facts.device_memory if facts.activations == "keep" else spare):
             kept.add(visit)
             device += size
         elif facts.activations == "keep":
-            missing = device + sum(facts.kept_bytes[: visit + 1]) * facts.micro_batches
+            each = sum(facts.kept_bytes[: visit + 1]) + sum(facts.boundary_bytes[: visit + 1])
+            missing = device + each * facts.micro_batches
             raise PlanError(
                 f"activations='keep' does not fit in device_memory={format_bytes(facts.device_memory)}: the smallest "
                 f"value that works is device_memory={-(-missing // MIB)}MiB; or give activations='auto'"
