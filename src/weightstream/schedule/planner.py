@@ -212,14 +212,15 @@ def _choose_kept(facts: Facts, tiers: list[Tier], device: int, spare: int) -> tu
     kept: set[int] = set()
     if facts.activations == "recompute":
         return frozenset(), device
+    keeps_all = facts.activations == "keep"
+    room = facts.device_memory if keeps_all else spare
     for visit in reversed(range(len(facts.visits) - 1)):
-        whole = facts.activations == "keep"
-        inputs = 0 if tiers[visit] == "device" and not whole else facts.boundary_bytes[visit]
+        inputs = 0 if tiers[visit] == "device" and not keeps_all else facts.boundary_bytes[visit]
         size = (facts.kept_bytes[visit] + inputs) * facts.micro_batches
-        if device + size <= (facts.device_memory if facts.activations == "keep" else spare):
+        if device + size <= room:
             kept.add(visit)
             device += size
-        elif facts.activations == "keep":
+        elif keeps_all:
             each = sum(facts.kept_bytes[: visit + 1]) + sum(facts.boundary_bytes[: visit + 1])
             missing = device + each * facts.micro_batches
             raise PlanError(

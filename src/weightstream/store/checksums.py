@@ -5,7 +5,7 @@ better done here, by all cores at once: beside compute each checked byte costs a
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,9 +14,12 @@ import xxhash
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
-def part_checksum(chunk_digests: Sequence[bytes]) -> int:
-    """The checksum of a part: xxh3_64 over the digests of its chunks."""
-    return xxhash.xxh3_64_intdigest(b"".join(chunk_digests))
+def part_checksums(count: int, owners: Iterable[int], chunk_digests: Iterable[bytes]) -> list[int]:
+    """The checksum of each of `count` parts: xxh3_64 over the digests of its chunks; `owners` says whose each is."""
+    by_part: list[list[bytes]] = [[] for _ in range(count)]
+    for owner, digest in zip(owners, chunk_digests, strict=True):
+        by_part[owner].append(digest)
+    return [xxhash.xxh3_64_intdigest(b"".join(digests)) for digests in by_part]
 
 
 def checksums(parts: Sequence[memoryview], chunk_bytes: int) -> list[int]:
@@ -42,10 +45,7 @@ def checksums(parts: Sequence[memoryview], chunk_bytes: int) -> list[int]:
     work()
     for helper in helping:
         helper.result()
-    by_part: list[list[bytes]] = [[] for _ in parts]
-    for (index, _), digest in zip(chunks, digests, strict=True):
-        by_part[index].append(digest)
-    return [part_checksum(found) for found in by_part]
+    return part_checksums(len(parts), (index for index, _ in chunks), digests)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -24,7 +24,7 @@ from typing import Any
 import xxhash
 
 from weightstream.errors import DamagedRecordError
-from weightstream.store.checksums import part_checksum
+from weightstream.store.checksums import part_checksums
 from weightstream.store.futures import gather, new_future, settle
 from weightstream.store.layout import ALIGN_PART
 from weightstream.store.segments import AlignedBuffer, address
@@ -330,10 +330,7 @@ class Disk:
             raise transfer.error
         if not transfer.digest:
             return [0] * len(transfer.extents)
-        by_extent: list[list[bytes]] = [[] for _ in transfer.extents]
-        for (index, _, _), digest in zip(transfer.chunks, transfer.digests, strict=True):
-            by_extent[index].append(digest)
-        return [part_checksum(digests) for digests in by_extent]
+        return part_checksums(len(transfer.extents), (index for index, _, _ in transfer.chunks), transfer.digests)
 
     def _bounce_view(self, nbytes: int) -> memoryview:
         """This thread's own aligned memory, for what direct I/O cannot move where it lies."""
