@@ -110,6 +110,7 @@ class Runtime:
             worker.device, (allotment.slabs, allotment.slab_bytes), [block.streamed_bytes for block in residents]
         )
         self.records = Pool([RecordBuffer(allotment.record_bytes) for _ in range(allotment.record_buffers)])
+        self._resident_records = {b.index: Pool([RecordBuffer(b.record_bytes)]) for b in residents if b.trainable}
         self.staging = Staging(
             store, store.blocks, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
             partial_sums=allotment.partial_sums, held_gradients=allotment.held_gradients, device=worker.device,
@@ -264,7 +265,7 @@ class Runtime:
     def _load(self, block: int) -> None:
         if block in self._loaded:
             return
-        buffer = self.records.take()
+        buffer = self._records_of(block).take()
         loading = chain([buffer], lambda: self.store.load(block, buffer.result(), check=False))
         self._loaded[block] = _Loaded(buffer, loading)
         if block in self.pending:
@@ -310,11 +311,15 @@ class Runtime:
         written = self.store.write(block, buffer, self.store.version(block) + 1, loaded.count, loaded.checksums)
         self._updating = None
         self._writes.append(written)
-        self.records.give(buffer, after=written)
+        self._records_of(block).give(buffer, after=written)
 
     def _release(self, block: int) -> None:
         loaded = self._loaded.pop(block)
-        loaded.done.add_done_callback(lambda _: self.records.give(loaded.buffer.result()))
+        loaded.done.add_done_callback(lambda _: self._records_of(block).give(loaded.buffer.result()))
+
+    def _records_of(self, block: int) -> Pool[RecordBuffer]:
+        """Where a block's working buffer comes from: a resident block's is its own."""
+        return self._resident_records.get(block, self.records)
 
     def _drop_loaded(self) -> None:
         for block in list(self._loaded):
@@ -530,8 +535,9 @@ class Runtime:
 
     def _make_room(self, block: int) -> None:
         """A record that was loaded ahead for nothing must not keep the last buffer."""
-        if block not in self._loaded and len(self._loaded) >= self.allotment.record_buffers:
-            self._release(next(iter(self._loaded)))
+        sharing = [held for held in self._loaded if held not in self._resident_records]
+        if block not in {*self._loaded, *self._resident_records} and len(sharing) >= self.allotment.record_buffers:
+            self._release(sharing[0])
 
     # between steps
 
@@ -555,11 +561,12 @@ class Runtime:
                 f"committed is not whole; close the engine and open it again at step {self.store.step}"
             )
         self.staging.recall()
-        due = sorted(self.pending & self.staging.staged())
+        # what is loaded first: it has the buffers that the others wait for
+        due = sorted(self.pending & self.staging.staged(), key=lambda block: (block not in self._loaded, block))
         for block in [b for b in self._loaded if b not in due]:
             self._release(block)
         for position, block in enumerate(due):
-            for ahead in due[position : position + self.allotment.record_buffers]:
+            for ahead in due[position : position + max(1, self.allotment.record_buffers)]:
                 self.run(Load(ahead))
             self.run(Update(block))
             self.run(Write(block))
@@ -597,8 +604,9 @@ class Runtime:
         self._drop_loaded()
         for block in self.blocks:
             self.store.unpin(block.index)
-        for _ in range(len(self.records.buffers)):
-            self.records.take().result().close()
+        for pool in (self.records, *self._resident_records.values()):
+            for _ in range(len(pool.buffers)):
+                pool.take().result().close()
         self.staging.close_buffers()
         self.activations.close()
         self.slabs.close()

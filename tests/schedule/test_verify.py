@@ -157,7 +157,7 @@ def test_restore_of_what_was_not_spilled() -> None:
 
 def test_update_without_load() -> None:
     schedule, facts, allotment = steady()
-    refuse(without(schedule, Load(3)), facts, allotment, "Update(3)", "Load(3)")
+    refuse(without(schedule, Load(4)), facts, allotment, "Update(4)", "Load(4)")
 
 
 def test_update_without_a_gradient() -> None:

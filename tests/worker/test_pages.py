@@ -42,15 +42,26 @@ def test_emptied_pages_leave_memory_and_can_be_filled_again() -> None:
     assert int(made.sum(dtype=torch.int64)) == 7 * made.numel()
 
 
-def test_pages_go_with_the_last_alias() -> None:
+def test_pages_outlive_no_alias_and_serve_the_next_tensor_of_their_size() -> None:
     made = pages.on_pages(torch.ones(64 << 20, dtype=torch.uint8))
     alias, where = made.detach(), made.untyped_storage().data_ptr()
     del made
     assert pages.has_pages(alias)
-    full = anonymous_bytes()
+    assert pages.on_pages(torch.ones(64 << 20, dtype=torch.uint8)).data_ptr() != where, "an alias still has them"
     del alias
     gc.collect()
-    assert where not in pages._maps
+    again = pages.on_pages(torch.zeros(64 << 20, dtype=torch.uint8))
+    assert again.data_ptr() == where
+    assert not again.any()
+
+
+def test_free_pages_go_back_when_their_size_is_not_wanted_any_more() -> None:
+    gone = pages.on_pages(torch.ones(64 << 20, dtype=torch.uint8))
+    pages.trim()
+    full = anonymous_bytes()
+    del gone
+    assert full - anonymous_bytes() < 4 << 20, "kept for the next tensor"
+    pages.trim()
     assert full - anonymous_bytes() > 60 << 20
 
 

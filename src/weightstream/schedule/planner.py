@@ -101,7 +101,8 @@ def allot(facts: Facts) -> Allotment:
     resident_bytes = sum(block.streamed_bytes for block in facts.blocks if block.resident)
     slab_bytes = max((block.streamed_bytes for block in streaming), default=0)
     gradient_bytes = max((block.gradient_bytes for block in trained), default=0)
-    record_bytes = max((block.record_bytes for block in trained), default=0)
+    shared = [block for block in trained if not block.resident]
+    record_bytes = max((block.record_bytes for block in shared), default=0)
     partials = max(0, partial_sums(facts.micro_batches, facts.reduction_groups) - (1 if facts.host_is_device else 0))
     stations = _stations(facts.visits)
     # sums that stay open while other blocks' come and go cannot share room for partial sums
@@ -154,22 +155,22 @@ def allot(facts: Facts) -> Allotment:
             slabs, device = slabs + 1, device + slab_bytes
 
     # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
-    buffers = min(2, len(trained))
+    buffers = min(2, len(shared))
     ring = min(2 + len(often), len(trained))
     host = buffers * record_bytes + ring * gradient_bytes + 2 * largest_boundary
-    host += sum(block.gradient_bytes for block in trained if block.resident)
+    host += sum(block.gradient_bytes + block.record_bytes for block in trained if block.resident)
     if host > facts.host_memory:
         raise PlanError(
             f"host_memory={format_bytes(facts.host_memory)} is too small: {buffers} record buffers of "
-            f"{format_bytes(record_bytes)} and {ring} gradient buffers of {format_bytes(gradient_bytes)} need "
-            f"{format_bytes(host)}; the smallest value that works is host_memory={-(-host // MIB)}MiB "
-            f"(or a smaller max_block_bytes)"
+            f"{format_bytes(record_bytes)}, {ring} gradient buffers of {format_bytes(gradient_bytes)} and those of "
+            f"resident blocks need {format_bytes(host)}; the smallest value that works is "
+            f"host_memory={-(-host // MIB)}MiB (or a smaller max_block_bytes)"
         )
     for visit in reversed(range(visits)):
         size = boundary[visit] * micro_batches
         if facts.boundary_bytes is not None and tiers[visit] == "disk" and host + size <= facts.host_memory:
             tiers[visit], host = "host", host + size
-    while buffers < min(3, len(trained)) and host + record_bytes <= facts.host_memory:
+    while buffers < min(3, len(shared)) and host + record_bytes <= facts.host_memory:
         buffers, host = buffers + 1, host + record_bytes
     staged = {block.index for block in trained if block.resident}
     if facts.deferred:
@@ -192,7 +193,7 @@ def allot(facts: Facts) -> Allotment:
                 pinned_states.add(block.index)
                 host += block.load_bytes
     # what is left lets reads run ahead into the backward and writes trail into it, where the disk is idle otherwise
-    while buffers < len(trained) and host + record_bytes <= facts.host_memory:
+    while buffers < len(shared) and host + record_bytes <= facts.host_memory:
         buffers, host = buffers + 1, host + record_bytes
     return Allotment(
         slabs=slabs, slab_bytes=slab_bytes, resident_bytes=resident_bytes,
@@ -275,16 +276,15 @@ class _Builder:
         self.slab_of: dict[int, int] = {}
         self.updated: set[int] = set()
         self.to_load: list[int] = []
+        self.residents = [block.index for block in facts.blocks if block.resident]
+        self.loaded_streaming = [index for index in loaded if index not in self.residents]
 
     def build(self) -> Schedule:
         facts, emit = self.facts, self.operations.append
-        residents = [block.index for block in facts.blocks if block.resident]
-        order = residents + [station.block for station in self.stations] + [block.index for block in facts.blocks]
+        order = self.residents + [station.block for station in self.stations] + [block.index for block in facts.blocks]
         update_order = list(dict.fromkeys(index for index in order if index in self.pending))
-        self.to_load = [index for index in update_order if index not in self.loaded]
-        for _ in range(max(0, self.allotment.record_buffers - len(self.loaded))):
-            self._load_next()
-        for position, index in enumerate(residents):
+        self._load_first([index for index in update_order if index not in self.loaded], len(self.loaded_streaming))
+        for position, index in enumerate(self.residents):
             self._update(index, self.allotment.slabs + position)
         for position, station in enumerate(self.stations):
             self._serve(position)
@@ -310,6 +310,14 @@ class _Builder:
     def _trained(self) -> list[int]:
         return [block.index for block in self.facts.blocks if block.trainable]
 
+    def _load_first(self, order: list[int], taken: int) -> None:
+        """The loads that need wait for nothing: resident blocks have buffers of their own, the others share what there
+        is, of which so many are taken."""
+        self.operations += [Load(index) for index in order if index in self.residents]
+        self.to_load = [index for index in order if index not in self.residents]
+        for _ in range(max(0, self.allotment.record_buffers - taken)):
+            self._load_next()
+
     def _load_next(self) -> None:
         if self.to_load:
             self.operations.append(Load(self.to_load.pop(0)))
@@ -325,7 +333,12 @@ class _Builder:
         if slab is not None:
             self.operations.append(Fetch(block, slab))
         self.operations.append(Write(block))
-        self._load_next()
+        self._load_after(block)
+
+    def _load_after(self, block: int) -> None:
+        """The next record into the buffer that this block's write gives back."""
+        if block not in self.residents:
+            self._load_next()
 
     def _serve(self, position: int) -> None:
         """Makes the block at `position` of the access sequence present, and fetches ahead while slabs are free."""
@@ -389,17 +402,14 @@ class _Builder:
         next_loads: list[int] = []
         spacing = 1
         if facts.deferred:
-            order = [block.index for block in facts.blocks if block.resident and block.trainable]
-            order += [station.block for station in self.stations if station.block in trained]
-            next_loads = list(dict.fromkeys(order))[: self.allotment.record_buffers]
+            order = dict.fromkeys(station.block for station in self.stations if station.block in trained)
+            next_loads = [index for index in self.residents if index in trained]
+            next_loads += list(order)[: self.allotment.record_buffers]
             spacing = max(1, count // (len(next_loads) + 1))
         else:
             # in the order in which they will be reduced: at a block's first visit, the last one of the way back
-            order = sorted(first_visit, key=lambda index: -first_visit[index])
-            self.to_load = [index for index in order if index in trained]
-            self.to_load += [block.index for block in facts.blocks if block.resident and block.trainable]
-            for _ in range(self.allotment.record_buffers):
-                self._load_next()
+            order = [*sorted(first_visit, key=lambda index: -first_visit[index]), *self.residents]
+            self._load_first([index for index in order if index in trained], 0)
         restores = [
             (visit, micro_batch)
             for position in reversed(range(count))
@@ -439,4 +449,4 @@ class _Builder:
         self.operations.append(Reduce(block))
         if not self.facts.deferred:
             self.operations += [Update(block), Write(block)]
-            self._load_next()
+            self._load_after(block)

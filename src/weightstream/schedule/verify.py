@@ -106,7 +106,9 @@ class _Machine:
             case Load(block):
                 self.need(block not in self.records, what, f"record {block} not to be loaded already")
                 # one that is updated but not written yet has its buffer still: waiting for it here would be for ever
-                self.need(len(self.records) < self.schedule.record_buffers, what, "a record buffer")
+                sharing = [held for held in self.records if not self.facts.blocks[held].resident]
+                room = self.facts.blocks[block].resident or len(sharing) < self.schedule.record_buffers
+                self.need(room, what, "a record buffer")
                 self.records.add(block)
             case Update(block):
                 source = self.schedule.pending if self.facts.deferred else self.reduced

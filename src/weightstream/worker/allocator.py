@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from weightstream.worker import pages
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _REUSE_BELOW_BYTES = 1 << 30
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -41,6 +43,7 @@ def keep_memory() -> bool:
 
 def give_back() -> None:
     """Returns the pages of free memory to the kernel, also those between blocks in use."""
+    pages.release()
     if _trim is not None:
         _trim(0)
 

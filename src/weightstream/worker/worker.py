@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from weightstream.blocks import Block
 from weightstream.errors import AuditError
 from weightstream.schedule.operations import Visit
-from weightstream.worker import audit, tape
+from weightstream.worker import audit, pages, tape
 from weightstream.worker.activations import Activations, spillable
 from weightstream.worker.generators import Generators, seed_of
 from weightstream.worker.microbatch import MicroBatch, Request, current
@@ -333,6 +333,7 @@ class Worker:
         for block in self.blocks:
             for _, parameter in self.parameters.of(block.index):
                 parameter.grad = None
+        pages.trim()
 
     def uses(self, visits: Sequence[Visit]) -> dict[str, int]:
         """How many visits use each parameter; more than one means that it is tied."""
