@@ -402,9 +402,9 @@ class _Builder:
         next_loads: list[int] = []
         spacing = 1
         if facts.deferred:
-            order = dict.fromkeys(station.block for station in self.stations if station.block in trained)
+            served = dict.fromkeys(station.block for station in self.stations if station.block in trained)
             next_loads = [index for index in self.residents if index in trained]
-            next_loads += list(order)[: self.allotment.record_buffers]
+            next_loads += list(served)[: self.allotment.record_buffers]
             spacing = max(1, count // (len(next_loads) + 1))
         else:
             # in the order in which they will be reduced: at a block's first visit, the last one of the way back
