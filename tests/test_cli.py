@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from tests.store.cases import segment
 
 from weightstream.cli import main
+from weightstream.store.store import Store
 
 
 class Result(NamedTuple):
@@ -109,6 +111,44 @@ def test_fit_evaluate_generate_and_look(shell: Shell) -> None:
     assert again.code == 0
     assert "perplexity" in again.out
     assert "6 of 6 steps" in again.out
+
+
+def test_snapshot_restore_branch_and_repair(shell: Shell) -> None:
+    """Going back and training again ends where the first way ended; so does a branch; damage is undone."""
+    assert shell("fit", "config.yaml", "training.steps=3", "optimizer.steps=6").code == 0
+    assert shell("store", "snapshot", "run", "half", "--json").json() == {"snapshot": "half", "step": 3}
+    assert shell("fit", "config.yaml", "optimizer.steps=6").code == 0
+    whole = shell("store", "digest", "run").out
+
+    lost = shell("store", "restore", "run", "half")
+    assert (lost.code, "step 6) is held by no snapshot" in lost.err, "--discard" in lost.err) == (2, True, True)
+    back = shell("store", "restore", "run", "half", "--discard", "--json").json()
+    assert (back["step_before"], back["step"]) == (6, 3)
+    assert shell("fit", "config.yaml", "optimizer.steps=6").code == 0
+    assert shell("store", "digest", "run").out == whole
+
+    assert shell("store", "branch", "run", "half", "other/store").code == 0
+    assert shell("fit", "config.yaml", "optimizer.steps=6", "out=other").code == 0
+    assert shell("store", "digest", "other").out == whole
+    listed = shell("store", "snapshots", "run", "--json").json()
+    assert listed["half"]["step"] == 3
+    assert "half  step 3, alone " in shell("store", "snapshots", "run").out
+    assert shell("store", "snapshots", "other").out.strip() == "no snapshots"
+
+    with Store.open("run/store", writable=False) as store:
+        path, part = segment(store, 1), store.layout(1).part("param")
+    with path.open("r+b") as file:
+        file.seek(part.offset + 8)
+        file.write(b"damage!!")
+    damaged = shell("store", "verify", "run")
+    assert (damaged.code, "snapshot 'half' is whole" in damaged.out) == (1, True)
+    repaired = shell("store", "verify", "run", "--repair", "--json")
+    assert (repaired.code, repaired.json()["damage"]) == (0, [])
+    assert "went back from step 6 to snapshot 'half' (step 3)" in repaired.json()["repaired"][0]
+    freed = shell("store", "snapshot", "run", "half", "--delete", "--json").json()
+    assert freed["freed_bytes"] == 0, "the last commit holds the same files"
+    assert shell("fit", "config.yaml", "optimizer.steps=6").code == 0
+    assert shell("store", "digest", "run").out == whole
 
 
 def test_pieces_end_like_the_whole(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ app.add_typer(store_app, name="store")
 Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or the folder that a run left.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.steps=100.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+SnapshotName = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot's name.")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder, or that of its run.")]
 
 
@@ -127,14 +128,74 @@ def store_digest(store: StorePath, as_json: AsJson = False) -> None:
 
 
 @store_app.command("verify")
-def store_verify(store: StorePath, as_json: AsJson = False) -> None:
+def store_verify(
+    store: StorePath,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make anew what can be; else go back to the newest snapshot that is whole.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Read everything and compare it with its checksums; exit code 1 if anything is damaged."""
-    with _open(store) as opened:
+    with _open(store, writable=repair, accept_damage=True) as opened:
+        done = opened.repair() if repair else []
         damage = opened.verify()
         whole = f"{opened.path}: whole at step {opened.step}"
-    _print({"damage": damage}, lambda found: "\n".join(found["damage"]) or whole, as_json)
+    _print({"repaired": done, "damage": damage}, lambda _: "\n".join([*done, *damage] or [whole]), as_json)
     if damage:
         raise typer.Exit(1)
+
+
+@store_app.command("snapshot")
+def store_snapshot(
+    store: StorePath,
+    name: SnapshotName,
+    delete: Annotated[bool, typer.Option("--delete", help="Give it up, and free what it alone held.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hold the last commit under a name: one row, no data is copied."""
+    with _open(store, writable=True) as opened:
+        if delete:
+            found = {"deleted": name, "freed_bytes": opened.remove_snapshot(name)}
+        else:
+            opened.snapshot(name)
+            found = {"snapshot": name, "step": opened.step}
+    _print(found, _lines, as_json)
+
+
+@store_app.command("snapshots")
+def store_snapshots(store: StorePath, as_json: AsJson = False) -> None:
+    """Each snapshot with its step and the bytes that it alone holds."""
+    with _open(store) as opened:
+        found = opened.info()["snapshots"]
+    _print(found, _snapshot_lines, as_json)
+
+
+@store_app.command("restore")
+def store_restore(
+    store: StorePath,
+    name: SnapshotName,
+    discard: Annotated[bool, typer.Option("--discard", help="Though no snapshot holds the last commit.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go back to what a snapshot holds; no data is copied, and `fit` goes on from there."""
+    with _open(store, writable=True) as opened:
+        before = opened.step
+        opened.restore(name, discard=discard)
+        found = {"restored": name, "step_before": before, "step": opened.step}
+    _print(found, _lines, as_json)
+
+
+@store_app.command("branch")
+def store_branch(
+    store: StorePath,
+    name: SnapshotName,
+    new: Annotated[Path, typer.Argument(metavar="NEW_STORE", help="A new folder, on the same file system.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a new store of a snapshot; both share its files, and each may go on by itself."""
+    with _open(store) as opened:
+        opened.branch(name, new)
+    _print({"branch": str(new), "snapshot": name}, _lines, as_json)
 
 
 @store_app.command("import")
@@ -173,11 +234,12 @@ def _config(source: Path, overrides: list[str] | None) -> "RunConfig":
     return load_config(source, overrides or ())
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, *, writable: bool = False, accept_damage: bool = False) -> Any:
     from weightstream.store.store import Store
 
     inner = path / "store"
-    return Store.open(inner if (inner / "manifest.sqlite").exists() else path, writable=False)
+    chosen = inner if (inner / "manifest.sqlite").exists() else path
+    return Store.open(chosen, writable=writable, accept_damage=accept_damage)
 
 
 def _stderr() -> "Console":
@@ -197,6 +259,14 @@ def _print(found: dict[str, Any], describe: Any, as_json: bool) -> None:
 def _lines(found: dict[str, Any]) -> str:
     width = max(map(len, found), default=0)
     return "\n".join(f"{key:{width}}  {value}" for key, value in found.items())
+
+
+def _snapshot_lines(found: dict[str, Any]) -> str:
+    from weightstream.units import format_bytes
+
+    width = max(map(len, found), default=0)
+    lines = [f"{name:{width}}  step {s['step']}, alone {format_bytes(s['own_bytes'])}" for name, s in found.items()]
+    return "\n".join(lines) or "no snapshots"
 
 
 def _command_again() -> str:

@@ -274,7 +274,7 @@ class Engine:
         self._records = [RecordBytes.of(self.store.layout(block.index)) for block in self.store.blocks]
         facts = self._facts(1)
         self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allot(facts), self._ceiling)
-        self.store.before_look = self.commit
+        self.store.before_look, self.store.attached = self.commit, True
 
     def _gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
         self.runtime.gradient(block, name, use, micro_batch, grad)
@@ -500,7 +500,7 @@ class Engine:
         try:
             self.runtime.close()
         finally:
-            self.store.before_look = lambda: None
+            self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
 
     def __enter__(self) -> Self:

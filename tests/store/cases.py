@@ -120,6 +120,16 @@ def assert_holds(store: Store, index: int, value: int | None, initial: dict[int,
         assert torch.equal(tensor, wanted[f"param/{name}"].to(tensor.dtype))
 
 
+def step(store: Store, value: int, index: int = 0) -> None:
+    store.write(index, filled(store.layout(index), value), value, value)
+    store.commit(value, {"value": value}).result(timeout=30)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Everything below a directory, to show that a refusal changed nothing."""
+    return {str(found.relative_to(path)): found.read_bytes() for found in path.rglob("*") if found.is_file()}
+
+
 class Wrapped:
     """A device that passes everything on; those below change one thing."""
 

@@ -1,4 +1,5 @@
-"""The store against a dictionary: Hypothesis writes, commits, discards, pins, snapshots, closes and crashes."""
+"""The store against a dictionary: Hypothesis writes, commits, discards, pins, takes snapshots, restores and branches
+them, closes and crashes."""
 
 import shutil
 import tempfile
@@ -25,14 +26,16 @@ class StoreMachine(RuleBasedStateMachine):
     def create(self, precision: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="oracle "))
         self.device = Mortal()
-        self.store = make(self.directory / "store", precision, self.device)  # type: ignore[arg-type]
+        self.path = self.directory / "store"
+        self.store = make(self.path, precision, self.device)  # type: ignore[arg-type]
         self.initial = {index: loaded(self.store, index) for index in TRAINED}
         self.committed: Values = {}
         self.newest: Values = {}
         self.step = 0
         self.value = 0
         self.digests: dict[str, str] = {self._key(): self.store.digest()}
-        self.snapshots: dict[str, int] = {}
+        self.snapshots: dict[str, tuple[int, Values]] = {}
+        self.branches = 0
 
     @rule(index=blocks, wait=st.booleans(), summed=st.booleans())
     def write(self, index: int, wait: bool, summed: bool) -> None:
@@ -81,8 +84,39 @@ class StoreMachine(RuleBasedStateMachine):
             del self.snapshots[name]
         else:
             self.store.snapshot(name)
-            self.snapshots[name] = self.step
-        assert self.store.snapshots() == self.snapshots
+            self.snapshots[name] = (self.step, dict(self.committed))
+        self._same_snapshots()
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data())
+    def restore(self, data: st.DataObject) -> None:
+        self._settle()
+        name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        self.store.restore(name, discard=True)
+        self.step, values = self.snapshots[name]
+        self.committed, self.newest = dict(values), dict(values)
+        assert self.store.step == self.step
+        self._check_all()
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data(), move=st.booleans())
+    def branch(self, data: st.DataObject, move: bool) -> None:
+        """Another store with what a snapshot holds; perhaps the one to go on with, while its origin stays behind."""
+        self._settle()
+        name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        self.branches += 1
+        path = self.directory / f"branch {self.branches}"
+        self.store.branch(name, path)
+        step, values = self.snapshots[name]
+        if not move:
+            with reopen(path) as branch:
+                for index in TRAINED:
+                    assert_holds(branch, index, values.get(index, (None, 0))[0], self.initial)
+                assert (branch.step, branch.snapshots(), branch.verify()) == (step, {}, [])
+            return
+        self.store.close()
+        self.path, self.step, self.committed, self.snapshots = path, step, dict(values), {}
+        self._open()
 
     @rule(crash=st.booleans())
     def reopen(self, crash: bool) -> None:
@@ -127,10 +161,16 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _open(self) -> None:
         self.device = Mortal()
-        self.store = reopen(self.directory / "store", self.device)
+        self.store = reopen(self.path, self.device)
         self.newest = dict(self.committed)
         assert self.store.step == self.step
-        assert self.store.snapshots() == self.snapshots
+        self._same_snapshots()
+        self._check_all()
+
+    def _same_snapshots(self) -> None:
+        assert self.store.snapshots() == {name: step for name, (step, _) in self.snapshots.items()}
+
+    def _check_all(self) -> None:
         for index in TRAINED:
             self.check(index)
 

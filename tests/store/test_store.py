@@ -1,4 +1,4 @@
-"""Refusals, damage, other readers, snapshots, scratch, and what happens while a device is slow, full or killed."""
+"""Refusals, damage, other readers, scratch, and what happens while a device is slow, full or killed."""
 
 import json
 import os
@@ -25,11 +25,13 @@ from tests.store.cases import (
     Logged,
     Slow,
     assert_holds,
+    files,
     filled,
     loaded,
     make,
     reopen,
     segment,
+    step,
 )
 
 from weightstream.blocks import Block, Parameter
@@ -37,17 +39,6 @@ from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError,
 from weightstream.store.optimizers import Adafactor, AdamW
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.store import Store
-
-
-def step(store: Store, value: int, index: int = 0) -> None:
-    store.write(index, filled(store.layout(index), value), value, value)
-    store.commit(value, {"value": value}).result(timeout=30)
-
-
-def files(path: Path) -> dict[str, bytes]:
-    """Everything below a directory, to show that a refusal changed nothing."""
-    return {str(found.relative_to(path)): found.read_bytes() for found in path.rglob("*") if found.is_file()}
-
 
 # Files that anyone can read.
 
@@ -454,35 +445,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_commit(tmp_path: Path) -> None:
                 assert_holds(store, index, store.step + index, {})
 
 
-# Snapshots and scratch.
-
-
-def test_a_snapshot_holds_its_files_until_it_is_removed(tmp_path: Path) -> None:
-    with make(tmp_path / "store") as store:
-        step(store, 1)
-        held = segment(store, 0)
-        store.snapshot("best")
-        before = held.read_bytes()
-        with pytest.raises(StoreError, match="already has a snapshot 'best'"):
-            store.snapshot("best")
-        for value in range(2, 7):
-            step(store, value)
-        assert held.read_bytes() == before
-    with reopen(tmp_path / "store") as store:
-        assert store.snapshots() == {"best": 1}
-        for value in range(7, 10):
-            step(store, value)
-        assert held.read_bytes() == before
-        assert store.verify() == []
-        store.remove_snapshot("best")
-        with pytest.raises(StoreError, match="no snapshot 'best'"):
-            store.remove_snapshot("best")
-        for value in range(10, 14):
-            step(store, value)
-        assert held.read_bytes() != before
-        assert store.snapshots() == {}
-    with reopen(tmp_path / "store") as store:
-        assert len(list((store.path / "segments").glob("00000.*"))) <= 3
+# Scratch.
 
 
 def test_scratch_keeps_bytes_of_any_length_and_place(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
-"""Looking at a whole store: every tensor in order of name, the digest, verification, figures."""
+"""Looking at a whole store: every tensor in order of name, the digest, figures."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from weightstream.errors import DamagedRecordError
 from weightstream.store import directory
 from weightstream.store.layout import DTYPE_NAMES
-from weightstream.store.records import Entry, file_name, slot_of
-from weightstream.store.segments import AlignedBuffer, RecordBuffer, bytes_of
+from weightstream.store.records import file_name
+from weightstream.store.segments import RecordBuffer, bytes_of
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def items(store: "Store") -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Parameter by parameter in order of name; a record is read once for each run of neighbours that it holds."""
     places = sorted((parameter.name, block.index) for block in store.blocks for parameter in block.parameters)
-    record = RecordBuffer(_largest(store))
+    record = RecordBuffer(largest_record(store))
     loaded = None
     try:
         for name, index in places:
@@ -52,7 +52,7 @@ def digest(store: "Store") -> str:
     So that one read of the store is enough whatever the names are.
     """
     lines: list[str] = []
-    buffer = RecordBuffer(_largest(store))
+    buffer = RecordBuffer(largest_record(store))
     try:
         for block in store.blocks:
             layout, entry = store.layout(block.index), store.versions.records[block.index].committed
@@ -67,45 +67,6 @@ def digest(store: "Store") -> str:
     finally:
         buffer.close()
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
-
-def verify(store: "Store") -> list[str]:
-    """Every file that the last commit or a snapshot points to, read and compared with its checksums."""
-    problems: list[str] = []
-    try:
-        with store.manifest.at_one_moment():
-            store.manifest.meta(), store.manifest.blocks(), store.manifest.last_commit(), store.manifest.snapshots()
-            rows = store.manifest.records()
-    except DamagedRecordError as error:
-        return [str(error)]
-    buffer = RecordBuffer(_largest(store))
-    header = AlignedBuffer(max((store.layout(block.index).header_nbytes for block in store.blocks), default=0))
-    try:
-        for row in rows:
-            layout = store.layout(row.block)
-            buffer.bind(layout)
-            entry = Entry(row.version, row.optimizer_steps, slot_of(row.file), row.checksums)
-            path = store.versions.segment_path(row.block, entry)
-            view = header.view[: layout.header_nbytes]
-            try:
-                store.disk.read(path, [(0, view)], "states").result()
-                if view != layout.header(row.version):
-                    problems.append(
-                        f"store '{store.path}': block {row.block} {layout.block!r} at version {row.version}: the "
-                        f"header of {path.name} is not the one that was written; restore the file from a copy"
-                    )
-                for part in layout.parts:
-                    try:
-                        targets = {part.name: buffer.view(part.name)}
-                        store.versions.read_entry(row.block, entry, targets, "states").result()
-                    except DamagedRecordError as error:
-                        problems.append(str(error))
-            except (OSError, DamagedRecordError) as error:
-                problems.append(f"store '{store.path}': block {row.block} {layout.block!r}: {error}")
-    finally:
-        buffer.close()
-        header.close()
-    return problems
 
 
 def info(store: "Store") -> dict[str, Any]:
@@ -130,12 +91,31 @@ def info(store: "Store") -> dict[str, Any]:
         "segment_files": len(names),
         "segment_bytes": sum((segments / name).stat().st_size for name in names if (segments / name).exists()),
         "pinned_bytes": store.pinned_bytes,
-        "snapshots": store.snapshots(),
+        "snapshots": _snapshots(store),
         "direct_io": store.disk.device.direct,
         "busy_s": {"disk": dict(store.disk.traffic.busy_s), "ram": dict(store.memory.traffic.busy_s)},
         "counters": {f"{tier}/{kind}": moved for (tier, kind), moved in store.counters.items()},
     }
 
 
-def _largest(store: "Store") -> int:
+def _snapshots(store: "Store") -> dict[str, dict[str, int]]:
+    """Step of each snapshot and the bytes of the files that it alone holds: what deleting it would free."""
+    numbers = store.manifest.snapshots()
+    holders: dict[str, set[str]] = defaultdict(set)  # file → who holds it; "" is the last commit
+    sizes: dict[str, int] = {}
+    for row in store.manifest.records():
+        sizes[row.file] = store.layout(row.block).image_nbytes
+        holders[row.file] |= {name for name, number in numbers.items() if row.lives_at(number)}
+        holders[row.file] |= {""} if row.died is None else set()
+    return {
+        name: {
+            "step": step,
+            "own_bytes": sum(sizes[file] for file, names in holders.items() if names == {name}),
+        }
+        for name, step in store.snapshots().items()
+    }
+
+
+def largest_record(store: "Store") -> int:
+    """Bytes of a buffer in which any record of the store fits."""
     return max((store.layout(block.index).image_nbytes for block in store.blocks), default=0)

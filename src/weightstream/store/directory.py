@@ -29,6 +29,24 @@ def make(path: Path) -> int:
     Raises:
         StoreError: the path holds a store, or something else.
     """
+    require_new(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = lock(path)
+        for name in (SEGMENTS, SCRATCH):
+            shutil.rmtree(path / name, ignore_errors=True)
+            (path / name).mkdir()
+    except OSError as error:
+        raise StoreError(f"'{path}': a store cannot be made there: {error.strerror}; give another path") from error
+    return handle
+
+
+def require_new(path: Path) -> None:
+    """Refuse a path where no new store may be made.
+
+    Raises:
+        StoreError: it holds a store, or something else.
+    """
     if path.exists() and not path.is_dir():
         raise StoreError(f"'{path}': expected a new or empty directory for a store, found a file; give another path")
     if (path / MANIFEST).exists():
@@ -40,15 +58,6 @@ def make(path: Path) -> int:
             f"'{path}': expected a new or empty directory for a store, found {', '.join(sorted(strangers)[:3])}"
             f"{' and more' if len(strangers) > 3 else ''}; give another path"
         )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = lock(path)
-        for name in (SEGMENTS, SCRATCH):
-            shutil.rmtree(path / name, ignore_errors=True)
-            (path / name).mkdir()
-    except OSError as error:
-        raise StoreError(f"'{path}': a store cannot be made there: {error.strerror}; give another path") from error
-    return handle
 
 
 def require_store(path: Path) -> None:
@@ -109,12 +118,19 @@ def clear_scratch(path: Path) -> None:
 
 
 def records(
-    path: Path, layouts: Sequence[RecordLayout], rows: Sequence[RecordRow], held: Collection[int], *, keep_dead: bool
+    path: Path,
+    layouts: Sequence[RecordLayout],
+    rows: Sequence[RecordRow],
+    held: Collection[int],
+    *,
+    keep_dead: bool,
+    accept_damage: bool = False,
 ) -> list[Record]:
     """The state of every record as of the last commit.
 
     `held` are the commits that snapshots name. Files that nothing points to are kept to be recycled if `keep_dead`, and
-    removed where they are too many or of another size; for a reader they do not exist.
+    removed where they are too many or of another size; for a reader they do not exist. With `accept_damage`, files that
+    the manifest names need not be there.
 
     Raises:
         StoreError: a file is missing.
@@ -129,23 +145,22 @@ def records(
         found.append(Record(committed=first, newest=first))
     for row in rows:
         expected = layouts[row.block].image_nbytes
-        if row.file not in sizes:
+        if row.file not in sizes and not accept_damage:
             raise StoreError(
                 f"store '{path}': version {row.version} of block {row.block} should be in {SEGMENTS}/{row.file}, which "
                 "is missing; restore the file from a copy of the store"
             )
-        if sizes[row.file] != expected:
+        if sizes.get(row.file) != expected and not accept_damage:
             raise DamagedRecordError(
                 f"store '{path}': {SEGMENTS}/{row.file} should have {expected} bytes, it has {sizes[row.file]}; "
                 "restore the file from a copy of the store"
             )
-        record, slot = found[row.block], slot_of(row.file)
-        version = Entry(row.version, row.optimizer_steps, slot, row.checksums)
-        record.slots[slot] = version
+        record = found[row.block]
+        version = record.entry_of(row)
         if row.died is None:
             record.committed = record.newest = version
-        if any(row.born <= number and (row.died is None or number < row.died) for number in held):
-            record.held.add(slot)
+        if any(row.lives_at(number) for number in held):
+            record.held.add(slot_of(row.file))
     if keep_dead:
         _adopt_dead(path, layouts, found, sizes, {row.file for row in rows})
     return found

@@ -56,6 +56,10 @@ class RecordRow:
     born: int = 0
     died: int | None = None
 
+    def lives_at(self, number: int) -> bool:
+        """Whether the commit of that number holds it."""
+        return self.born <= number and (self.died is None or number < self.died)
+
 
 @dataclass(frozen=True, slots=True)
 class CommitRow:
@@ -75,8 +79,20 @@ class Manifest:
         self._lock = threading.RLock()
 
     @classmethod
-    def create(cls, path: Path, *, meta: Mapping[str, Any], blocks: Iterable[tuple[int, str, dict[str, Any]]]) -> None:
-        """Write a new manifest beside its name and move it there whole, so that it is complete where it exists."""
+    def create(
+        cls,
+        path: Path,
+        *,
+        meta: Mapping[str, Any],
+        blocks: Iterable[tuple[int, str, dict[str, Any]]],
+        step: int = 0,
+        progress: Mapping[str, Any] | None = None,
+        records: Iterable[RecordRow] = (),
+    ) -> None:
+        """Write a new manifest beside its name and move it there whole, so that it is complete where it exists.
+
+        Its only commit is of `step` and `progress` and holds `records`.
+        """
         partial = path.with_suffix(".partial")
         for leftover in (partial, Path(f"{partial}-journal")):
             leftover.unlink(missing_ok=True)
@@ -92,7 +108,9 @@ class Manifest:
                 _insert(connection, "meta", (key, _json(value)))
             for block, name, facts in blocks:
                 _insert(connection, "blocks", (block, name, _json(facts)))
-            _insert(connection, "commits", (0, 0, _json({})))
+            for record in records:
+                _insert_record(connection, record, 0)
+            _insert(connection, "commits", (0, step, _json(progress or {})))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise StoreError(
@@ -166,12 +184,41 @@ class Manifest:
 
     def commit_row(self, number: int) -> CommitRow:
         """One commit by its number; the last one and those that snapshots name are kept."""
-        ((_, step, progress),) = self._rows("commits", "WHERE number = ?", (number,))
+        rows = self._rows("commits", "WHERE number = ?", (number,))
+        if not rows:
+            raise DamagedRecordError(
+                f"manifest '{self.path}': expected commit {number}, which a snapshot holds, found none; restore the "
+                f"manifest from a copy"
+            )
+        _, step, progress = rows[0]
         return CommitRow(number, step, json.loads(progress))
+
+    def check(self) -> None:
+        """Compare every row with its checksum.
+
+        Raises:
+            DamagedRecordError: naming the first that was changed.
+        """
+        for table in _COLUMNS:
+            self._rows(table)
+        for number in self.snapshots().values():
+            self.commit_row(number)
 
     def snapshots(self) -> dict[str, int]:
         """Name → number of the commit that the snapshot holds."""
         return dict(self._rows("snapshots", "ORDER BY number, name"))
+
+    def snapshot(self, name: str) -> int:
+        """The number of the commit that a snapshot holds.
+
+        Raises:
+            StoreError: there is no such snapshot.
+        """
+        snapshots = self.snapshots()
+        if name not in snapshots:
+            known = ", ".join(snapshots) or "none"
+            raise StoreError(f"store '{self.path.parent}' has no snapshot {name!r}; it has {known}")
+        return snapshots[name]
 
     def records(self) -> list[RecordRow]:
         """Every row: those that live now (`died` is None) and those that only snapshots hold."""
@@ -182,26 +229,32 @@ class Manifest:
 
     def publish(self, step: int, progress: dict[str, Any], records: Sequence[RecordRow]) -> CommitRow:
         """Make a commit of these new versions: everything or, if this fails, nothing."""
-        with self._lock:
-            connection = self._connection
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                number = self.last_commit().number + 1
-                held = sorted(set(self.snapshots().values()))
-                for record in records:
-                    self._retire(record.block, number, held)
-                    text = _json({part: f"{value:016x}" for part, value in record.checksums.items()})
-                    values = (record.block, record.version, number, None, record.file, text, record.optimizer_steps)
-                    _insert(connection, "records", values)
-                _insert(connection, "commits", (number, step, _json(progress)))
-                kept = (number, *held)
-                connection.execute(f"DELETE FROM commits WHERE number NOT IN ({','.join('?' * len(kept))})", kept)
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-        return CommitRow(number, step, progress)
+        with self._transaction():
+            number, held = self._next()
+            for record in records:
+                self._retire(record.block, number, held)
+                _insert_record(self._connection, record, number)
+            return self._seal(CommitRow(number, step, progress), held)
+
+    def restore(self, name: str) -> CommitRow:
+        """Make a commit that holds what a snapshot holds; what only the last commit held is forgotten.
+
+        Raises:
+            StoreError: there is no such snapshot.
+        """
+        with self._transaction():
+            wanted = self.commit_row(self.snapshot(name))
+            number, held = self._next()
+            rows = self.records()
+            now = {row.block: row for row in rows if row.died is None}
+            then = {row.block: row for row in rows if row.lives_at(wanted.number)}
+            for block in now.keys() | then.keys():
+                if now.get(block) == then.get(block):
+                    continue
+                self._retire(block, number, held)
+                if block in then:
+                    _insert_record(self._connection, then[block], number)
+            return self._seal(CommitRow(number, wanted.step, wanted.progress), held)
 
     def add_snapshot(self, name: str) -> int:
         """Name the last commit; gives its number.
@@ -224,29 +277,44 @@ class Manifest:
         Raises:
             StoreError: there is no such snapshot.
         """
-        with self._lock:
-            if name not in self.snapshots():
-                known = ", ".join(self.snapshots()) or "none"
-                raise StoreError(f"store '{self.path.parent}' has no snapshot {name!r}; it has {known}")
-            connection = self._connection
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                connection.execute("DELETE FROM snapshots WHERE name = ?", (name,))
-                held = sorted(set(self.snapshots().values()))
-                for row in self.records():
-                    if row.died is not None and not any(row.born <= number < row.died for number in held):
-                        connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
-                kept = (self.last_commit().number, *held)
-                connection.execute(f"DELETE FROM commits WHERE number NOT IN ({','.join('?' * len(kept))})", kept)
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+        with self._transaction():
+            self.snapshot(name)
+            self._connection.execute("DELETE FROM snapshots WHERE name = ?", (name,))
+            held = sorted(set(self.snapshots().values()))
+            for row in self.records():
+                if row.died is not None and not any(row.lives_at(number) for number in held):
+                    self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
+            self._forget_commits((self.last_commit().number, *held))
 
     def close(self) -> None:
         with self._lock:
             self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Everything inside becomes durable together or, after an error, not at all."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _next(self) -> tuple[int, list[int]]:
+        """The number of the commit to be made, and those of the commits that snapshots hold."""
+        return self.last_commit().number + 1, sorted(set(self.snapshots().values()))
+
+    def _seal(self, commit: CommitRow, held: Sequence[int]) -> CommitRow:
+        """Writes the commit's own row and forgets those that nothing holds any more."""
+        _insert(self._connection, "commits", (commit.number, commit.step, _json(commit.progress)))
+        self._forget_commits((commit.number, *held))
+        return commit
+
+    def _forget_commits(self, kept: Sequence[int]) -> None:
+        self._connection.execute(f"DELETE FROM commits WHERE number NOT IN ({','.join('?' * len(kept))})", kept)
 
     def _retire(self, block: int, number: int, held: Sequence[int]) -> None:
         """The living row of a block dies at this commit; it is kept only if a snapshot holds it."""
@@ -281,8 +349,17 @@ def _insert(connection: sqlite3.Connection, table: str, values: Sequence[Any]) -
     connection.execute(f"INSERT INTO {table} VALUES ({marks})", (*values, _row_checksum(table, values)))
 
 
+def _insert_record(connection: sqlite3.Connection, record: RecordRow, born: int) -> None:
+    """A record's row, living from commit `born` on."""
+    text = _json({part: f"{value:016x}" for part, value in record.checksums.items()})
+    values = (record.block, record.version, born, None, record.file, text, record.optimizer_steps)
+    _insert(connection, "records", values)
+
+
 def _row_checksum(table: str, values: Sequence[Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(_json([table, *values]).encode())
+    """Over the values as JSON; one that no JSON has (a blob where text was) is spelled so that nothing equals it."""
+    text = json.dumps([table, *values], sort_keys=True, separators=(",", ":"), default=repr)
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def _json(value: Any) -> str:

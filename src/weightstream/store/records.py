@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightstream.store.futures import done, new_future
+from weightstream.store.manifest import RecordRow
 from weightstream.store.segments import AlignedBuffer
 
 FILES_PER_RECORD = 3
@@ -84,10 +85,14 @@ class Record:
         """Whether it has a version that no commit has been asked to publish."""
         return self.newest is not (self.committing[-1] if self.committing else self.committed)
 
+    def in_use(self) -> set[str]:
+        """Files of the versions that this process may still serve or publish."""
+        entries = (self.committed, self.newest, *self.committing)
+        return {entry.slot for entry in entries if entry.slot is not None}
+
     def live(self) -> set[str]:
         """Files that may not be overwritten."""
-        entries = (self.committed, self.newest, *self.committing)
-        return self.held | {entry.slot for entry in entries if entry.slot is not None}
+        return self.held | self.in_use()
 
     def claim(self, entry: Entry) -> "list[Future[Any]] | None":
         """Give the entry a file: a dead one, else a new one. Returns what must end before it may be written.
@@ -97,8 +102,8 @@ class Record:
         live = self.live()
         dead = [slot for slot in self.slots if slot not in live]
         if dead:
-            slot = min(dead, key=lambda name: (len(self._users(name)), name))
-            waits = self._users(slot)
+            slot = min(dead, key=lambda name: (len(self.users(name)), name))
+            waits = self.users(slot)
         elif len(self.slots) - len(self.held) < FILES_PER_RECORD:
             slot = next(name for name in slot_names() if name not in self.slots)
             waits = []
@@ -108,7 +113,25 @@ class Record:
         entry.slot = slot
         return waits
 
-    def _users(self, slot: str) -> "list[Future[Any]]":
+    def forget(self, slot: str) -> None:
+        """The file of that slot is gone."""
+        self.held.discard(slot)
+        del self.slots[slot]
+
+    def entry_of(self, row: RecordRow | None) -> Entry:
+        """The version that a row of the manifest stands for; without one, what the generator makes."""
+        if row is None:
+            return Entry(version=0, optimizer_steps=0)
+        slot = slot_of(row.file)
+        known = self.slots.get(slot)
+        if known is not None and (known.version, known.checksums) == (row.version, row.checksums):
+            return known
+        entry = Entry(row.version, row.optimizer_steps, slot, row.checksums)
+        self.slots[slot] = entry
+        return entry
+
+    def users(self, slot: str) -> "list[Future[Any]]":
+        """What must end before this file may be written again or removed."""
         owner = self.slots[slot]
         return owner.users() if owner is not None else []
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from weightstream.blocks import Block, Parameter
 from weightstream.errors import StoreError, StoreMismatchError
-from weightstream.store import audit, directory
+from weightstream.store import audit, directory, integrity
+from weightstream.store.branch import branch
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout, record_layout
 from weightstream.store.manifest import Manifest
@@ -35,7 +36,9 @@ class Store:
     order of issue. Memory given to an operation must be left alone until its future is done.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, disk: Disk, lock_handle: int | None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, disk: Disk, lock_handle: int | None, accept_damage: bool = False
+    ) -> None:
         """Use `Store.create` or `Store.open`."""
         self.path = path
         self.writable = lock_handle is not None
@@ -58,11 +61,14 @@ class Store:
             name: Recipe.from_json(recipe) for _, _, facts in blocks for name, recipe in facts["recipes"].items()
         }
         self._layouts = [record_layout(block, self.precision, self.optimizer) for block in self.blocks]
-        records = directory.records(self.path, self._layouts, rows, held, keep_dead=self.writable)
+        records = directory.records(
+            self.path, self._layouts, rows, held, keep_dead=self.writable, accept_damage=accept_damage
+        )
         self._scratch = Scratch(disk, path / directory.SCRATCH)
         self._closed = False
         # called before anything looks at the whole store: an engine applies the updates that still wait
         self.before_look: Callable[[], None] = lambda: None
+        self.attached = False  # an engine trains it
         self.versions = Versions(
             path,
             self._layouts,
@@ -124,8 +130,17 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, writable: bool = True, disk: Disk | None = None) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        writable: bool = True,
+        disk: Disk | None = None,
+        accept_damage: bool = False,
+    ) -> Self:
         """Open a store at its last commit; what was written after it is gone.
+
+        With `accept_damage`, files that are missing or cut short are left for `verify` and `repair` to find.
 
         Raises:
             StoreError: there is no store, or files are missing.
@@ -148,7 +163,7 @@ class Store:
                 if writable:
                     directory.clear_scratch(store_path)
                     disk.device.probe(store_path / directory.SCRATCH)
-                return cls(store_path, manifest, disk, lock_handle)
+                return cls(store_path, manifest, disk, lock_handle, accept_damage)
             except BaseException:
                 manifest.close()
                 raise
@@ -338,9 +353,19 @@ class Store:
         return audit.digest(self)
 
     def verify(self) -> list[str]:
-        """Read every live file and compare it with its checksums; one line per damage found."""
+        """Read every live file and compare it with its checksums; one line per damage found, with what is still whole."""
         self.before_look()
-        return audit.verify(self)
+        return integrity.verify(self)
+
+    def repair(self) -> list[str]:
+        """Undo damage of the last commit: make anew what follows from the rest of a record, else go back to the newest
+        snapshot that is whole. One line for each thing done. Not under an engine.
+
+        Raises:
+            DamagedRecordError: nothing whole is left to go back to.
+        """
+        self._require_writable()
+        return integrity.repair(self)
 
     def info(self) -> dict[str, Any]:
         """Sizes, versions and counters, as JSON."""
@@ -352,10 +377,37 @@ class Store:
         self.before_look()
         self.versions.add_snapshot(name)
 
-    def remove_snapshot(self, name: str) -> None:
-        """Give up a snapshot; files that it alone held are used again."""
+    def remove_snapshot(self, name: str) -> int:
+        """Give up a snapshot; the files that it alone held are removed. Gives their bytes."""
         self._require_writable()
-        self.versions.remove_snapshot(name)
+        return self.versions.remove_snapshot(name)
+
+    def restore(self, name: str, *, discard: bool = False) -> None:
+        """Go back to what a snapshot holds, as a new commit: two rows change for each record that differs, no data is
+        copied. Not under an engine.
+
+        Raises:
+            StoreError: no such snapshot; an engine trains this store; or the last commit is held by no snapshot, so
+                that it would be lost, and `discard` does not allow that.
+        """
+        self._require_writable()
+        if self.attached:
+            raise StoreError(f"store '{self.path}' is being trained; close its engine, then restore")
+        if not discard and self.manifest.last_commit().number not in self.manifest.snapshots().values():
+            raise StoreError(
+                f"store '{self.path}': the last commit (step {self.step}) is held by no snapshot and would be lost; "
+                f"take one first, or allow it (discard=True, --discard)"
+            )
+        self.versions.restore(name)
+
+    def branch(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Make a new store of what a snapshot holds. It shares the segments by hard link (or reflink): no data is
+        copied, and both stores may go on by themselves.
+
+        Raises:
+            StoreError: no such snapshot, or the new path is taken or on another file system.
+        """
+        branch(self, name, Path(path))
 
     def snapshots(self) -> dict[str, int]:
         """Name of each snapshot → training step that it holds."""

@@ -11,6 +11,7 @@ readers.
 
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -143,9 +144,23 @@ class Versions:
         """Between two commits, in their thread: hold the files of the last one."""
         self._committer.submit(self._add_snapshot, name).result()
 
-    def remove_snapshot(self, name: str) -> None:
-        """Between two commits, in their thread: let go of files that no other snapshot holds."""
-        self._committer.submit(self._remove_snapshot, name).result()
+    def remove_snapshot(self, name: str) -> int:
+        """Between two commits, in their thread: remove the files that nothing else holds; gives their bytes."""
+        return self._committer.submit(self._remove_snapshot, name).result()
+
+    def restore(self, name: str) -> None:
+        """In the commit thread: make what a snapshot holds the newest version of every record.
+
+        Raises:
+            StoreError: there are versions that were not committed.
+        """
+        with self._lock:
+            self._check_usable()
+            if self._commits or any(state.pending for state in self.records):
+                raise StoreError(
+                    f"store '{self.path}' has changes that are not committed; commit or discard them first"
+                )
+        self._committer.submit(self._restore, name).result()
 
     def track(self, future: "Future[Any]") -> None:
         """`close` waits for it."""
@@ -280,7 +295,10 @@ class Versions:
     def segment_path(self, block_index: int, entry: Entry) -> Path:
         """The file that holds this version."""
         assert entry.slot is not None
-        return self.path / directory.SEGMENTS / file_name(block_index, entry.slot)
+        return self._slot_path(block_index, entry.slot)
+
+    def _slot_path(self, block_index: int, slot: str) -> Path:
+        return self.path / directory.SEGMENTS / file_name(block_index, slot)
 
     def _check(self, block_index: int, entry: Entry, parts: Sequence[Part], found: Sequence[int]) -> None:
         for part, checksum in zip(parts, found, strict=True):
@@ -399,15 +417,41 @@ class Versions:
                 if state.committed.slot is not None:
                     state.held.add(state.committed.slot)
 
-    def _remove_snapshot(self, name: str) -> None:
+    def _remove_snapshot(self, name: str) -> int:
         self._manifest.remove_snapshot(name)
-        held = set(self._manifest.snapshots().values())
+        numbers = set(self._manifest.snapshots().values())
+        held: dict[int, set[str]] = defaultdict(set)
+        for row in self._manifest.records():
+            if any(row.lives_at(number) for number in numbers):
+                held[row.block].add(slot_of(row.file))
+        doomed: list[tuple[int, str, Future[Any]]] = []
         with self._lock:
-            for state in self.records:
-                state.held = set()
-            for row in self._manifest.records():
-                if any(row.born <= number and (row.died is None or number < row.died) for number in held):
-                    self.records[row.block].held.add(slot_of(row.file))
+            for index, state in enumerate(self.records):
+                for slot in sorted(state.held - held[index] - state.in_use()):
+                    doomed.append((index, slot, gather(state.users(slot))))
+                state.held &= held[index] | {slot for owner, slot, _ in doomed if owner == index}
+        nbytes = 0
+        for index, slot, users in doomed:
+            users.exception()  # a reader that began before still has its file
+            path = self._slot_path(index, slot)
+            nbytes += path.stat().st_size
+            self._disk.device.unlink(path)
+            with self._lock:  # only now may another version take a file of this name
+                self.records[index].forget(slot)
+        if doomed:
+            self._disk.device.sync_directory(self.path / directory.SEGMENTS)
+        return nbytes
+
+    def _restore(self, name: str) -> None:
+        commit = self._manifest.restore(name)
+        rows = {row.block: row for row in self._manifest.records() if row.died is None}
+        with self._lock:
+            for index, state in enumerate(self.records):
+                state.committed = state.newest = state.entry_of(rows.get(index))
+                for pin in state.pinned.values():
+                    if pin.entry is not state.newest:
+                        pin.forget()
+            self.step, self.progress = commit.step, commit.progress
 
     def _check_usable(self) -> None:
         if self._failure is not None:

@@ -1,0 +1,162 @@
+"""Damage: finding it in everything that a store holds, and going back to what is whole.
+
+Every live byte is compared with a checksum: parts with those in the manifest, headers with the ones that would be
+written, rows of the manifest with their own. Padding inside a part is part of it; free pages of the manifest and files
+that nothing points to are not live.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from weightstream.errors import DamagedRecordError
+from weightstream.store.audit import largest_record
+from weightstream.store.manifest import RecordRow
+from weightstream.store.records import Entry, slot_of
+from weightstream.store.segments import AlignedBuffer, RecordBuffer
+
+if TYPE_CHECKING:
+    from weightstream.store.store import Store
+
+MADE_ANEW = frozenset({"header", "copy"})
+"""What can be computed from the rest of a record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One part of one version of a record that is not what was written; `part` may be `header` or `file`."""
+
+    row: RecordRow
+    part: str
+    message: str
+
+
+def verify(store: "Store") -> list[str]:
+    """Read every file that the last commit or a snapshot points to; one line per damage, which says what is whole."""
+    try:
+        damages = find(store)
+    except DamagedRecordError as error:
+        return [str(error)]
+    lines = []
+    for damage in damages:
+        if damage.row.died is not None:
+            where = f"only snapshots hold it ({', '.join(_holders(store, damage.row))}); delete them to be rid of it"
+        elif _made_anew(store, [d for d in damages if d.row == damage.row]):
+            where = "verify --repair makes it anew from the rest of the record"
+        elif (name := _whole_snapshot(store, damages)) is not None:
+            where = f"snapshot {name!r} is whole, verify --repair goes back to it"
+        else:
+            where = "no snapshot is whole; restore the file from a copy of the store"
+        lines.append(f"{damage.message}; {where}")
+    return lines
+
+
+def find(store: "Store") -> list[Damage]:
+    """All damage in segments.
+
+    Raises:
+        DamagedRecordError: a row of the manifest was changed.
+    """
+    with store.manifest.at_one_moment():
+        store.manifest.check()
+        rows = store.manifest.records()
+    found: list[Damage] = []
+    buffer = RecordBuffer(largest_record(store))
+    header = AlignedBuffer(max((store.layout(block.index).header_nbytes for block in store.blocks), default=0))
+    try:
+        for row in rows:
+            found += _find_in(store, row, buffer, header)
+    finally:
+        buffer.close()
+        header.close()
+    return found
+
+
+def repair(store: "Store") -> list[str]:
+    """Undo damage of the last commit; one line for each thing done.
+
+    Where only headers and bf16 copies are damaged, these records are written anew and nothing is lost. Else the store
+    goes back to the newest snapshot that is whole: a record of another step among the others would be a model that was
+    never trained.
+
+    Raises:
+        DamagedRecordError: nothing whole is left to go back to, or a row of the manifest was changed.
+    """
+    damages = find(store)
+    living = [damage for damage in damages if damage.row.died is None]
+    if not living:
+        return []
+    rows = {damage.row.block: damage.row for damage in living}
+    if all(_made_anew(store, [d for d in living if d.row == row]) for row in rows.values()):
+        for row in rows.values():
+            _write_anew(store, row)
+        store.commit(store.step, store.progress).result()
+        names = ", ".join(repr(store.blocks[block].name) for block in rows)
+        return [f"store '{store.path}': wrote {len(rows)} records anew from their masters ({names}); nothing is lost"]
+    name = _whole_snapshot(store, damages)
+    if name is None:
+        raise DamagedRecordError(
+            f"store '{store.path}': {len(rows)} records of the last commit are damaged and no snapshot is whole; "
+            f"restore the files from a copy of the store:\n  " + "\n  ".join(damage.message for damage in living)
+        )
+    before = store.step
+    store.restore(name, discard=True)
+    return [f"store '{store.path}': went back from step {before} to snapshot {name!r} (step {store.step})"]
+
+
+def _find_in(store: "Store", row: RecordRow, buffer: RecordBuffer, header: AlignedBuffer) -> list[Damage]:
+    layout = store.layout(row.block)
+    buffer.bind(layout)
+    entry = Entry(row.version, row.optimizer_steps, slot_of(row.file), row.checksums)
+    path = store.versions.segment_path(row.block, entry)
+    what = f"store '{store.path}': block {row.block} {layout.block!r} at version {row.version}"
+    found: list[Damage] = []
+    try:
+        if path.stat().st_size != layout.image_nbytes:
+            text = f"{what}: {path.name} should have {layout.image_nbytes} bytes, it has {path.stat().st_size}"
+            return [Damage(row, "file", text)]
+        view = header.view[: layout.header_nbytes]
+        store.disk.read(path, [(0, view)], "states").result()
+        if view != layout.header(row.version):
+            found.append(Damage(row, "header", f"{what}: the header of {path.name} is not the one that was written"))
+        for part in layout.parts:
+            try:
+                store.versions.read_entry(row.block, entry, {part.name: buffer.view(part.name)}, "states").result()
+            except DamagedRecordError as error:
+                found.append(Damage(row, part.name, str(error).partition(";")[0]))
+    except OSError as error:
+        found.append(Damage(row, "file", f"{what}: {path.name} cannot be read: {error.strerror}"))
+    return found
+
+
+def _made_anew(store: "Store", damages: Sequence[Damage]) -> bool:
+    return all(damage.part in MADE_ANEW for damage in damages)
+
+
+def _write_anew(store: "Store", row: RecordRow) -> None:
+    """The same version once more, in another file."""
+    layout = store.layout(row.block)
+    buffer = RecordBuffer(layout)
+    try:
+        store.load(row.block, buffer).result()
+        if layout.has("copy"):
+            for name, copy in buffer.tensors("copy").items():
+                copy.copy_(buffer.tensors("param")[name].to(torch.bfloat16))
+        store.write(row.block, buffer, row.version, row.optimizer_steps).result()
+    finally:
+        buffer.close()
+
+
+def _holders(store: "Store", row: RecordRow) -> list[str]:
+    """The snapshots that hold a version."""
+    return [name for name, number in store.manifest.snapshots().items() if row.lives_at(number)]
+
+
+def _whole_snapshot(store: "Store", damages: Sequence[Damage]) -> str | None:
+    """The newest snapshot without damage."""
+    for name, number in reversed(store.manifest.snapshots().items()):
+        if not any(damage.row.lives_at(number) for damage in damages):
+            return name
+    return None
