@@ -1,5 +1,6 @@
 """The engine: what a user does with it beyond plain steps, and that none of it leaves a trace in the numbers."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -337,6 +338,80 @@ class TestNotFinite:
     def test_a_good_step_starts_the_count_anew(self, tmp_path: Path) -> None:
         bad: dict[int, Any] = dict.fromkeys((2, 3, 5, 6), "loss")
         self.run(tmp_path / "store", bad, 7, max_skipped_steps=2)
+
+
+class TestCommitEvery:
+    """Rarer commits cost a crash more, and nothing else."""
+
+    @MODES
+    @pytest.mark.parametrize("memory", [TIGHT, {"ram_tier": True}], ids=["tight", "plenty"])
+    @pytest.mark.parametrize("every", [2, "1h"])
+    def test_the_same_in_the_end(
+        self, every: int | str, memory: dict[str, Any], clip_norm: float | None, tmp_path: Path
+    ) -> None:
+        settings = {"clip_norm": clip_norm} | memory
+        wanted = train(tmp_path / "each", [5], **settings)
+        assert train(tmp_path / "store", [5], commit_every=every, **settings) == wanted
+        assert train(tmp_path / "pieces", [2, 3], commit_every=every, **settings) == wanted
+
+    @MODES
+    def test_a_crash_finds_the_last_commit_whole(self, clip_norm: float | None, tmp_path: Path) -> None:
+        settings = {"clip_norm": clip_norm, "commit_every": 3}
+        digests = {step: train(tmp_path / f"whole {step}", [step], clip_norm=clip_norm)[1] for step in (1, 4, 7)}
+        with open_engine(tmp_path / "store", **settings) as engine:
+            for step in range(1, 9):
+                engine.step(tokens(step), loss_fn)
+                if engine.runtime.committing is not None:
+                    engine.runtime.committing.result()
+                shutil.copytree(tmp_path / "store", tmp_path / "crashed")  # what a crash would find
+                found, digest = step_and_digest(tmp_path / "crashed")
+                # the plan of the second step begins with a commit; with clipping a step is applied during the next one
+                applied = step - (clip_norm is not None)
+                assert found == (0 if step == 1 else 1 + 3 * ((applied - 1) // 3))
+                assert found == 0 or digest == digests[found]
+                shutil.rmtree(tmp_path / "crashed")
+        assert step_and_digest(tmp_path / "store") == train(tmp_path / "whole 8", [8], clip_norm=clip_norm)
+
+    @MODES
+    @pytest.mark.parametrize("kind", ["loss", float("nan")])
+    def test_a_bad_step_goes_back_to_the_step_before(self, kind: Any, clip_norm: float | None, tmp_path: Path) -> None:
+        settings = {"clip_norm": clip_norm, "optimizer": ws.AdamW(lr=1e-2)}
+        TestNotFinite.run(tmp_path / "each", {3: kind}, 5, **settings)
+        TestNotFinite.run(tmp_path / "store", {3: kind}, 5, commit_every=10, **settings)
+        assert step_and_digest(tmp_path / "store") == step_and_digest(tmp_path / "each")
+
+    @MODES
+    def test_a_step_that_fails_costs_only_itself(self, clip_norm: float | None, tmp_path: Path) -> None:
+        def fails(model: nn.Module, micro_batch: Tensor) -> Tensor:
+            raise ZeroDivisionError
+
+        with open_engine(tmp_path / "store", clip_norm=clip_norm, commit_every=10) as engine:
+            for step in (1, 2):
+                engine.step(tokens(step), loss_fn)
+            with pytest.raises(ZeroDivisionError):
+                engine.step(tokens(3), fails)
+            engine.step(tokens(3), loss_fn)
+        assert step_and_digest(tmp_path / "store") == train(tmp_path / "whole", [3], clip_norm=clip_norm)
+
+    @pytest.mark.parametrize("every", [0, -1, "soon", "0s", "", 1.5])
+    def test_what_is_no_interval(self, every: Any, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="commit_every: expected"):
+            open_engine(tmp_path / "store", commit_every=every)
+        assert not (tmp_path / "store").exists()
+
+    def test_times(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from weightstream.store import interval
+
+        now = 100.0
+        monkeypatch.setattr(interval.time, "monotonic", lambda: now)
+        passed = interval.Interval("5 min")
+        assert not passed.passed()
+        now += 299
+        assert not passed.passed()
+        now += 1
+        assert passed.passed()
+        passed.restart()
+        assert not passed.passed()
 
 
 class TestMicroBatches:

@@ -124,6 +124,8 @@ class EngineConfig(Section):
     block_rules: dict[str, Literal["block", "split", "resident"]] = Field(default_factory=dict)
     """By pattern of module names, first match wins, over the rules that split a model into blocks."""
     max_skipped_steps: int = Field(default=10, ge=1)
+    commit_every: int | str = 1
+    """Steps from one commit to the next, or a time such as `30s`."""
     allow_other_numerics: bool = False
 
 

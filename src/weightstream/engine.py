@@ -37,6 +37,7 @@ from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
 from weightstream.store.given import fill
+from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision, record_layout
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.recording import EVERY_NAME, record
@@ -125,6 +126,7 @@ class Engine:
             and `max_block_bytes` are fixed when the store is made.
         ram_tier: whether records may stay in RAM between uses, within `host_memory`.
         max_skipped_steps: how many steps in a row may have gradients that are not finite.
+        commit_every: steps from one commit to the next, or a time such as `"30s"`; meanwhile the last commit stays whole.
         initial: values by parameter name for a new store, asked for one at a time; what it lacks begins as the model's
             code says. Of no effect on a store that is whole.
 
@@ -154,6 +156,7 @@ class Engine:
         prefetch: int = 2,
         ram_tier: bool = True,
         max_skipped_steps: int = 10,
+        commit_every: int | str = 1,
         allow_other_numerics: bool = False,
         log: Callable[[str], None] | None = None,
         initial: Mapping[str, Tensor] | None = None,
@@ -164,6 +167,7 @@ class Engine:
             raise ConfigError(f"clip_norm: expected a positive number or None, found {clip_norm!r}")
         if reduction_groups < 1 or prefetch < 1:
             raise ConfigError(f"reduction_groups={reduction_groups}, prefetch={prefetch}: expected at least 1 each")
+        self._interval = Interval(commit_every)
         self._log = log or (lambda text: None)
         self._closed = False
         self.device = torch.device(device)
@@ -273,8 +277,11 @@ class Engine:
         self._counted = (0, 0)
         self._records = [RecordBytes.of(self.store.layout(block.index)) for block in self.store.blocks]
         facts = self._facts(1)
-        self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allot(facts), self._ceiling)
+        self.runtime = self._runtime(facts, allot(facts))
         self.store.before_look, self.store.attached = self.commit, True
+
+    def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
+        return Runtime(self.store, self.worker, self.parameters, facts, allotment, self._ceiling, self._interval)
 
     def _gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
         self.runtime.gradient(block, name, use, micro_batch, grad)
@@ -299,7 +306,7 @@ class Engine:
                 self._next_loads = ()
                 give_back()  # activations of other sizes come
                 self.runtime.close()
-                self.runtime = Runtime(self.store, self.worker, self.parameters, facts, allotment, self._ceiling)
+                self.runtime = self._runtime(facts, allotment)
         pending = self.runtime.pending
         loaded = tuple(block for block in self._next_loads if block in pending and self.runtime.is_loaded(block))
         self.runtime.keep_loaded(loaded)

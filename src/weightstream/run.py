@@ -139,6 +139,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "prefetch": settings.prefetch,
         "ram_tier": settings.ram_tier,
         "max_skipped_steps": settings.max_skipped_steps,
+        "commit_every": settings.commit_every,
         "allow_other_numerics": settings.allow_other_numerics,
     }
 

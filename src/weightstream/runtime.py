@@ -37,6 +37,7 @@ from weightstream.schedule.operations import (
 )
 from weightstream.schedule.planner import Allotment, Facts
 from weightstream.store.futures import chain, done
+from weightstream.store.interval import Interval
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.store import Store
 from weightstream.worker.activations import Activations
@@ -100,6 +101,7 @@ class Runtime:
         facts: Facts,
         allotment: Allotment,
         ceiling: Ceiling,
+        interval: Interval,
     ) -> None:
         self.store, self.worker, self.parameters = store, worker, parameters
         self.facts, self.allotment, self.ceiling = facts, allotment, ceiling
@@ -126,7 +128,9 @@ class Runtime:
         self.coefficient = 1.0
         self.pending_step = 0
         self.pending_progress: dict[str, Any] = {}
+        self.interval = interval
         self.committing: Future[None] | None = None
+        self.accepted: tuple[int, dict[str, Any]] | None = None  # a step whose commit is not due yet, and its progress
         self.outcome = StepOutcome()
         self._loaded: dict[int, _Loaded] = {}
         self._fetches: dict[int, Future[Any]] = {}
@@ -340,14 +344,30 @@ class Runtime:
         self._commit(self._step, self._progress(self.outcome.finite))
 
     def _commit(self, step: int, progress: dict[str, Any]) -> None:
+        """The step counts: it is committed, or accepted until a commit is due."""
         self._await_commit()
         self._writes.clear()
-        self.committing = self.store.commit(step, progress)
+        self.accepted = (step, progress)
+        if self.interval.passed():
+            self._commit_accepted()
+        else:
+            self.store.accept()
+
+    def _commit_accepted(self) -> None:
+        if self.accepted is not None:
+            self.committing = self.store.commit(*self.accepted)
+            self.accepted = None
+            self.interval.restart()
 
     def _await_commit(self) -> None:
-        if self.committing is not None:
+        if self.committing is None:
+            return
+        try:
             self._wait(self.committing)
-            self.committing = None
+        except StoreError:
+            self.accepted = None  # what was accepted since goes with the commit that failed
+            raise
+        self.committing = None
 
     def _settle_writes(self) -> None:
         for future in self._writes:
@@ -573,6 +593,8 @@ class Runtime:
         if self.pending:
             self.run(Commit())
         self._await_commit()
+        self._commit_accepted()
+        self._await_commit()
 
     def abort(self) -> None:
         """Forgets a step that failed in the middle; what the step before left to do is still there.
@@ -599,6 +621,8 @@ class Runtime:
             self._settle_writes()
             self.store.discard()
             self.staging.clear()
+            self._commit_accepted()
+            self._await_commit()
         else:
             self.drain()
         self._drop_loaded()

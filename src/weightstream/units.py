@@ -29,6 +29,22 @@ def parse_bytes(text: str | int) -> int:
     return round(float(match.group(1)) * factor)
 
 
+_SECOND_SUFFIXES = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds from `"30s"`, `"5 min"` or `"1.5h"`.
+
+    Raises:
+        ValueError: the text is not a time.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text)
+    factor = _SECOND_SUFFIXES.get(match.group(2)) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"expected a time such as '30s', '5min' or '1h', found {text!r}")
+    return float(match.group(1)) * factor
+
+
 def format_bytes(nbytes: float) -> str:
     """`1536` → `'1.50 KiB'`; three significant digits, binary units."""
     magnitude = abs(nbytes)

@@ -31,6 +31,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.initial = {index: loaded(self.store, index) for index in TRAINED}
         self.committed: Values = {}
         self.newest: Values = {}
+        self.accepted: Values = {}
         self.step = 0
         self.value = 0
         self.digests: dict[str, str] = {self._key(): self.store.digest()}
@@ -52,15 +53,21 @@ class StoreMachine(RuleBasedStateMachine):
     def commit(self, wait: bool) -> None:
         self.step += 1
         future = self.store.commit(self.step, {"value": self.value})
-        self.committed = dict(self.newest)
+        self.committed, self.accepted = dict(self.newest), dict(self.newest)
         if wait:
             future.result(timeout=30)
             assert (self.store.step, self.store.progress) == (self.step, {"value": self.value})
 
     @rule()
+    def accept(self) -> None:
+        """Steps between commits: an undo goes back to them, a crash does not."""
+        self.store.accept()
+        self.accepted = dict(self.newest)
+
+    @rule()
     def discard(self) -> None:
         self.store.discard()
-        self.newest = dict(self.committed)
+        self.newest = dict(self.accepted)
 
     @rule(index=blocks)
     def check(self, index: int) -> None:
@@ -94,7 +101,8 @@ class StoreMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.snapshots)))
         self.store.restore(name, discard=True)
         self.step, values = self.snapshots[name]
-        self.committed, self.newest = dict(values), dict(values)
+        self.committed, self.accepted = dict(values), dict(values)
+        self.newest = dict(values)
         assert self.store.step == self.step
         self._check_all()
 
@@ -162,7 +170,7 @@ class StoreMachine(RuleBasedStateMachine):
     def _open(self) -> None:
         self.device = Mortal()
         self.store = reopen(self.path, self.device)
-        self.newest = dict(self.committed)
+        self.newest, self.accepted = dict(self.committed), dict(self.committed)
         assert self.store.step == self.step
         self._same_snapshots()
         self._check_all()
@@ -177,7 +185,7 @@ class StoreMachine(RuleBasedStateMachine):
     def _settle(self) -> None:
         """Wait for commits under way, so that the committed state is the one expected."""
         self.store.commit(self.step, {"value": self.value}).result(timeout=30)
-        self.committed = dict(self.newest)
+        self.committed, self.accepted = dict(self.newest), dict(self.newest)
 
     def _key(self) -> str:
         return repr(sorted(self.committed.items()))

@@ -141,8 +141,7 @@ def records(
         sizes[entry.name] = entry.stat().st_size
     found: list[Record] = []
     for _ in layouts:
-        first = Entry(version=0, optimizer_steps=0)
-        found.append(Record(committed=first, newest=first))
+        found.append(Record.of(Entry(version=0, optimizer_steps=0)))
     for row in rows:
         expected = layouts[row.block].image_nbytes
         if row.file not in sizes and not accept_damage:
@@ -158,7 +157,7 @@ def records(
         record = found[row.block]
         version = record.entry_of(row)
         if row.died is None:
-            record.committed = record.newest = version
+            record.go_to(version)
         if any(row.lives_at(number) for number in held):
             record.held.add(slot_of(row.file))
     if keep_dead:

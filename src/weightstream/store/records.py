@@ -68,12 +68,14 @@ class PinnedPart:
 class Record:
     """One record: its versions and files.
 
-    `newest` is what is served, `committed` what the last commit published, `committing` what commits under way will
-    publish, in order. `slots` maps each file of the record to the version that it was last given to.
+    `newest` is what is served, `accepted` what an undone step goes back to, `committed` what the last commit published,
+    `committing` what commits under way will publish, in order. `slots` maps each file of the record to the version that
+    it was last given to.
     """
 
     committed: Entry
     newest: Entry
+    accepted: Entry
     committing: list[Entry] = field(default_factory=list)
     slots: dict[str, Entry | None] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # files that snapshots point to
@@ -85,9 +87,28 @@ class Record:
         """Whether it has a version that no commit has been asked to publish."""
         return self.newest is not (self.committing[-1] if self.committing else self.committed)
 
+    @classmethod
+    def of(cls, entry: Entry) -> "Record":
+        """A record that has just been opened or made."""
+        return cls(committed=entry, newest=entry, accepted=entry)
+
+    def go_to(self, entry: Entry) -> None:
+        """The commit has changed under it."""
+        self.committed = self.newest = self.accepted = entry
+
+    def undo(self, *, to_commit: bool) -> None:
+        """Forget versions that were not accepted, or all that no commit was asked to publish."""
+        last = self.committing[-1] if self.committing else self.committed
+        if to_commit:
+            self.accepted = last
+        self.newest = self.accepted
+        for pin in self.pinned.values():
+            if pin.entry is not self.newest:
+                pin.forget()
+
     def in_use(self) -> set[str]:
         """Files of the versions that this process may still serve or publish."""
-        entries = (self.committed, self.newest, *self.committing)
+        entries = (self.committed, self.newest, self.accepted, *self.committing)
         return {entry.slot for entry in entries if entry.slot is not None}
 
     def live(self) -> set[str]:

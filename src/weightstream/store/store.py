@@ -291,10 +291,15 @@ class Store:
         self._require_writable()
         return self.versions.commit(step, _as_json("progress", progress))
 
-    def discard(self) -> None:
-        """Forget every version that no commit was asked to publish: the undo of a step.
+    def accept(self) -> None:
+        """Keep every version written so far, without a commit: from now on `discard` goes back to these."""
+        self._require_writable()
+        self.versions.accept()
 
-        After a failed commit or write it makes the store usable again, at its last commit.
+    def discard(self) -> None:
+        """Forget every version since the last `commit` or `accept`: the undo of a step.
+
+        After a failed commit it makes the store usable again, at its last commit.
         """
         self.versions.discard()
 

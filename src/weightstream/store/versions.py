@@ -106,21 +106,26 @@ class Versions:
             published = {index: state.newest for index, state in enumerate(self.records) if state.pending}
             for index, entry in published.items():
                 self.records[index].committing.append(entry)
+                self.records[index].accepted = entry
             waits = [entry.ready for entry in published.values()] + self._commits[-1:]
             self._commits.append(out)
             self.track(out)
         return chain(waits, lambda: self._committer.submit(self._commit, out, step, progress, published), out)
 
-    def discard(self) -> None:
-        """Go back to the versions of the last commit that was asked for, and forget a failure."""
+    def accept(self) -> None:
+        """`discard` goes back to what is newest now, though it is not published yet."""
         with self._lock:
-            self._failure = None
+            self._check_usable()
+            for state in self.records:
+                state.accepted = state.newest
+
+    def discard(self) -> None:
+        """Go back to what was accepted last; after a failure, to the last commit that was asked for."""
+        with self._lock:
+            failed, self._failure = self._failure is not None, None
             for state in self.records:
                 if state.pending:
-                    state.newest = state.committing[-1] if state.committing else state.committed
-                    for pin in state.pinned.values():
-                        if pin.entry is not state.newest:
-                            pin.forget()
+                    state.undo(to_commit=failed)
 
     def pin(self, block_index: int, parts: Collection[str]) -> None:
         """Keep these parts in memory from their next read or write on."""
@@ -447,7 +452,7 @@ class Versions:
         rows = {row.block: row for row in self._manifest.records() if row.died is None}
         with self._lock:
             for index, state in enumerate(self.records):
-                state.committed = state.newest = state.entry_of(rows.get(index))
+                state.go_to(state.entry_of(rows.get(index)))
                 for pin in state.pinned.values():
                     if pin.entry is not state.newest:
                         pin.forget()
