@@ -9,12 +9,23 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from tests.store.cases import TRAINED, Mortal, abandon, assert_holds, filled, loaded, make, reopen
+from tests.store.cases import BLOCKS, TRAINED, Mortal, abandon, assert_holds, filled, loaded, make, reopen
 
+from weightstream.blocks import Parameter
+from weightstream.store import records
+from weightstream.store.families import Family
+from weightstream.store.recipes import Recipe, Step
 from weightstream.store.store import Store
 
 PARTS = ("copy", "param", "exp_avg", "exp_avg_sq")
-blocks = st.sampled_from(TRAINED)
+FAMILY = Family(
+    "expert {}",
+    2**33,
+    (Parameter("expert.{}.weight", (7, 9)), Parameter("expert.{}.bias", (7,))),
+    {"expert.{}.weight": Recipe((Step("normal", (0.0, 1.0)),)), "expert.{}.bias": Recipe((Step("fill", (2.0,)),))},
+)
+RECORDS = [*TRAINED, len(BLOCKS), len(BLOCKS) + 2**32 + 5, len(BLOCKS) + 2**33 - 1]  # some of billions
+blocks = st.sampled_from(RECORDS)
 Values = dict[int, tuple[int, int]]  # block → (value, version); a block without one holds its initial values
 
 
@@ -22,13 +33,14 @@ class StoreMachine(RuleBasedStateMachine):
     store: Store
     device: Mortal
 
-    @initialize(precision=st.sampled_from(("bf16", "fp32")))
-    def create(self, precision: str) -> None:
+    @initialize(kept=st.sampled_from((1, 2, 1024)), precision=st.sampled_from(("bf16", "fp32")))
+    def create(self, kept: int, precision: str) -> None:
+        records.MEMBERS_KEPT = kept  # so few that records of the family come and go
         self.directory = Path(tempfile.mkdtemp(prefix="oracle "))
         self.device = Mortal()
         self.path = self.directory / "store"
-        self.store = make(self.path, precision, self.device)  # type: ignore[arg-type]
-        self.initial = {index: loaded(self.store, index) for index in TRAINED}
+        self.store = make(self.path, precision, self.device, families=[FAMILY])  # type: ignore[arg-type]
+        self.initial = {index: loaded(self.store, index) for index in RECORDS}
         self.committed: Values = {}
         self.newest: Values = {}
         self.accepted: Values = {}
@@ -118,7 +130,7 @@ class StoreMachine(RuleBasedStateMachine):
         step, values = self.snapshots[name]
         if not move:
             with reopen(path) as branch:
-                for index in TRAINED:
+                for index in RECORDS:
                     assert_holds(branch, index, values.get(index, (None, 0))[0], self.initial)
                 assert (branch.step, branch.snapshots(), branch.verify()) == (step, {}, [])
             return
@@ -163,6 +175,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.verify() == []
 
     def teardown(self) -> None:
+        records.MEMBERS_KEPT = 1024
         if hasattr(self, "store"):
             self.store.close()
             shutil.rmtree(self.directory)
@@ -179,7 +192,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.snapshots() == {name: step for name, (step, _) in self.snapshots.items()}
 
     def _check_all(self) -> None:
-        for index in TRAINED:
+        for index in RECORDS:
             self.check(index)
 
     def _settle(self) -> None:

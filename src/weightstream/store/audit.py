@@ -1,15 +1,17 @@
 """Looking at a whole store: every tensor in order of name, the digest, figures."""
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from weightstream.store import directory
-from weightstream.store.layout import DTYPE_NAMES
-from weightstream.store.records import file_name
+from weightstream.store.layout import DTYPE_NAMES, RecordLayout
+from weightstream.store.records import Entry, Record, file_name
 from weightstream.store.segments import RecordBuffer, bytes_of
 
 if TYPE_CHECKING:
@@ -17,12 +19,13 @@ if TYPE_CHECKING:
 
 
 def items(store: "Store") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Parameter by parameter in order of name; a record is read once for each run of neighbours that it holds."""
+    """Parameter by parameter in order of name; a record is read once for each run of neighbours that it holds. Families
+    follow, by number; what was never updated is made from its recipe."""
     places = sorted((parameter.name, block.index) for block in store.blocks for parameter in block.parameters)
     record = RecordBuffer(largest_record(store))
     loaded = None
     try:
-        for name, index in places:
+        for name, index in chain(places, _members_parameters(store)):
             if index != loaded:
                 store.load(index, record).result()
                 loaded = index
@@ -33,40 +36,65 @@ def items(store: "Store") -> Iterator[tuple[str, dict[str, Tensor]]]:
         record.close()
 
 
+def _members_parameters(store: "Store") -> Iterator[tuple[str, int]]:
+    for first, family in store.layouts.families:
+        for index in range(first, first + family.count):
+            for parameter in store.layouts.member(index).parameters:
+                yield parameter.name, index
+
+
 def tensor(store: "Store", name: str, part: str) -> Tensor:
     """A copy of one tensor of the newest version."""
-    for block in store.blocks:
-        if any(parameter.name == name for parameter in block.parameters):
-            record = RecordBuffer(store.layout(block.index))
-            try:
-                store.load(block.index, record, [part]).result()
-                return record.tensors(part)[name].clone()
-            finally:
-                record.close()
-    raise KeyError(f"store '{store.path}' has no parameter {name!r}")
+    own = (block.index for block in store.blocks if any(parameter.name == name for parameter in block.parameters))
+    index = next(own, None)
+    if index is None:
+        index = store.layouts.owner(name)
+    if index is None:
+        raise KeyError(f"store '{store.path}' has no parameter {name!r}")
+    record = RecordBuffer(store.layout(index))
+    try:
+        store.load(index, record, [part]).result()
+        return record.tensors(part)[name].clone()
+    finally:
+        record.close()
 
 
 def digest(store: "Store") -> str:
     """Each tensor is hashed where it lies, record by record; the hashes are then put in order of name.
 
-    So that one read of the store is enough whatever the names are.
+    So that one read of the store is enough whatever the names are. A family counts by its template, the seed and those
+    of its records that were ever updated: nobody could hash billions that were not.
     """
     lines: list[str] = []
     buffer = RecordBuffer(largest_record(store))
     try:
         for block in store.blocks:
-            layout, entry = store.layout(block.index), store.versions.records[block.index].committed
-            buffer.bind(layout)
-            targets = {part.name: buffer.view(part.name) for part in layout.states}
-            store.versions.read_entry(block.index, entry, targets, "states").result()
-            for part in layout.states:
-                for name, found in buffer.tensors(part.name).items():
-                    hashed = hashlib.sha256(bytes_of(found)).hexdigest()
-                    facts = f"{DTYPE_NAMES[found.dtype]} {list(found.shape)} {entry.optimizer_steps}"
-                    lines.append(f"{name!r} {part.name!r} {facts} {hashed}\n")
+            lines += _lines(store, block.index, store.versions.records[block.index].committed, buffer)
+        for first, family in store.layouts.families:
+            facts = json.dumps([family.name, family.count, family.to_json(), store.seed], sort_keys=True)
+            lines.append(f"family {facts}\n")
+            for row in store.manifest.records(first, first + family.count):
+                if row.died is None:
+                    lines += _lines(store, row.block, Record.load([row], ()).committed, buffer)
     finally:
         buffer.close()
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def _lines(store: "Store", index: int, entry: Entry, buffer: RecordBuffer) -> list[str]:
+    """A line for each tensor of one version."""
+    layout = store.layout(index)
+    buffer.bind(layout)
+    store.versions.read_entry(
+        index, entry, {part.name: buffer.view(part.name) for part in layout.states}, "states"
+    ).result()
+    lines = []
+    for part in layout.states:
+        for name, found in buffer.tensors(part.name).items():
+            hashed = hashlib.sha256(bytes_of(found)).hexdigest()
+            facts = f"{DTYPE_NAMES[found.dtype]} {list(found.shape)} {entry.optimizer_steps}"
+            lines.append(f"{name!r} {part.name!r} {facts} {hashed}\n")
+    return lines
 
 
 def info(store: "Store") -> dict[str, Any]:
@@ -82,7 +110,16 @@ def info(store: "Store") -> dict[str, Any]:
         "precision": store.precision,
         "optimizer": store.optimizer.to_json(),
         "blocks": len(store.blocks),
-        "parameters": sum(block.numel for block in store.blocks),
+        "families": [
+            {
+                "name": family.name,
+                "records": family.count,
+                "parameters": family.count * family.numel,
+                "records_written": store.manifest.count_living(first, first + family.count),
+            }
+            for first, family in store.layouts.families
+        ],
+        "parameters": sum(block.numel for block in store.blocks) + sum(f.count * f.numel for f in store.families),
         "record_bytes": sum(layout.image_nbytes for layout in layouts),
         "records_written": sum(
             store.versions.records[block.index].committed.slot is not None for block in store.blocks
@@ -118,4 +155,15 @@ def _snapshots(store: "Store") -> dict[str, dict[str, int]]:
 
 def largest_record(store: "Store") -> int:
     """Bytes of a buffer in which any record of the store fits."""
-    return max((store.layout(block.index).image_nbytes for block in store.blocks), default=0)
+    return max((layout.image_nbytes for layout in _largest_layouts(store)), default=0)
+
+
+def largest_header(store: "Store") -> int:
+    """Bytes of the longest header."""
+    return max((layout.header_nbytes for layout in _largest_layouts(store)), default=0)
+
+
+def _largest_layouts(store: "Store") -> list[RecordLayout]:
+    """Those of the blocks, and of each family's last record, whose number is the longest."""
+    lasts = [store.layout(first + family.count - 1) for first, family in store.layouts.families]
+    return [*store.layouts.blocks, *lasts]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from weightstream.errors import StoreError
 from weightstream.store import directory
 from weightstream.store.manifest import Manifest
+from weightstream.store.records import MEMBERS
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store
@@ -31,13 +32,15 @@ def branch(store: "Store", name: str, path: Path) -> None:
     with manifest.at_one_moment():
         commit = manifest.commit_row(manifest.snapshot(name))
         rows = [row for row in manifest.records() if row.lives_at(commit.number)]
-        meta, blocks = manifest.meta(), manifest.blocks()
+        meta, blocks, families = manifest.meta(), manifest.blocks(), manifest.families()
     path = path.absolute()
     partial = path.with_name(f".{path.name}.branch")
     shutil.rmtree(partial, ignore_errors=True)
     handle = directory.make(partial)
     try:
         segments = partial / directory.SEGMENTS
+        if families:
+            (segments / MEMBERS).mkdir()
         for file in sorted({row.file for row in rows}):
             _share(store.path / directory.SEGMENTS / file, segments / file)
         if manifest.snapshots().get(name) != commit.number:  # its files were free to be used again
@@ -47,10 +50,12 @@ def branch(store: "Store", name: str, path: Path) -> None:
         for extra in store.path.iterdir():
             if extra.is_dir() and extra.name not in (directory.SEGMENTS, directory.SCRATCH):
                 shutil.copytree(extra, partial / extra.name)  # config.json and the like of an import
+        if families:
+            store.disk.device.sync_directory(segments / MEMBERS)
         store.disk.device.sync_directory(segments)
         Manifest.create(
             partial / directory.MANIFEST,
-            meta=meta, blocks=blocks, step=commit.step, progress=commit.progress, records=rows,
+            meta=meta, blocks=blocks, families=families, step=commit.step, progress=commit.progress, records=rows,
         )  # fmt: skip
         try:
             partial.rename(path)

@@ -1,7 +1,7 @@
 """The store as a directory: its names, its lock, making it, and what its files say when it is opened.
 
 manifest.sqlite     the catalogue; where it exists the store is whole
-segments/           one safetensors file per record and version
+segments/           one safetensors file per record and version; members/ has those of families
 scratch/            bytes of the running process only
 lock                held by the process that writes
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
 from weightstream.store.layout import RecordLayout
 from weightstream.store.manifest import RecordRow
-from weightstream.store.records import FILES_PER_RECORD, Entry, Record, slot_of
+from weightstream.store.records import FILES_PER_RECORD, MEMBERS, Record, slot_of
 
 MANIFEST = "manifest.sqlite"
 SEGMENTS = "segments"
@@ -126,7 +126,7 @@ def records(
     keep_dead: bool,
     accept_damage: bool = False,
 ) -> list[Record]:
-    """The state of every record as of the last commit.
+    """The state of every block's record as of the last commit.
 
     `held` are the commits that snapshots name. Files that nothing points to are kept to be recycled if `keep_dead`, and
     removed where they are too many or of another size; for a reader they do not exist. With `accept_damage`, files that
@@ -138,10 +138,9 @@ def records(
     """
     sizes: dict[str, int] = {}
     for entry in os.scandir(path / SEGMENTS) if (path / SEGMENTS).is_dir() else ():
-        sizes[entry.name] = entry.stat().st_size
-    found: list[Record] = []
-    for _ in layouts:
-        found.append(Record.of(Entry(version=0, optimizer_steps=0)))
+        if entry.name != MEMBERS:
+            sizes[entry.name] = entry.stat().st_size
+    by_block: list[list[RecordRow]] = [[] for _ in layouts]
     for row in rows:
         expected = layouts[row.block].image_nbytes
         if row.file not in sizes and not accept_damage:
@@ -154,12 +153,8 @@ def records(
                 f"store '{path}': {SEGMENTS}/{row.file} should have {expected} bytes, it has {sizes[row.file]}; "
                 "restore the file from a copy of the store"
             )
-        record = found[row.block]
-        version = record.entry_of(row)
-        if row.died is None:
-            record.go_to(version)
-        if any(row.lives_at(number) for number in held):
-            record.held.add(slot_of(row.file))
+        by_block[row.block].append(row)
+    found = [Record.load(own, held) for own in by_block]
     if keep_dead:
         _adopt_dead(path, layouts, found, sizes, {row.file for row in rows})
     return found

@@ -22,8 +22,9 @@ def unfilled(store: "Store") -> list[Block]:
     """Blocks that have neither been written nor recipes for all their parameters."""
     return [
         block
-        for block, record in zip(store.blocks, store.versions.records, strict=True)
-        if record.newest.slot is None and any(parameter.name not in store.recipes for parameter in block.parameters)
+        for block in store.blocks
+        if store.versions.records[block.index].newest.slot is None
+        and any(parameter.name not in store.recipes for parameter in block.parameters)
     ]
 
 

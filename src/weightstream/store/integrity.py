@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightstream.errors import DamagedRecordError
-from weightstream.store.audit import largest_record
+from weightstream.store.audit import largest_header, largest_record
 from weightstream.store.manifest import RecordRow
 from weightstream.store.records import Entry, slot_of
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
@@ -64,7 +64,7 @@ def find(store: "Store") -> list[Damage]:
         rows = store.manifest.records()
     found: list[Damage] = []
     buffer = RecordBuffer(largest_record(store))
-    header = AlignedBuffer(max((store.layout(block.index).header_nbytes for block in store.blocks), default=0))
+    header = AlignedBuffer(largest_header(store))
     try:
         for row in rows:
             found += _find_in(store, row, buffer, header)
@@ -93,7 +93,7 @@ def repair(store: "Store") -> list[str]:
         for row in rows.values():
             _write_anew(store, row)
         store.commit(store.step, store.progress).result()
-        names = ", ".join(repr(store.blocks[block].name) for block in rows)
+        names = ", ".join(repr(store.layout(block).block) for block in rows)
         return [f"store '{store.path}': wrote {len(rows)} records anew from their masters ({names}); nothing is lost"]
     name = _whole_snapshot(store, damages)
     if name is None:

@@ -20,16 +20,21 @@ import xxhash
 
 from weightstream.errors import DamagedRecordError, StoreError
 
-FORMAT_NUMBER = 1
+FORMAT_NUMBER = 2
 APPLICATION_ID = 0x57535452  # "WSTR", where `file` finds it
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE blocks (block INTEGER PRIMARY KEY, name TEXT NOT NULL, facts TEXT NOT NULL, checksum TEXT NOT NULL);
+CREATE TABLE families (
+    first INTEGER PRIMARY KEY, name TEXT NOT NULL, count INTEGER NOT NULL, facts TEXT NOT NULL, checksum TEXT NOT NULL
+);
 CREATE TABLE records (
     block INTEGER NOT NULL, version INTEGER NOT NULL, born INTEGER NOT NULL, died INTEGER, file TEXT NOT NULL,
     checksums TEXT NOT NULL, optimizer_steps INTEGER NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (block, born)
 ) WITHOUT ROWID;
+CREATE INDEX records_by_birth ON records (born);
+CREATE INDEX records_by_death ON records (died) WHERE died IS NOT NULL;
 CREATE TABLE commits (
     number INTEGER PRIMARY KEY, step INTEGER NOT NULL, progress TEXT NOT NULL, checksum TEXT NOT NULL
 );
@@ -38,6 +43,7 @@ CREATE TABLE snapshots (name TEXT PRIMARY KEY, number INTEGER NOT NULL, checksum
 _COLUMNS = {
     "meta": ("key", "value"),
     "blocks": ("block", "name", "facts"),
+    "families": ("first", "name", "count", "facts"),
     "records": ("block", "version", "born", "died", "file", "checksums", "optimizer_steps"),
     "commits": ("number", "step", "progress"),
     "snapshots": ("name", "number"),
@@ -87,6 +93,7 @@ class Manifest:
         blocks: Iterable[tuple[int, str, dict[str, Any]]],
         step: int = 0,
         progress: Mapping[str, Any] | None = None,
+        families: Iterable[tuple[int, str, int, dict[str, Any]]] = (),
         records: Iterable[RecordRow] = (),
     ) -> None:
         """Write a new manifest beside its name and move it there whole, so that it is complete where it exists.
@@ -108,6 +115,8 @@ class Manifest:
                 _insert(connection, "meta", (key, _json(value)))
             for block, name, facts in blocks:
                 _insert(connection, "blocks", (block, name, _json(facts)))
+            for first, name, count, facts in families:
+                _insert(connection, "families", (first, name, count, _json(facts)))
             for record in records:
                 _insert_record(connection, record, 0)
             _insert(connection, "commits", (0, step, _json(progress or {})))
@@ -148,9 +157,12 @@ class Manifest:
                 "or restore the manifest from a copy"
             ) from error
         if application != APPLICATION_ID or number != FORMAT_NUMBER:
+            maker = _maker(connection)
             connection.close()
             found = f"format {number}" if application == APPLICATION_ID else "another program's database"
-            hint = "a newer weightstream reads it" if number > FORMAT_NUMBER else "give the directory of a store"
+            hint = "give the directory of a store"
+            if application == APPLICATION_ID:
+                hint = f"weightstream {maker} reads it" if maker else "another version of weightstream reads it"
             raise StoreError(f"{what}: expected a manifest of format {FORMAT_NUMBER}, found {found}; {hint}")
         return cls(path, connection)
 
@@ -171,6 +183,11 @@ class Manifest:
     def blocks(self) -> list[tuple[int, str, dict[str, Any]]]:
         """Index, name and facts of every block, in order of index."""
         return [(block, name, json.loads(facts)) for block, name, facts in self._rows("blocks", "ORDER BY block")]
+
+    def families(self) -> list[tuple[int, str, int, dict[str, Any]]]:
+        """First index, name, number of records and template of every family, in order."""
+        rows = self._rows("families", "ORDER BY first")
+        return [(first, name, count, json.loads(facts)) for first, name, count, facts in rows]
 
     def last_commit(self) -> CommitRow:
         """The newest commit."""
@@ -220,11 +237,22 @@ class Manifest:
             raise StoreError(f"store '{self.path.parent}' has no snapshot {name!r}; it has {known}")
         return snapshots[name]
 
-    def records(self) -> list[RecordRow]:
-        """Every row: those that live now (`died` is None) and those that only snapshots hold."""
+    def records(self, first: int = 0, stop: int = 1 << 62) -> list[RecordRow]:
+        """Every row of the blocks in a range: those that live now (`died` is None) and those that only snapshots hold."""
+        return self._records("block >= ? AND block < ?", (first, stop))
+
+    def count_living(self, first: int, stop: int) -> int:
+        """How many records of a range have been written."""
+        clause = "SELECT COUNT(*) FROM records WHERE block >= ? AND block < ? AND died IS NULL"
+        with self._lock:
+            return int(self._connection.execute(clause, (first, stop)).fetchone()[0])
+
+    def _records(self, where: str, values: Sequence[Any]) -> list[RecordRow]:
         return [
             RecordRow(block, version, file, _checksums(text), steps, born, died)
-            for block, version, born, died, file, text, steps in self._rows("records", "ORDER BY block, born")
+            for block, version, born, died, file, text, steps in self._rows(
+                "records", f"WHERE {where} ORDER BY block, born", values
+            )
         ]
 
     def publish(self, step: int, progress: dict[str, Any], records: Sequence[RecordRow]) -> CommitRow:
@@ -245,12 +273,11 @@ class Manifest:
         with self._transaction():
             wanted = self.commit_row(self.snapshot(name))
             number, held = self._next()
-            rows = self.records()
-            now = {row.block: row for row in rows if row.died is None}
-            then = {row.block: row for row in rows if row.lives_at(wanted.number)}
-            for block in now.keys() | then.keys():
-                if now.get(block) == then.get(block):
-                    continue
+            # only what was written since, or has died since, differs
+            now = {row.block for row in self._records("died IS NULL AND born > ?", (wanted.number,))}
+            died = self._records("died > ? AND born <= ?", (wanted.number, wanted.number))
+            then = {row.block: row for row in died}
+            for block in now | then.keys():
                 self._retire(block, number, held)
                 if block in then:
                     _insert_record(self._connection, then[block], number)
@@ -271,20 +298,25 @@ class Manifest:
             _insert(self._connection, "snapshots", (name, number))
         return number
 
-    def remove_snapshot(self, name: str) -> None:
-        """Forget a snapshot, and the rows that it alone held.
+    def remove_snapshot(self, name: str) -> list[RecordRow]:
+        """Forget a snapshot, and the rows that it alone held; gives those whose file no other row names.
 
         Raises:
             StoreError: there is no such snapshot.
         """
         with self._transaction():
-            self.snapshot(name)
+            number = self.snapshot(name)
             self._connection.execute("DELETE FROM snapshots WHERE name = ?", (name,))
             held = sorted(set(self.snapshots().values()))
-            for row in self.records():
-                if row.died is not None and not any(row.lives_at(number) for number in held):
-                    self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
+            freed: list[RecordRow] = []
+            for row in self._records("died > ? AND born <= ?", (number, number)):
+                if any(row.lives_at(other) for other in held):
+                    continue
+                self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
+                if all(other.file != row.file for other in self.records(row.block, row.block + 1)):
+                    freed.append(row)
             self._forget_commits((self.last_commit().number, *held))
+            return freed
 
     def close(self) -> None:
         with self._lock:
@@ -342,6 +374,15 @@ class Manifest:
                     f"values now give {expected}; the file was changed or damaged, restore it from a copy"
                 )
         return [tuple(row) for *row, _ in rows]
+
+
+def _maker(connection: sqlite3.Connection) -> str | None:
+    """The version of weightstream that made a manifest of whatever format."""
+    try:
+        (found,) = connection.execute("SELECT value FROM meta WHERE key = 'made_by'").fetchone()
+        return str(json.loads(found))
+    except (sqlite3.Error, TypeError, ValueError):
+        return None
 
 
 def _insert(connection: sqlite3.Connection, table: str, values: Sequence[Any]) -> None:

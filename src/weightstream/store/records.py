@@ -1,8 +1,11 @@
 """What the store knows of each record while it is open: versions, files that hold them, parts kept in memory."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from weightstream.store.futures import done, new_future
@@ -11,6 +14,8 @@ from weightstream.store.segments import AlignedBuffer
 
 FILES_PER_RECORD = 3
 """The last commit, one that is being committed, and one that is being written; snapshots come on top."""
+MEMBERS_KEPT, FORGOTTEN_AT_ONCE = 1024, 8
+MEMBERS = "members"
 
 
 @dataclass(eq=False)
@@ -92,6 +97,18 @@ class Record:
         """A record that has just been opened or made."""
         return cls(committed=entry, newest=entry, accepted=entry)
 
+    @classmethod
+    def load(cls, rows: Iterable[RecordRow], held: Collection[int]) -> "Record":
+        """What the rows of one record say; `held` are the commits that snapshots name."""
+        record = cls.of(Entry(version=0, optimizer_steps=0))
+        for row in rows:
+            entry = record.entry_of(row)
+            if row.died is None:
+                record.go_to(entry)
+            if any(row.lives_at(number) for number in held):
+                record.held.add(slot_of(row.file))
+        return record
+
     def go_to(self, entry: Entry) -> None:
         """The commit has changed under it."""
         self.committed = self.newest = self.accepted = entry
@@ -105,6 +122,15 @@ class Record:
         for pin in self.pinned.values():
             if pin.entry is not self.newest:
                 pin.forget()
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything about it is in the manifest."""
+        return (
+            not (self.pending or self.committing or self.pinned or self.accepted is not self.committed)
+            and not self.committed.users()
+            and not any(self.users(slot) for slot in self.slots)
+        )
 
     def in_use(self) -> set[str]:
         """Files of the versions that this process may still serve or publish."""
@@ -137,7 +163,7 @@ class Record:
     def forget(self, slot: str) -> None:
         """The file of that slot is gone."""
         self.held.discard(slot)
-        del self.slots[slot]
+        self.slots.pop(slot, None)
 
     def entry_of(self, row: RecordRow | None) -> Entry:
         """The version that a row of the manifest stands for; without one, what the generator makes."""
@@ -153,8 +179,48 @@ class Record:
 
     def users(self, slot: str) -> "list[Future[Any]]":
         """What must end before this file may be written again or removed."""
-        owner = self.slots[slot]
+        owner = self.slots.get(slot)
         return owner.users() if owner is not None else []
+
+
+class Records:
+    """Records by index: those of blocks always, those of families while they are in use and a while longer.
+
+    Args:
+        blocks: the records of the blocks.
+        load: what the manifest says of another one.
+    """
+
+    def __init__(self, blocks: list[Record], load: Callable[[int], Record]) -> None:
+        self._blocks, self._load = blocks, load
+        self._members: OrderedDict[int, Record] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __getitem__(self, index: int) -> Record:
+        if index < len(self._blocks):
+            return self._blocks[index]
+        with self._lock:
+            found = self._members.get(index)
+            if found is None:
+                found = self._members[index] = self._load(index)
+            self._members.move_to_end(index)
+            if len(self._members) > MEMBERS_KEPT:
+                self._forget_idle()
+            return found
+
+    def in_memory(self) -> list[tuple[int, Record]]:
+        """Every record that is in memory, with its index."""
+        with self._lock:
+            return [*enumerate(self._blocks), *self._members.items()]
+
+    def _forget_idle(self) -> None:
+        """Lets go of records of families that have rested longest, a few at a time."""
+        excess = min(len(self._members) - MEMBERS_KEPT, FORGOTTEN_AT_ONCE)
+        for index in list(islice(self._members, excess)):
+            if self._members[index].idle:
+                del self._members[index]
+            else:
+                self._members.move_to_end(index)  # it would be asked again and again
 
 
 def slot_names() -> Iterator[str]:
@@ -165,9 +231,9 @@ def slot_names() -> Iterator[str]:
         yield from (prefix + letter for letter in letters)
 
 
-def file_name(block: int, slot: str) -> str:
-    """The name of a segment file."""
-    return f"{block:05d}.{slot}.safetensors"
+def file_name(block: int, slot: str, *, member: bool = False) -> str:
+    """The name of a segment file; those of families' records have a folder of their own, which nobody ever lists."""
+    return f"{MEMBERS}/{block}.{slot}.safetensors" if member else f"{block:05d}.{slot}.safetensors"
 
 
 def slot_of(name: str) -> str:

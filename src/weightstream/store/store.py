@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +20,12 @@ from weightstream.blocks import Block, Parameter
 from weightstream.errors import StoreError, StoreMismatchError
 from weightstream.store import audit, directory, integrity
 from weightstream.store.branch import branch
+from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
-from weightstream.store.layout import Precision, RecordLayout, record_layout
+from weightstream.store.layout import Precision, RecordLayout
 from weightstream.store.manifest import Manifest
 from weightstream.store.optimizers import Optimizer
+from weightstream.store.records import MEMBERS, Record, Records
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.tiers import Disk, Memory
@@ -48,8 +51,9 @@ class Store:
         self._lock_handle = lock_handle
         with manifest.at_one_moment():
             meta = manifest.meta()
-            rows = manifest.records()
             blocks = manifest.blocks()
+            families = manifest.families()
+            rows = manifest.records(stop=len(blocks))
             last = manifest.last_commit()
             held = set(manifest.snapshots().values())
         self.contract: dict[str, Any] = meta["contract"]
@@ -57,12 +61,12 @@ class Store:
         self.optimizer = Optimizer.from_json(meta["optimizer"])
         self.seed = int(self.contract.get("seed", 0))
         self.blocks = tuple(_block_from_facts(index, name, facts) for index, name, facts in blocks)
-        self.recipes: dict[str, Recipe] = {
-            name: Recipe.from_json(recipe) for _, _, facts in blocks for name, recipe in facts["recipes"].items()
-        }
-        self._layouts = [record_layout(block, self.precision, self.optimizer) for block in self.blocks]
+        self.families = tuple(Family.from_json(name, count, facts) for _, name, count, facts in families)
+        own = {name: Recipe.from_json(recipe) for _, _, facts in blocks for name, recipe in facts["recipes"].items()}
+        self.recipes: Mapping[str, Recipe] = Recipes(own, self.families)
+        self._layouts = Layouts(self.blocks, self.families, self.precision, self.optimizer)
         records = directory.records(
-            self.path, self._layouts, rows, held, keep_dead=self.writable, accept_damage=accept_damage
+            self.path, self._layouts.blocks, rows, held, keep_dead=self.writable, accept_damage=accept_damage
         )
         self._scratch = Scratch(disk, path / directory.SCRATCH)
         self._closed = False
@@ -72,7 +76,7 @@ class Store:
         self.versions = Versions(
             path,
             self._layouts,
-            records,
+            Records(records, self._member),
             last,
             manifest=manifest,
             disk=disk,
@@ -93,10 +97,12 @@ class Store:
         precision: Precision,
         contract: Mapping[str, Any],
         disk: Disk | None = None,
+        families: Sequence[Family] = (),
     ) -> Self:
         """Make a store in a new or empty directory. Nothing but frozen blocks takes space until it is updated.
 
         `recipes` says how each parameter (by name) begins; `contract` is what a resumed run may not change, as JSON.
+        The records of `families` follow the blocks, in order; `index` gives the index of one.
 
         Raises:
             StoreError: the directory holds something else.
@@ -104,19 +110,22 @@ class Store:
         disk = disk or Disk()
         store_path = Path(path)
         facts = [(block.index, block.name, _block_facts(block, recipes)) for block in blocks]
-        layouts = [record_layout(block, precision, optimizer) for block in blocks]
+        layouts = Layouts(blocks, families, precision, optimizer)
         assert [block.index for block in blocks] == list(range(len(blocks))), "blocks are numbered in order"
         lock_handle = directory.make(store_path)
         try:
             disk.device.probe(store_path / directory.SCRATCH)
             meta = {
+                "made_by": metadata.version("weightstream"),
                 "contract": _as_json("contract", contract),
                 "precision": precision,
                 "optimizer": optimizer.to_json(),
                 "chunk_bytes": disk.chunk_bytes,
-                "record_bytes": sum(layout.image_nbytes for layout in layouts),
+                "record_bytes": sum(layout.image_nbytes for layout in layouts.blocks),
             }
-            Manifest.create(store_path / directory.MANIFEST, meta=meta, blocks=facts)
+            if families:
+                (store_path / directory.SEGMENTS / MEMBERS).mkdir()
+            Manifest.create(store_path / directory.MANIFEST, meta=meta, blocks=facts, families=layouts.family_rows())
             manifest = Manifest.open(store_path / directory.MANIFEST, writable=True)
             store = cls(store_path, manifest, disk, lock_handle)
         except BaseException:
@@ -209,6 +218,25 @@ class Store:
     def layout(self, block_index: int) -> RecordLayout:
         """Where the numbers of this block's record lie."""
         return self._layouts[block_index]
+
+    def index(self, family: str, number: int) -> int:
+        """The index of a family's record, for every method that takes a block's index.
+
+        Raises:
+            KeyError: no such family, or no such number in it.
+        """
+        return self._layouts.index(family, number)
+
+    @property
+    def layouts(self) -> Layouts:
+        """Where the numbers of every record lie."""
+        return self._layouts
+
+    def _member(self, index: int) -> Record:
+        """What the manifest says of a family's record."""
+        with self.manifest.at_one_moment():
+            held = set(self.manifest.snapshots().values())
+            return Record.load(self.manifest.records(index, index + 1), held)
 
     def version(self, block_index: int) -> int:
         """The newest version, pending ones included."""
@@ -459,7 +487,7 @@ class Store:
             self.load(block.index, record, [part.name for part in layout.parts]).result()
             self.write(block.index, record, 0, 0).result()
             record.close()
-        if any(state.pending for state in self.versions.records):
+        if self.versions.changed:
             self.commit(0, {}).result()
 
     def _require_writable(self) -> None:

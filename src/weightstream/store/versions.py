@@ -11,7 +11,6 @@ readers.
 
 import sqlite3
 import threading
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +19,13 @@ from typing import Any
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.checksums import checksums
+from weightstream.store.families import Layouts
 from weightstream.store.futures import chain, forward, gather, new_future, settle
 from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
-from weightstream.store.layout import Part, RecordLayout
+from weightstream.store.layout import Part
 from weightstream.store.manifest import CommitRow, Manifest, RecordRow
-from weightstream.store.records import Entry, PinnedPart, Record, file_name, pin_parts, slot_of, unpin_parts
+from weightstream.store.records import MEMBERS, Entry, PinnedPart, Records, file_name, pin_parts, slot_of, unpin_parts
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.tiers import Disk, Extent, Memory
 
@@ -40,8 +40,8 @@ class Versions:
     def __init__(
         self,
         path: Path,
-        layouts: Sequence[RecordLayout],
-        records: list[Record],
+        layouts: Layouts,
+        records: Records,
         last: CommitRow,
         *,
         manifest: Manifest,
@@ -64,6 +64,7 @@ class Versions:
         self._lock = threading.RLock()
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
         self._commits: list[Future[None]] = []  # under way, in order
+        self.changed: set[int] = set()  # records with versions that no commit was asked to publish
         self._in_flight: set[Future[Any]] = set()
         self._failure: BaseException | None = None
         self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
@@ -89,6 +90,7 @@ class Versions:
             record.image[: layout.header_nbytes] = layout.header(version)
             entry = Entry(version, optimizer_steps, checksums=sums or {}, ready=out)
             state.newest = entry
+            self.changed.add(block_index)
             self.track(out)
             copies = [self._copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
             turn, state.claimed = state.claimed, entry.claimed
@@ -103,7 +105,8 @@ class Versions:
         out: Future[None] = new_future()
         with self._lock:
             self._check_usable()
-            published = {index: state.newest for index, state in enumerate(self.records) if state.pending}
+            published = {index: self.records[index].newest for index in sorted(self.changed)}
+            self.changed.clear()
             for index, entry in published.items():
                 self.records[index].committing.append(entry)
                 self.records[index].accepted = entry
@@ -116,16 +119,16 @@ class Versions:
         """`discard` goes back to what is newest now, though it is not published yet."""
         with self._lock:
             self._check_usable()
-            for state in self.records:
-                state.accepted = state.newest
+            for index in self.changed:
+                self.records[index].accepted = self.records[index].newest
 
     def discard(self) -> None:
         """Go back to what was accepted last; after a failure, to the last commit that was asked for."""
         with self._lock:
             failed, self._failure = self._failure is not None, None
-            for state in self.records:
-                if state.pending:
-                    state.undo(to_commit=failed)
+            for index in self.changed:
+                self.records[index].undo(to_commit=failed)
+            self.changed = {index for index in self.changed if self.records[index].pending}
 
     def pin(self, block_index: int, parts: Collection[str]) -> None:
         """Keep these parts in memory from their next read or write on."""
@@ -143,7 +146,7 @@ class Versions:
     @property
     def pinned_bytes(self) -> int:
         with self._lock:
-            return sum(pin.buffer.nbytes for state in self.records for pin in state.pinned.values())
+            return sum(pin.buffer.nbytes for _, state in self.records.in_memory() for pin in state.pinned.values())
 
     def add_snapshot(self, name: str) -> None:
         """Between two commits, in their thread: hold the files of the last one."""
@@ -161,7 +164,7 @@ class Versions:
         """
         with self._lock:
             self._check_usable()
-            if self._commits or any(state.pending for state in self.records):
+            if self._commits or self.changed:
                 raise StoreError(
                     f"store '{self.path}' has changes that are not committed; commit or discard them first"
                 )
@@ -303,7 +306,11 @@ class Versions:
         return self._slot_path(block_index, entry.slot)
 
     def _slot_path(self, block_index: int, slot: str) -> Path:
-        return self.path / directory.SEGMENTS / file_name(block_index, slot)
+        return self.path / directory.SEGMENTS / self.file_name(block_index, slot)
+
+    def file_name(self, block_index: int, slot: str) -> str:
+        """The name of a segment, from the folder of segments."""
+        return file_name(block_index, slot, member=self.layouts.is_member(block_index))
 
     def _check(self, block_index: int, entry: Entry, parts: Sequence[Part], found: Sequence[int]) -> None:
         for part, checksum in zip(parts, found, strict=True):
@@ -347,7 +354,7 @@ class Versions:
                 extents,
                 "segment",
                 allocate_bytes=layout.image_nbytes,
-                recycle=entry.slot in known,
+                recycle=entry.slot in known or self.layouts.is_member(block_index),
                 digest=not entry.checksums,
             )
 
@@ -382,6 +389,7 @@ class Versions:
         except BaseException as error:
             with self._lock:
                 self._failure = error
+                self.changed.update(published)
                 self._end_commit(out, published)
             raise
         with self._lock:
@@ -402,12 +410,17 @@ class Versions:
         rows = []
         for index, entry in published.items():
             entry.ready.result()
-            name = self.segment_path(index, entry).name
+            assert entry.slot is not None
+            name = self.file_name(index, entry.slot)
             rows.append(RecordRow(index, entry.version, name, entry.checksums, entry.optimizer_steps))
         try:
-            if not self._names_synced or any(entry.new_file for entry in published.values()):
-                self._disk.device.sync_directory(self.path / directory.SEGMENTS)
-                self._names_synced = True
+            segments = self.path / directory.SEGMENTS
+            news = {self.layouts.is_member(index) for index, entry in published.items() if entry.new_file}
+            if not self._names_synced or False in news:
+                self._disk.device.sync_directory(segments)
+            if True in news:
+                self._disk.device.sync_directory(segments / MEMBERS)
+            self._names_synced = True
             self._manifest.publish(step, progress, rows)
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
@@ -418,41 +431,48 @@ class Versions:
     def _add_snapshot(self, name: str) -> None:
         self._manifest.add_snapshot(name)
         with self._lock:
-            for state in self.records:
+            for _, state in self.records.in_memory():
                 if state.committed.slot is not None:
                     state.held.add(state.committed.slot)
 
     def _remove_snapshot(self, name: str) -> int:
-        self._manifest.remove_snapshot(name)
-        numbers = set(self._manifest.snapshots().values())
-        held: dict[int, set[str]] = defaultdict(set)
-        for row in self._manifest.records():
-            if any(row.lives_at(number) for number in numbers):
-                held[row.block].add(slot_of(row.file))
-        doomed: list[tuple[int, str, Future[Any]]] = []
-        with self._lock:
-            for index, state in enumerate(self.records):
-                for slot in sorted(state.held - held[index] - state.in_use()):
-                    doomed.append((index, slot, gather(state.users(slot))))
-                state.held &= held[index] | {slot for owner, slot, _ in doomed if owner == index}
-        nbytes = 0
-        for index, slot, users in doomed:
-            users.exception()  # a reader that began before still has its file
-            path = self._slot_path(index, slot)
+        nbytes, folders = 0, set[Path]()
+        for row in self._manifest.remove_snapshot(name):
+            path = self.path / directory.SEGMENTS / row.file
             nbytes += path.stat().st_size
-            self._disk.device.unlink(path)
-            with self._lock:  # only now may another version take a file of this name
-                self.records[index].forget(slot)
-        if doomed:
-            self._disk.device.sync_directory(self.path / directory.SEGMENTS)
+            folders.add(path.parent)
+            while (users := self._unlink(row.block, slot_of(row.file), path)) is not None:
+                users.exception()  # a reader that began before still has its file
+        for folder in folders:
+            self._disk.device.sync_directory(folder)
+        self._hold(set(self._manifest.snapshots().values()))
         return nbytes
+
+    def _unlink(self, index: int, slot: str, path: Path) -> "Future[Any] | None":
+        """Removes a file that nothing points to; gives what still uses it instead, if anything does."""
+        with self._lock:  # no version may take the name meanwhile
+            state = self.records[index]
+            users = state.users(slot)
+            if users:
+                return gather(users)
+            self._disk.device.unlink(path)
+            state.forget(slot)
+        return None
+
+    def _hold(self, numbers: Collection[int]) -> None:
+        """Notes which files of the records in memory the snapshots of these commits hold."""
+        with self._lock:
+            for index, state in self.records.in_memory():
+                if state.held:
+                    rows = self._manifest.records(index, index + 1)
+                    state.held = {slot_of(row.file) for row in rows if any(row.lives_at(n) for n in numbers)}
 
     def _restore(self, name: str) -> None:
         commit = self._manifest.restore(name)
-        rows = {row.block: row for row in self._manifest.records() if row.died is None}
         with self._lock:
-            for index, state in enumerate(self.records):
-                state.go_to(state.entry_of(rows.get(index)))
+            for index, state in self.records.in_memory():
+                rows = [row for row in self._manifest.records(index, index + 1) if row.died is None]
+                state.go_to(state.entry_of(rows[0] if rows else None))
                 for pin in state.pinned.values():
                     if pin.entry is not state.newest:
                         pin.forget()

@@ -1,0 +1,179 @@
+"""Which records a store has: blocks one by one, and families of any number of records from one template.
+
+A family is one row of the catalogue: a template and an arithmetic range of numbers. What is asked about one of its
+records is computed from these, so that nothing grows with `count`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from weightstream.blocks import Block, Parameter
+from weightstream.errors import StoreError
+from weightstream.store.initial import Recipe
+from weightstream.store.layout import HasStates, Precision, RecordLayout, record_layout
+
+NUMBER = "{}"
+"""Stands for a record's number in the names of a template."""
+_LAYOUTS_KEPT = 1024
+
+
+@dataclass(frozen=True)
+class Family:
+    """`count` records that differ in their number alone, which counts from 0.
+
+    `name` and the names of `parameters` hold `{}` once, where the number goes. `recipes` maps the parameters' names (as
+    in the template) to how they begin; every one needs a recipe, and so a record that was never updated takes no space.
+    """
+
+    name: str
+    count: int
+    parameters: tuple[Parameter, ...]
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for text in (self.name, *(parameter.name for parameter in self.parameters)):
+            if text.count(NUMBER) != 1:
+                raise StoreError(f"family {self.name!r}: expected {NUMBER} once in {text!r}, for the record's number")
+        if self.count < 1 or not self.parameters:
+            raise StoreError(f"family {self.name!r}: expected records and parameters, found {self.count} records")
+        missing = [parameter.name for parameter in self.parameters if parameter.name not in self.recipes]
+        if missing:
+            raise StoreError(f"family {self.name!r}: parameter {missing[0]!r} has no recipe; give it one")
+
+    @property
+    def numel(self) -> int:
+        """Numbers in one record."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    def block(self, index: int, number: int) -> Block:
+        """The record of that number, as block `index`."""
+        parameters = tuple(
+            Parameter(parameter.name.replace(NUMBER, str(number)), parameter.shape, parameter.trainable)
+            for parameter in self.parameters
+        )
+        return Block(index, self.name.replace(NUMBER, str(number)), parameters, ())
+
+    def number_of(self, parameter: str) -> int | None:
+        """The number of the record that has a parameter of this name; None if none has."""
+        for pattern, _ in self.patterns:
+            match = pattern.fullmatch(parameter)
+            if match is not None and int(match.group(1)) < self.count:
+                return int(match.group(1))
+        return None
+
+    @cached_property
+    def patterns(self) -> list[tuple[re.Pattern[str], Recipe]]:
+        """What the names of each parameter look like, with its recipe."""
+        return [
+            (re.compile(r"(0|[1-9]\d*)".join(map(re.escape, name.split(NUMBER)))), recipe)
+            for name, recipe in self.recipes.items()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "parameters": [
+                {"name": parameter.name, "shape": list(parameter.shape), "trainable": parameter.trainable}
+                for parameter in self.parameters
+            ],
+            "recipes": {name: recipe.to_json() for name, recipe in self.recipes.items()},
+        }
+
+    @classmethod
+    def from_json(cls, name: str, count: int, facts: Mapping[str, Any]) -> "Family":
+        parameters = tuple(Parameter(p["name"], tuple(p["shape"]), p["trainable"]) for p in facts["parameters"])
+        recipes = {key: Recipe.from_json(recipe) for key, recipe in facts["recipes"].items()}
+        return cls(name, count, parameters, recipes)
+
+
+class Layouts:
+    """Layouts by index: of the blocks, and of any family's records, which follow them in order of family."""
+
+    def __init__(
+        self, blocks: Sequence[Block], families: Sequence[Family], precision: Precision, optimizer: HasStates
+    ) -> None:
+        self._blocks = [record_layout(block, precision, optimizer) for block in blocks]
+        self._families: list[tuple[int, Family]] = []
+        first = len(blocks)
+        for family in families:
+            self._families.append((first, family))
+            first += family.count
+        self.count = first
+        self._of_member = lru_cache(_LAYOUTS_KEPT)(
+            lambda index: record_layout(self.member(index), precision, optimizer)
+        )
+
+    @property
+    def blocks(self) -> list[RecordLayout]:
+        """Those of the blocks."""
+        return self._blocks
+
+    def __getitem__(self, index: int) -> RecordLayout:
+        return self._blocks[index] if index < len(self._blocks) else self._of_member(index)
+
+    def family_rows(self) -> list[tuple[int, str, int, dict[str, Any]]]:
+        """First index, name, number of records and template of each family, as the manifest keeps them."""
+        return [(first, family.name, family.count, family.to_json()) for first, family in self._families]
+
+    @property
+    def families(self) -> list[tuple[int, Family]]:
+        """Each family with the index of its first record."""
+        return self._families
+
+    def is_member(self, index: int) -> bool:
+        """Whether a record is one of a family."""
+        return index >= len(self._blocks)
+
+    def member(self, index: int) -> Block:
+        """The record of a family that has this index.
+
+        Raises:
+            IndexError: there is none.
+        """
+        for first, family in self._families:
+            if first <= index < first + family.count:
+                return family.block(index, index - first)
+        raise IndexError(f"record {index}: the store has records 0 to {self.count - 1}")
+
+    def owner(self, parameter: str) -> int | None:
+        """The index of the family's record that has a parameter of this name; None if none has."""
+        for first, family in self._families:
+            number = family.number_of(parameter)
+            if number is not None:
+                return first + number
+        return None
+
+    def index(self, family: str, number: int) -> int:
+        """The index of a family's record.
+
+        Raises:
+            KeyError: no such family, or no such number in it.
+        """
+        for first, found in self._families:
+            if found.name == family and 0 <= number < found.count:
+                return first + number
+        known = ", ".join(f"{found.name!r} with {found.count} records" for _, found in self._families) or "none"
+        raise KeyError(f"no record {number} of family {family!r}; the families are {known}")
+
+
+class Recipes(Mapping[str, Recipe]):
+    """How each parameter begins, by name; that of a family's record by the pattern of the template."""
+
+    def __init__(self, own: Mapping[str, Recipe], families: Sequence[Family]) -> None:
+        self._own, self._families = own, families
+
+    def __getitem__(self, name: str) -> Recipe:
+        if name in self._own:
+            return self._own[name]
+        for family in self._families:
+            if family.number_of(name) is not None:
+                return next(recipe for pattern, recipe in family.patterns if pattern.fullmatch(name))
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
