@@ -7,8 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightstream.blocks import Block, Parameter
     from weightstream.engine import Engine
+    from weightstream.store.families import Family
     from weightstream.store.optimizers import SGD, Adafactor, AdamW, Group, Lion, Torch
+    from weightstream.store.recipes import Recipe
     from weightstream.store.schedules import constant, cosine, linear, wsd
     from weightstream.store.store import Store
 
@@ -17,9 +20,13 @@ __all__ = [
     "SGD",
     "Adafactor",
     "AdamW",
+    "Block",
     "Engine",
+    "Family",
     "Group",
     "Lion",
+    "Parameter",
+    "Recipe",
     "Store",
     "Torch",
     "constant",
@@ -31,6 +38,10 @@ __all__ = [
 _HOMES = {
     "Engine": "weightstream.engine",
     "Store": "weightstream.store.store",
+    "Block": "weightstream.blocks",
+    "Parameter": "weightstream.blocks",
+    "Family": "weightstream.store.families",
+    "Recipe": "weightstream.store.recipes",
     **dict.fromkeys(("SGD", "Adafactor", "AdamW", "Group", "Lion", "Torch"), "weightstream.store.optimizers"),
     **dict.fromkeys(("constant", "cosine", "linear", "wsd"), "weightstream.store.schedules"),
 }

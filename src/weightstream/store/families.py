@@ -111,7 +111,7 @@ class Layouts:
         return self._blocks
 
     def __getitem__(self, index: int) -> RecordLayout:
-        return self._blocks[index] if index < len(self._blocks) else self._of_member(index)
+        return self._blocks[index] if 0 <= index < len(self._blocks) else self._of_member(index)
 
     def family_rows(self) -> list[tuple[int, str, int, dict[str, Any]]]:
         """First index, name, number of records and template of each family, as the manifest keeps them."""

@@ -127,6 +127,16 @@ class Recipe:
 
     steps: tuple[Step, ...]
 
+    @classmethod
+    def normal(cls, mean: float, std: float) -> "Recipe":
+        """Independent normal numbers."""
+        return cls((Step("normal", (mean, std)),))
+
+    @classmethod
+    def fill(cls, value: float) -> "Recipe":
+        """One value everywhere."""
+        return cls((Step("fill", (value,)),))
+
     def to_json(self) -> list[dict[str, Any]]:
         return [step.to_json() for step in self.steps]
 

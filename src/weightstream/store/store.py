@@ -29,6 +29,7 @@ from weightstream.store.records import MEMBERS, Record, Records
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.tiers import Disk, Memory
+from weightstream.store.transaction import Tensors, Transaction, tensors_of
 from weightstream.store.versions import Versions
 
 
@@ -245,6 +246,32 @@ class Store:
     def optimizer_steps(self, block_index: int) -> int:
         """How many optimizer steps the newest version has had."""
         return self.versions.records[block_index].newest.optimizer_steps
+
+    # For programs that use the store by itself.
+
+    def read(self, index: int) -> Tensors:
+        """Copies of a record's newest masters and states: parameter name → part → tensor.
+
+        Raises:
+            IndexError: there is no such record.
+            DamagedRecordError: the bytes are not those that were written.
+        """
+        buffer = RecordBuffer(self.layout(index))
+        try:
+            self.load(index, buffer).result()
+            return {name: {k: t.clone() for k, t in parts.items()} for name, parts in tensors_of(buffer).items()}
+        finally:
+            buffer.close()
+
+    def transaction(self, *, step: int | None = None, progress: Mapping[str, Any] | None = None) -> Transaction:
+        """Change records and publish them in one commit, as `with store.transaction() as t: t[index][name]["param"]…`.
+
+        `step` and `progress` are committed with it; by default they stay as they are. Not under an engine.
+        """
+        self._require_writable()
+        if self.attached:
+            raise StoreError(f"store '{self.path}' is being trained; close its engine, then change records")
+        return Transaction(self, self.step if step is None else step, self.progress if progress is None else progress)
 
     # Operations in the background.
 
