@@ -43,9 +43,15 @@ def make(path: Path) -> int:
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = lock(path)
-        for name in (SEGMENTS, SCRATCH):
-            shutil.rmtree(path / name, ignore_errors=True)
-            (path / name).mkdir()
+        try:
+            if (path / MANIFEST).exists():  # made by a process that had the lock until now
+                raise StoreError(f"'{path}' already holds a store; open it, or give another path")
+            for name in (SEGMENTS, SCRATCH):
+                shutil.rmtree(path / name, ignore_errors=True)
+                (path / name).mkdir()
+        except BaseException:
+            unlock(handle)
+            raise
     except OSError as error:
         raise StoreError(f"'{path}': a store cannot be made there: {error.strerror}; give another path") from error
     return handle

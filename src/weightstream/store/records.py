@@ -24,7 +24,6 @@ class Entry:
     readers: "list[Future[Any]]" = field(default_factory=list)
     claimed: "Future[None]" = field(default_factory=new_future)  # it has a file, though perhaps not written
     unchecked: set[str] = field(default_factory=set)  # parts that were read without a check
-    new_file: bool = False  # its name must be synced with its directory
 
     def users(self) -> "list[Future[Any]]":
         """What must end before this version's file may be overwritten."""
@@ -76,6 +75,7 @@ class Record:
     committing: list[Entry] = field(default_factory=list)
     slots: dict[str, Entry | None] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # files that snapshots point to
+    unsynced: set[str] = field(default_factory=set)  # files whose names may not be on the medium
     pinned: dict[str, PinnedPart] = field(default_factory=dict)
     claimed: "Future[None]" = field(default_factory=lambda: done(None))  # of the version written last
 

@@ -24,7 +24,7 @@ from weightstream.store.manifest import Manifest
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.tiers import Disk, Memory
+from weightstream.store.tiers import Device, Disk, Memory
 from weightstream.store.versions import Versions
 
 
@@ -102,6 +102,7 @@ class Store:
         assert [block.index for block in blocks] == list(range(len(blocks))), "blocks are numbered in order"
         lock_handle = directory.make(store_path)
         try:
+            _sync_names_above(store_path, disk.device)
             disk.device.probe(store_path / directory.SCRATCH)
             meta = {
                 "contract": _as_json("contract", contract),
@@ -410,6 +411,18 @@ class Store:
             raise StoreError(f"store '{self.path}' was opened for reading; open it with writable=True")
         if self._closed:
             raise StoreError(f"store '{self.path}' is closed; open it again")
+
+
+def _sync_names_above(path: Path, device: Device) -> None:
+    """The name of a new store is on the medium, and those of directories above that may be as new as the store: a power
+    loss could else take it whole, commits and all."""
+    for parent in path.absolute().parents:
+        try:
+            device.sync_directory(parent)
+        except OSError:  # not ours to open, or of a file system without this: nobody made it just now
+            if parent == path.absolute().parent:
+                raise
+            return
 
 
 def _block_facts(block: Block, recipes: Mapping[str, Recipe]) -> dict[str, Any]:

@@ -312,7 +312,8 @@ class Versions:
             if waits is None:
                 assert self._commits, "only a commit under way can keep three files of a record live"
                 return chain(self._commits[:1], lambda: self._write_entry(block_index, entry, record))
-            entry.new_file = entry.slot not in known
+            if entry.slot is not None and entry.slot not in known:
+                state.unsynced.add(entry.slot)
         entry.claimed.set_result(None)
 
         def start() -> "Future[list[int]]":
@@ -382,15 +383,25 @@ class Versions:
             name = self.segment_path(index, entry).name
             rows.append(RecordRow(index, entry.version, name, entry.checksums, entry.optimizer_steps))
         try:
-            if not self._names_synced or any(entry.new_file for entry in published.values()):
-                self._disk.device.sync_directory(self.path / directory.SEGMENTS)
-                self._names_synced = True
+            self._sync_names(published)
             self._manifest.publish(step, progress, rows)
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
                 f"store '{self.path}': the commit of step {step} failed: {error}; the commit of step {self.step} is "
                 "whole, make room on the disk and run again"
             ) from error
+
+    def _sync_names(self, published: Mapping[int, Entry]) -> None:
+        """Names of these versions' files are on the medium, also of a file that an undone version was the first in."""
+        with self._lock:
+            files = [(self.records[index], entry.slot) for index, entry in published.items() if entry.slot is not None]
+            unsynced = [(state, slot) for state, slot in files if slot in state.unsynced]
+        if not self._names_synced or unsynced:
+            self._disk.device.sync_directory(self.path / directory.SEGMENTS)
+            self._names_synced = True
+            with self._lock:
+                for state, slot in unsynced:
+                    state.unsynced.discard(slot)
 
     def _add_snapshot(self, name: str) -> None:
         self._manifest.add_snapshot(name)
