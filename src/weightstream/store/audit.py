@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from weightstream.errors import DamagedRecordError
+from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.layout import DTYPE_NAMES
 from weightstream.store.records import Entry, file_name, slot_of
@@ -98,10 +98,10 @@ def verify(store: "Store") -> list[str]:
                     try:
                         targets = {part.name: buffer.view(part.name)}
                         store.versions.read_entry(row.block, entry, targets, "states").result()
-                    except DamagedRecordError as error:
+                    except StoreError as error:
                         problems.append(str(error))
-            except (OSError, DamagedRecordError) as error:
-                problems.append(f"store '{store.path}': block {row.block} {layout.block!r}: {error}")
+            except (OSError, StoreError) as error:
+                problems.append(f"store '{store.path}': block {row.block} {layout.block!r} in {path.name}: {error}")
     finally:
         buffer.close()
         header.close()

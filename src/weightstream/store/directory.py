@@ -88,7 +88,9 @@ def lock(path: Path) -> int:
     try:
         handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise StoreError(f"store '{path}' cannot be written: {error.strerror}; open it for reading") from error
+        raise StoreError(
+            f"store '{path}' cannot be written: {error.strerror}; make room, see to the permissions, or open it for reading"
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -98,8 +100,14 @@ def lock(path: Path) -> int:
             f"store '{path}' is being written by process {holder or 'unknown'}; wait for it, end it, or open the "
             "store for reading"
         ) from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(handle)
+        raise StoreError(
+            f"store '{path}' cannot be written: {error.strerror}; make room, or open it for reading"
+        ) from error
     return handle
 
 
@@ -110,8 +118,9 @@ def unlock(handle: int) -> None:
 
 def clear_scratch(path: Path) -> None:
     """Remove what a process kept for itself."""
-    shutil.rmtree(path / SCRATCH, ignore_errors=True)
-    (path / SCRATCH).mkdir()
+    (path / SCRATCH).mkdir(exist_ok=True)
+    for file in (path / SCRATCH).iterdir():  # the directory stays: on a full disk it could not be made again
+        file.unlink(missing_ok=True)
 
 
 def records(

@@ -76,6 +76,7 @@ class Record:
     slots: dict[str, Entry | None] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # files that snapshots point to
     unsynced: set[str] = field(default_factory=set)  # files whose names may not be on the medium
+    doubtful: set[str] = field(default_factory=set)  # files of commits that failed, which may be found after a crash
     pinned: dict[str, PinnedPart] = field(default_factory=dict)
     claimed: "Future[None]" = field(default_factory=lambda: done(None))  # of the version written last
 
@@ -87,7 +88,7 @@ class Record:
     def live(self) -> set[str]:
         """Files that may not be overwritten."""
         entries = (self.committed, self.newest, *self.committing)
-        return self.held | {entry.slot for entry in entries if entry.slot is not None}
+        return self.held | self.doubtful | {entry.slot for entry in entries if entry.slot is not None}
 
     def claim(self, entry: Entry) -> "list[Future[Any]] | None":
         """Give the entry a file: a dead one, else a new one. Returns what must end before it may be written.
@@ -99,7 +100,7 @@ class Record:
         if dead:
             slot = min(dead, key=lambda name: (len(self._users(name)), name))
             waits = self._users(slot)
-        elif len(self.slots) - len(self.held) < FILES_PER_RECORD:
+        elif len(self.slots) - len(self.held | self.doubtful) < FILES_PER_RECORD:
             slot = next(name for name in slot_names() if name not in self.slots)
             waits = []
         else:

@@ -114,8 +114,13 @@ class Store:
             Manifest.create(store_path / directory.MANIFEST, meta=meta, blocks=facts)
             manifest = Manifest.open(store_path / directory.MANIFEST, writable=True)
             store = cls(store_path, manifest, disk, lock_handle)
-        except BaseException:
+        except BaseException as error:
             directory.unlock(lock_handle)
+            if isinstance(error, OSError):
+                raise StoreError(
+                    f"store '{store_path}' could not be made: {error.strerror}; make room or see to the permissions, and "
+                    "try again"
+                ) from error
             raise
         try:
             store._materialise_frozen()
@@ -153,9 +158,14 @@ class Store:
             except BaseException:
                 manifest.close()
                 raise
-        except BaseException:
+        except BaseException as error:
             if lock_handle is not None:
                 directory.unlock(lock_handle)
+            if isinstance(error, OSError):
+                raise StoreError(
+                    f"store '{store_path}' could not be opened: {error.strerror}; make room or see to the permissions, and "
+                    "try again"
+                ) from error
             raise
 
     @property
@@ -384,8 +394,10 @@ class Store:
         self.memory.close()
         self.manifest.close()
         if self._lock_handle is not None:
-            directory.clear_scratch(self.path)
-            directory.unlock(self._lock_handle)
+            try:
+                directory.clear_scratch(self.path)
+            finally:
+                directory.unlock(self._lock_handle)
 
     def __enter__(self) -> Self:
         return self

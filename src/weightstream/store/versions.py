@@ -11,8 +11,9 @@ readers.
 
 import sqlite3
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,13 @@ class Versions:
         self.track(out)
 
         def compare(finished: "Future[list[int]]") -> None:
-            found = finished.result()
+            try:
+                found = finished.result()
+            except OSError as error:
+                raise StoreError(
+                    f"store '{self.path}': block {block_index} {layout.block!r} at version {entry.version} could not be "
+                    f"read from {path.name}: {error.strerror}; nothing was changed, look after the disk and run again"
+                ) from error
             if check:
                 self._check(block_index, entry, parts, found)
 
@@ -365,6 +372,8 @@ class Versions:
         with self._lock:
             for index, entry in published.items():
                 self.records[index].committed = entry
+            for state in self.records:
+                state.doubtful.clear()
             self.step, self.progress = step, progress
             self._end_commit(out, published)
 
@@ -384,12 +393,24 @@ class Versions:
             rows.append(RecordRow(index, entry.version, name, entry.checksums, entry.optimizer_steps))
         try:
             self._sync_names(published)
-            self._manifest.publish(step, progress, rows)
+            try:
+                self._manifest.publish(step, progress, rows)
+            except BaseException:
+                self._doubt(published)
+                raise
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
                 f"store '{self.path}': the commit of step {step} failed: {error}; the commit of step {self.step} is "
                 "whole, make room on the disk and run again"
             ) from error
+
+    def _doubt(self, published: Mapping[int, Entry]) -> None:
+        """SQLite may have written a commit that it reports as failed, and find it after a crash: until one succeeds, its
+        files are left alone."""
+        with self._lock:
+            for index, entry in published.items():
+                if entry.slot is not None:
+                    self.records[index].doubtful.add(entry.slot)
 
     def _sync_names(self, published: Mapping[int, Entry]) -> None:
         """Names of these versions' files are on the medium, also of a file that an undone version was the first in."""
@@ -403,15 +424,27 @@ class Versions:
                 for state, slot in unsynced:
                     state.unsynced.discard(slot)
 
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"store '{self.path}': {what} failed: {error}; the commit of step {self.step} is whole, make room on the "
+                "disk and try again"
+            ) from error
+
     def _add_snapshot(self, name: str) -> None:
-        self._manifest.add_snapshot(name)
+        with self._changing(f"snapshot {name!r}"):
+            self._manifest.add_snapshot(name)
         with self._lock:
             for state in self.records:
                 if state.committed.slot is not None:
                     state.held.add(state.committed.slot)
 
     def _remove_snapshot(self, name: str) -> None:
-        self._manifest.remove_snapshot(name)
+        with self._changing(f"removing snapshot {name!r}"):
+            self._manifest.remove_snapshot(name)
         held = set(self._manifest.snapshots().values())
         with self._lock:
             for state in self.records:
