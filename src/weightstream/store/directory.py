@@ -33,9 +33,15 @@ def make(path: Path) -> int:
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = lock(path)
-        for name in (SEGMENTS, SCRATCH):
-            shutil.rmtree(path / name, ignore_errors=True)
-            (path / name).mkdir()
+        try:
+            if (path / MANIFEST).exists():  # made by a process that had the lock until now
+                raise StoreError(f"'{path}' already holds a store; open it, or give another path")
+            for name in (SEGMENTS, SCRATCH):
+                shutil.rmtree(path / name, ignore_errors=True)
+                (path / name).mkdir()
+        except BaseException:
+            unlock(handle)
+            raise
     except OSError as error:
         raise StoreError(f"'{path}': a store cannot be made there: {error.strerror}; give another path") from error
     return handle
@@ -91,7 +97,9 @@ def lock(path: Path) -> int:
     try:
         handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise StoreError(f"store '{path}' cannot be written: {error.strerror}; open it for reading") from error
+        raise StoreError(
+            f"store '{path}' cannot be written: {error.strerror}; make room, see to the permissions, or open it for reading"
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -101,8 +109,14 @@ def lock(path: Path) -> int:
             f"store '{path}' is being written by process {holder or 'unknown'}; wait for it, end it, or open the "
             "store for reading"
         ) from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(handle)
+        raise StoreError(
+            f"store '{path}' cannot be written: {error.strerror}; make room, or open it for reading"
+        ) from error
     return handle
 
 
@@ -113,8 +127,9 @@ def unlock(handle: int) -> None:
 
 def clear_scratch(path: Path) -> None:
     """Remove what a process kept for itself."""
-    shutil.rmtree(path / SCRATCH, ignore_errors=True)
-    (path / SCRATCH).mkdir()
+    (path / SCRATCH).mkdir(exist_ok=True)
+    for file in (path / SCRATCH).iterdir():  # the directory stays: on a full disk it could not be made again
+        file.unlink(missing_ok=True)
 
 
 def records(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weightstream.errors import DamagedRecordError
+from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store.audit import largest_header, largest_record
 from weightstream.store.manifest import RecordRow
 from weightstream.store.records import Entry, slot_of
@@ -124,7 +124,7 @@ def _find_in(store: "Store", row: RecordRow, buffer: RecordBuffer, header: Align
         for part in layout.parts:
             try:
                 store.versions.read_entry(row.block, entry, {part.name: buffer.view(part.name)}, "states").result()
-            except DamagedRecordError as error:
+            except StoreError as error:
                 found.append(Damage(row, part.name, str(error).partition(";")[0]))
     except OSError as error:
         found.append(Damage(row, "file", f"{what}: {path.name} cannot be read: {error.strerror}"))

@@ -30,7 +30,6 @@ class Entry:
     readers: "list[Future[Any]]" = field(default_factory=list)
     claimed: "Future[None]" = field(default_factory=new_future)  # it has a file, though perhaps not written
     unchecked: set[str] = field(default_factory=set)  # parts that were read without a check
-    new_file: bool = False  # its name must be synced with its directory
 
     def users(self) -> "list[Future[Any]]":
         """What must end before this version's file may be overwritten."""
@@ -84,6 +83,8 @@ class Record:
     committing: list[Entry] = field(default_factory=list)
     slots: dict[str, Entry | None] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # files that snapshots point to
+    unsynced: set[str] = field(default_factory=set)  # files whose names may not be on the medium
+    doubtful: set[str] = field(default_factory=set)  # files of commits that failed, which may be found after a crash
     pinned: dict[str, PinnedPart] = field(default_factory=dict)
     claimed: "Future[None]" = field(default_factory=lambda: done(None))  # of the version written last
 
@@ -127,7 +128,8 @@ class Record:
     def idle(self) -> bool:
         """Whether everything about it is in the manifest."""
         return (
-            not (self.pending or self.committing or self.pinned or self.accepted is not self.committed)
+            not (self.pending or self.committing or self.pinned or self.unsynced or self.doubtful)
+            and self.accepted is self.committed
             and not self.committed.users()
             and not any(self.users(slot) for slot in self.slots)
         )
@@ -139,7 +141,7 @@ class Record:
 
     def live(self) -> set[str]:
         """Files that may not be overwritten."""
-        return self.held | self.in_use()
+        return self.held | self.doubtful | self.in_use()
 
     def claim(self, entry: Entry) -> "list[Future[Any]] | None":
         """Give the entry a file: a dead one, else a new one. Returns what must end before it may be written.
@@ -151,7 +153,7 @@ class Record:
         if dead:
             slot = min(dead, key=lambda name: (len(self.users(name)), name))
             waits = self.users(slot)
-        elif len(self.slots) - len(self.held) < FILES_PER_RECORD:
+        elif len(self.slots) - len(self.held | self.doubtful) < FILES_PER_RECORD:
             slot = next(name for name in slot_names() if name not in self.slots)
             waits = []
         else:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightstream.store.futures import chain, new_future, when_settled
+from weightstream.errors import StoreError
+from weightstream.store.futures import chain, new_future, settle, when_settled
 from weightstream.store.layout import ALIGN_PART
 from weightstream.store.tiers import Disk
 from weightstream.units import align
@@ -92,7 +93,8 @@ class Scratch:
             lambda: _to_none(
                 self._disk.write(
                     self._path, [(item.offset, view)], "scratch", allocate_bytes=end, digest=False, sync=False
-                )
+                ),
+                f"scratch file '{self._path}' could not be written",
             ),
             item.written,
         )
@@ -116,7 +118,10 @@ class Scratch:
 
         def start() -> "Future[None]":
             item.written.result()
-            return _to_none(self._disk.read(self._path, [(item.offset, view)], "scratch", digest=False))
+            return _to_none(
+                self._disk.read(self._path, [(item.offset, view)], "scratch", digest=False),
+                f"scratch file '{self._path}' could not be read",
+            )
 
         return chain([item.written], start, out)
 
@@ -132,15 +137,16 @@ class Scratch:
             self._extents.give(item.offset, item.space)
 
 
-def _to_none(future: "Future[list[int]]") -> "Future[None]":
+def _to_none(future: "Future[list[int]]", failing: str) -> "Future[None]":
     out: Future[None] = new_future()
 
     def finish(finished: "Future[list[int]]") -> None:
-        error = finished.exception()
-        if error is not None:
-            out.set_exception(error)
-        else:
-            out.set_result(None)
+        try:
+            finished.result()
+        except OSError as error:
+            raise StoreError(
+                f"{failing}: {error.strerror}; the last commit is whole, make room on the disk and run again"
+            ) from error
 
-    future.add_done_callback(finish)
+    future.add_done_callback(lambda finished: settle(out, lambda: finish(finished)))
     return out

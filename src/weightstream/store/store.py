@@ -28,7 +28,7 @@ from weightstream.store.optimizers import Optimizer
 from weightstream.store.records import MEMBERS, Record, Records
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.tiers import Disk, Memory
+from weightstream.store.tiers import Device, Disk, Memory
 from weightstream.store.transaction import Tensors, Transaction, tensors_of
 from weightstream.store.versions import Versions
 
@@ -115,6 +115,7 @@ class Store:
         assert [block.index for block in blocks] == list(range(len(blocks))), "blocks are numbered in order"
         lock_handle = directory.make(store_path)
         try:
+            _sync_names_above(store_path, disk.device)
             disk.device.probe(store_path / directory.SCRATCH)
             meta = {
                 "made_by": metadata.version("weightstream"),
@@ -126,11 +127,17 @@ class Store:
             }
             if families:
                 (store_path / directory.SEGMENTS / MEMBERS).mkdir()
+                disk.device.sync_directory(store_path / directory.SEGMENTS)
             Manifest.create(store_path / directory.MANIFEST, meta=meta, blocks=facts, families=layouts.family_rows())
             manifest = Manifest.open(store_path / directory.MANIFEST, writable=True)
             store = cls(store_path, manifest, disk, lock_handle)
-        except BaseException:
+        except BaseException as error:
             directory.unlock(lock_handle)
+            if isinstance(error, OSError):
+                raise StoreError(
+                    f"store '{store_path}' could not be made: {error.strerror}; make room or see to the permissions, and "
+                    "try again"
+                ) from error
             raise
         try:
             store._materialise_frozen()
@@ -177,9 +184,14 @@ class Store:
             except BaseException:
                 manifest.close()
                 raise
-        except BaseException:
+        except BaseException as error:
             if lock_handle is not None:
                 directory.unlock(lock_handle)
+            if isinstance(error, OSError):
+                raise StoreError(
+                    f"store '{store_path}' could not be opened: {error.strerror}; make room or see to the permissions, and "
+                    "try again"
+                ) from error
             raise
 
     @property
@@ -495,8 +507,10 @@ class Store:
         self.memory.close()
         self.manifest.close()
         if self._lock_handle is not None:
-            directory.clear_scratch(self.path)
-            directory.unlock(self._lock_handle)
+            try:
+                directory.clear_scratch(self.path)
+            finally:
+                directory.unlock(self._lock_handle)
 
     def __enter__(self) -> Self:
         return self
@@ -522,6 +536,18 @@ class Store:
             raise StoreError(f"store '{self.path}' was opened for reading; open it with writable=True")
         if self._closed:
             raise StoreError(f"store '{self.path}' is closed; open it again")
+
+
+def _sync_names_above(path: Path, device: Device) -> None:
+    """The name of a new store is on the medium, and those of directories above that may be as new as the store: a power
+    loss could else take it whole, commits and all."""
+    for parent in path.absolute().parents:
+        try:
+            device.sync_directory(parent)
+        except OSError:  # not ours to open, or of a file system without this: nobody made it just now
+            if parent == path.absolute().parent:
+                raise
+            return
 
 
 def _block_facts(block: Block, recipes: Mapping[str, Recipe]) -> dict[str, Any]:

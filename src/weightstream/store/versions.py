@@ -11,8 +11,9 @@ readers.
 
 import sqlite3
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Part
 from weightstream.store.manifest import CommitRow, Manifest, RecordRow
-from weightstream.store.records import MEMBERS, Entry, PinnedPart, Records, file_name, pin_parts, slot_of, unpin_parts
+from weightstream.store.records import Entry, PinnedPart, Records, file_name, pin_parts, slot_of, unpin_parts
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.tiers import Disk, Extent, Memory
 
@@ -290,7 +291,13 @@ class Versions:
         self.track(out)
 
         def compare(finished: "Future[list[int]]") -> None:
-            found = finished.result()
+            try:
+                found = finished.result()
+            except OSError as error:
+                raise StoreError(
+                    f"store '{self.path}': block {block_index} {layout.block!r} at version {entry.version} could not be "
+                    f"read from {path.name}: {error.strerror}; nothing was changed, look after the disk and run again"
+                ) from error
             if check:
                 self._check(block_index, entry, parts, found)
 
@@ -342,7 +349,8 @@ class Versions:
             if waits is None:
                 assert self._commits, "only a commit under way can keep three files of a record live"
                 return chain(self._commits[:1], lambda: self._write_entry(block_index, entry, record))
-            entry.new_file = entry.slot not in known
+            if entry.slot is not None and entry.slot not in known:
+                state.unsynced.add(entry.slot)
         entry.claimed.set_result(None)
 
         def start() -> "Future[list[int]]":
@@ -395,6 +403,8 @@ class Versions:
         with self._lock:
             for index, entry in published.items():
                 self.records[index].committed = entry
+            for _, state in self.records.in_memory():
+                state.doubtful.clear()
             self.step, self.progress = step, progress
             self._end_commit(out, published)
 
@@ -414,22 +424,53 @@ class Versions:
             name = self.file_name(index, entry.slot)
             rows.append(RecordRow(index, entry.version, name, entry.checksums, entry.optimizer_steps))
         try:
-            segments = self.path / directory.SEGMENTS
-            news = {self.layouts.is_member(index) for index, entry in published.items() if entry.new_file}
-            if not self._names_synced or False in news:
-                self._disk.device.sync_directory(segments)
-            if True in news:
-                self._disk.device.sync_directory(segments / MEMBERS)
-            self._names_synced = True
-            self._manifest.publish(step, progress, rows)
+            self._sync_names(published)
+            try:
+                self._manifest.publish(step, progress, rows)
+            except BaseException:
+                self._doubt(published)
+                raise
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
                 f"store '{self.path}': the commit of step {step} failed: {error}; the commit of step {self.step} is "
                 "whole, make room on the disk and run again"
             ) from error
 
+    def _doubt(self, published: Mapping[int, Entry]) -> None:
+        """SQLite may have written a commit that it reports as failed, and find it after a crash: until one succeeds, its
+        files are left alone."""
+        with self._lock:
+            for index, entry in published.items():
+                if entry.slot is not None:
+                    self.records[index].doubtful.add(entry.slot)
+
+    def _sync_names(self, published: Mapping[int, Entry]) -> None:
+        """Names of these versions' files are on the medium, also of a file that an undone version was the first in."""
+        with self._lock:
+            unsynced = [(index, e.slot) for index, e in published.items() if e.slot in self.records[index].unsynced]
+        folders = {self._slot_path(index, slot).parent for index, slot in unsynced if slot is not None}
+        if not self._names_synced:
+            folders.add(self.path / directory.SEGMENTS)
+        for folder in sorted(folders):
+            self._disk.device.sync_directory(folder)
+        self._names_synced = True
+        with self._lock:
+            for index, slot in unsynced:
+                self.records[index].unsynced -= {slot}
+
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"store '{self.path}': {what} failed: {error}; the commit of step {self.step} is whole, make room on the "
+                "disk and try again"
+            ) from error
+
     def _add_snapshot(self, name: str) -> None:
-        self._manifest.add_snapshot(name)
+        with self._changing(f"snapshot {name!r}"):
+            self._manifest.add_snapshot(name)
         with self._lock:
             for _, state in self.records.in_memory():
                 if state.committed.slot is not None:
@@ -437,7 +478,9 @@ class Versions:
 
     def _remove_snapshot(self, name: str) -> int:
         nbytes, folders = 0, set[Path]()
-        for row in self._manifest.remove_snapshot(name):
+        with self._changing(f"deleting snapshot {name!r}"):
+            rows = self._manifest.remove_snapshot(name)
+        for row in rows:
             path = self.path / directory.SEGMENTS / row.file
             nbytes += path.stat().st_size
             folders.add(path.parent)
@@ -468,7 +511,8 @@ class Versions:
                     state.held = {slot_of(row.file) for row in rows if any(row.lives_at(n) for n in numbers)}
 
     def _restore(self, name: str) -> None:
-        commit = self._manifest.restore(name)
+        with self._changing(f"going back to snapshot {name!r}"):
+            commit = self._manifest.restore(name)
         with self._lock:
             for index, state in self.records.in_memory():
                 rows = [row for row in self._manifest.records(index, index + 1) if row.died is None]
