@@ -1,0 +1,49 @@
+"""Benchmarks run and print what they say they print; what they measure in a few seconds is no figure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import weightstream
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measured(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The JSON that a benchmark prints; nothing is kept under results/."""
+    command = [sys.executable, ROOT / "benchmarks" / arguments[0], *arguments[1:]]
+    command += ["--json", "--no-record", "--scratch", folder]
+    sources = str(Path(weightstream.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([sources, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.slow
+def test_kills(tmp_path: Path) -> None:
+    found = measured(tmp_path, "kills.py", "--kills", "5", "--verify-every", "2", "--layers", "2", "--width", "32")
+    assert found["kills"] == 5
+    assert found["digest_equal"]
+    assert found["lost_steps_max"] <= 2
+    assert found["verified"] == 3
+    assert found["damage"] == []
+    assert sum(found["lost_steps"].values()) + found["before_opening"] == 5
+
+
+@pytest.mark.slow
+def test_store(tmp_path: Path) -> None:
+    small = ("--width", "128", "--records", "3", "--rounds", "2", "--warm-up", "1", "--gigabytes", "0.02")
+    found = measured(tmp_path, "store.py", *small, "--commits", "2", "--snapshots", "2")
+    for key in ("read_ratio", "write_ratio", "write_new_ratio", "commit_ms", "snapshot_ms", "open_ms"):
+        least, most = found[f"{key}_spread"]
+        assert 0 < least <= most
+        assert found[key] > 0
+    assert found["commit_records"] == round(0.02e9 / (14 * 200_960))
+    assert found["write_bytes"] > found["read_bytes"] >= 3 * 14 * 200_960
