@@ -5,6 +5,7 @@ Commands run in this process through the entry point itself, so that exit codes 
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -251,3 +252,51 @@ def test_a_store_in_use_is_refused(shell: Shell) -> None:
     with Store.open(shell.folder / "run" / "store"):
         assert "store" in shell.refused("fit", "config.yaml")
         assert shell("store", "info", "run").code == 0  # readers may look beside a writer
+
+
+def test_differences_have_an_exit_code(shell: Shell) -> None:
+    few = ("training.steps=2", "training.sample.prompts=[]")
+    assert shell("fit", "config.yaml", *few).code == 0
+    assert shell("fit", "config.yaml", *few, "out=other").code == 0
+    same = shell("store", "diff", "run", "other/store")
+    assert (same.code, same.err) == (0, "")
+    assert same.out.startswith("equal: all ")
+    assert shell("fit", "config.yaml", *few, "out=other", "training.steps=3").code == 0
+    differ = shell("store", "diff", "run", "other")
+    assert differ.code == 1
+    assert "tensors differ" in differ.out.splitlines()[-1]
+    assert any(line.startswith("lm_head.weight exp_avg: norm ") for line in differ.out.splitlines())
+    found = shell("store", "diff", "run", "other", "--json")
+    assert found.code == 1
+    assert (found.json()["equal"], found.json()["b"]["step"]) == (False, 3)
+    assert "absent" in shell.refused("store", "diff", "run", "absent")
+
+
+def test_a_wiped_run_goes_on_from_what_was_pushed(shell: Shell) -> None:
+    assert shell("fit", "config.yaml", "optimizer.steps=6", "out=whole").code == 0
+    whole = shell("store", "digest", "whole").out
+    assert shell("fit", "config.yaml", "optimizer.steps=6", "training.steps=3").code == 0
+    assert shell("store", "push", "run", "target", "--json").json()["step"] == 3
+    assert shell("store", "push", "run", "target", "--json").json()["sent_bytes"] == 0
+    shutil.rmtree(shell.folder / "run")
+    assert "already holds a store" in shell.refused("store", "pull", "target", "whole/store")
+    assert "found nothing" in shell.refused("store", "pull", "absent", "run/store")
+    pulled = shell("store", "pull", "target", "run/store")
+    assert pulled.code == 0, pulled.err
+    assert shell("store", "verify", "run").code == 0
+    fitted = shell("fit", "config.yaml", "optimizer.steps=6")
+    assert fitted.code == 0, fitted.err
+    assert "going on from step 3 of 6" in fitted.err
+    assert shell("store", "digest", "run").out == whole
+
+    assert "give another target" in shell.refused("store", "push", "whole", "target")
+    assert "expected a store" in shell.refused("store", "push", "text", "target")
+    assert "Protocol not known" in shell.refused("store", "push", "run", "nowhere://x")
+    shutil.rmtree(shell.folder / "run")
+    (shell.folder / "target" / "segments" / "notes").mkdir()
+    record = next(path for path in (shell.folder / "target" / "segments").iterdir() if path.is_file())
+    record.write_bytes(record.read_bytes()[:-1] + b"x")
+    damaged = shell("store", "pull", "target", "run/store")
+    assert damaged.code == 2
+    assert record.name in damaged.err
+    assert not (shell.folder / "run" / "store" / "manifest.sqlite").exists()

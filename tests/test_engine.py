@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import weightstream as ws
 from weightstream.errors import ConfigError, DamagedRecordError, StoreMismatchError
+from weightstream.store.pull import pull
+from weightstream.store.push import push
 
 VOCABULARY, WIDTH = 48, 16
 
@@ -111,6 +113,18 @@ class TestResume:
         assert whole[0] == 4
         assert train(tmp_path / "pieces", [1, 2, 1], **settings) == whole
         assert train(tmp_path / "other", [4], seed=1, **settings)[1] != whole[1]
+
+    @MODES
+    def test_a_wiped_disk_goes_on_from_what_was_pushed(self, clip_norm: float | None, tmp_path: Path) -> None:
+        whole = train(tmp_path / "whole", [4], clip_norm=clip_norm)
+        with open_engine(tmp_path / "store", clip_norm=clip_norm) as engine:
+            for step in (1, 2):
+                engine.step(tokens(step), loss_fn)
+            engine.commit()
+            push(tmp_path / "store", tmp_path / "target")  # as another process would, while the engine is open
+        shutil.rmtree(tmp_path / "store")
+        pull(tmp_path / "target", tmp_path / "store")
+        assert train(tmp_path / "store", [2], clip_norm=clip_norm) == whole
 
     @MODES
     def test_looking_in_between_changes_nothing(self, clip_norm: float | None, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file,
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.steps=100.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 SnapshotName = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot's name.")]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="A folder, or an fsspec URL such as s3://bucket/name.")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder, or that of its run.")]
 
 
@@ -228,18 +229,65 @@ def store_export(
     _print(found, _lines, as_json)
 
 
+@store_app.command("diff")
+def store_diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A store's folder, or that of its run.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two stores tensor by tensor; exit code 1 if they differ."""
+    from weightstream.store.difference import difference
+
+    with _open(a) as first, _open(b) as second:
+        found = difference(first, second)
+    lines = found.pop("lines")
+    _print(found, lambda found: "\n".join([*lines, found["summary"]]), as_json)
+    if not found["equal"]:
+        raise typer.Exit(1)
+
+
+@store_app.command("push")
+def store_push(
+    store: StorePath,
+    target: Target,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Though the target holds a later step of this store, which is lost.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a directory or bucket to the last commit: only what changed is sent, and it can be interrupted."""
+    from weightstream.store.push import push
+
+    _print(push(_inner(store), target, replace=replace, say=_say), _lines, as_json)
+
+
+@store_app.command("pull")
+def store_pull(
+    target: Target,
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A new folder, such as RUN/store.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a store of what was pushed, with every checksum compared; it can be interrupted."""
+    from weightstream.store.pull import pull
+
+    _print(pull(target, store, say=_say), _lines, as_json)
+
+
 def _config(source: Path, overrides: list[str] | None) -> "RunConfig":
     from weightstream.config import load_config
 
     return load_config(source, overrides or ())
 
 
+def _inner(path: Path) -> Path:
+    inner = path / "store"
+    return inner if (inner / "manifest.sqlite").exists() else path
+
+
 def _open(path: Path, *, writable: bool = False, accept_damage: bool = False) -> Any:
     from weightstream.store.store import Store
 
-    inner = path / "store"
-    chosen = inner if (inner / "manifest.sqlite").exists() else path
-    return Store.open(chosen, writable=writable, accept_damage=accept_damage)
+    return Store.open(_inner(path), writable=writable, accept_damage=accept_damage)
 
 
 def _stderr() -> "Console":

@@ -7,6 +7,7 @@ instant finds the last commit whole, and the store is the checkpoint.
 
 import json
 import os
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -119,6 +120,7 @@ class Store:
             disk.device.probe(store_path / directory.SCRATCH)
             meta = {
                 "made_by": metadata.version("weightstream"),
+                "id": uuid.uuid4().hex,  # by which a target of a push knows the store that it holds
                 "contract": _as_json("contract", contract),
                 "precision": precision,
                 "optimizer": optimizer.to_json(),

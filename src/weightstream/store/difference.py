@@ -1,0 +1,228 @@
+"""How far two stores are from each other, tensor by tensor: bit for bit equal, or the norm of the difference.
+
+Parameters are matched by name, so the stores may be split into blocks in different ways. One record of each store is in
+memory at a time. Two stores without any difference have equal digests.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from weightstream.store.layout import DTYPE_NAMES, TensorSpec
+from weightstream.store.segments import RecordBuffer
+
+if TYPE_CHECKING:
+    from weightstream.store.store import Store
+
+STEPS = "optimizer_steps"
+"""Stands for a part where the count of optimizer steps is what differs."""
+
+_CHUNK_ELEMENTS = 1 << 20
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+State = Literal["equal", "differs", "other shape", "only in A", "only in B"]
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """From tensor a to tensor b, in fp64. `norm` and `largest` are over elements that are finite in both."""
+
+    elements: int
+    differing: int  # elements whose bits differ: 0.0 and -0.0 do, a NaN and the same NaN do not
+    not_finite: int  # of these, those that are NaN or infinite in a or b
+    norm: float  # L2 of a - b
+    largest: float  # the largest |a - b|
+    norm_a: float  # L2 of a's finite elements
+
+    @property
+    def relative(self) -> float | None:
+        """The norm of the difference relative to a's; None where a is zero and the difference is not."""
+        if self.norm == 0.0:
+            return 0.0
+        return self.norm / self.norm_a if self.norm_a else None
+
+    def __add__(self, other: "Distance") -> "Distance":
+        return Distance(
+            self.elements + other.elements,
+            self.differing + other.differing,
+            self.not_finite + other.not_finite,
+            math.hypot(self.norm, other.norm),
+            max(self.largest, other.largest),
+            math.hypot(self.norm_a, other.norm_a),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was found for one tensor; `a` and `b` describe the two where they cannot be subtracted."""
+
+    name: str
+    part: str
+    state: State
+    distance: Distance | None = None
+    a: str = ""
+    b: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"name": self.name, "part": self.part, "state": self.state}
+        if self.distance is not None and self.state == "differs":
+            found |= _distance_json(self.distance)
+        return found | {key: text for key, text in (("a", self.a), ("b", self.b)) if text}
+
+    def __str__(self) -> str:
+        what = f"{self.name} {self.part}"
+        if self.distance is not None and self.state == "differs":
+            return f"{what}: {_described(self.distance)}"
+        if self.state == "other shape" or self.part == STEPS:
+            return f"{what}: {self.a} in A, {self.b} in B"
+        return f"{what}: {self.state}"
+
+
+def distance(a: Tensor, b: Tensor) -> Distance:
+    """Of two contiguous CPU tensors of one shape and dtype, with a few MiB of memory beside them."""
+    total = Distance(0, 0, 0, 0.0, 0.0, 0.0)
+    flat_a, flat_b = a.detach().reshape(-1), b.detach().reshape(-1)
+    for start in range(0, flat_a.numel(), _CHUNK_ELEMENTS):
+        total += _chunk_distance(flat_a[start : start + _CHUNK_ELEMENTS], flat_b[start : start + _CHUNK_ELEMENTS])
+    return total
+
+
+def rows(a: "Store", b: "Store") -> Iterator[Row]:
+    """Every tensor of both stores: first all of A's, record by record, then what only B has."""
+    places_b = {parameter.name: block.index for block in b.blocks for parameter in block.parameters}
+    of_a, of_b = _Reader(a), _Reader(b)
+    try:
+        for block in a.blocks:
+            # neighbours in B are read together, whatever their order in A
+            names = sorted((places_b.get(parameter.name, -1), parameter.name) for parameter in block.parameters)
+            for index_b, name in names:
+                yield from _parameter(of_a, block.index, of_b, index_b, name)
+    finally:
+        of_a.close()
+        of_b.close()
+    names_a = {parameter.name for block in a.blocks for parameter in block.parameters}
+    for block in b.blocks:
+        for part in b.layout(block.index).states:
+            yield from (Row(spec.name, part.name, "only in B") for spec in part.tensors if spec.name not in names_a)
+
+
+def difference(a: "Store", b: "Store") -> dict[str, Any]:
+    """All of it as JSON: both steps, whether the stores are equal, every tensor in order of name, a distance for each
+    part over the tensors that both have, and one line that says it.
+
+    Raises:
+        DamagedRecordError: bytes of a store are not those that were written.
+    """
+    found = sorted(rows(a, b), key=lambda row: (row.name, row.part))
+    parts: dict[str, Distance] = {}
+    for row in found:
+        if row.distance is not None:
+            parts[row.part] = parts[row.part] + row.distance if row.part in parts else row.distance
+    return {
+        "a": {"path": str(a.path), "step": a.step},
+        "b": {"path": str(b.path), "step": b.step},
+        "equal": all(row.state == "equal" for row in found),
+        "summary": _summary(found, parts),
+        "parts": {name: _distance_json(found) for name, found in sorted(parts.items())},
+        "tensors": [row.as_json() for row in found],
+        "lines": [str(row) for row in found if row.state != "equal"],
+    }
+
+
+class _Reader:
+    """Records of one store, one at a time; the last one is kept."""
+
+    def __init__(self, store: "Store") -> None:
+        self.store = store
+        self._buffer = RecordBuffer(max((store.layout(block.index).image_nbytes for block in store.blocks), default=0))
+        self._loaded: int | None = None
+
+    def specs(self, index: int, name: str) -> dict[str, TensorSpec]:
+        """Part → what the parameter has there."""
+        states = self.store.layout(index).states
+        return {part.name: spec for part in states for spec in part.tensors if spec.name == name}
+
+    def steps(self, index: int) -> int:
+        return self.store.optimizer_steps(index)
+
+    def tensor(self, index: int, name: str, part: str) -> Tensor:
+        if index != self._loaded:
+            self.store.load(index, self._buffer).result()
+            self._loaded = index
+        return self._buffer.tensors(part)[name]
+
+    def close(self) -> None:
+        self._buffer.close()
+
+
+def _parameter(of_a: _Reader, index_a: int, of_b: _Reader, index_b: int, name: str) -> Iterator[Row]:
+    specs_a = of_a.specs(index_a, name)
+    specs_b = of_b.specs(index_b, name) if index_b >= 0 else {}
+    for part, spec_a in specs_a.items():
+        spec_b = specs_b.get(part)
+        if spec_b is None:
+            yield Row(name, part, "only in A")
+        elif (spec_a.shape, spec_a.dtype) != (spec_b.shape, spec_b.dtype):
+            yield Row(name, part, "other shape", a=_shape(spec_a), b=_shape(spec_b))
+        else:
+            found = distance(of_a.tensor(index_a, name, part), of_b.tensor(index_b, name, part))
+            yield Row(name, part, "differs" if found.differing else "equal", found)
+    yield from (Row(name, part, "only in B") for part in specs_b if part not in specs_a)
+    if index_b >= 0 and (steps := (of_a.steps(index_a), of_b.steps(index_b)))[0] != steps[1]:
+        yield Row(name, STEPS, "differs", a=str(steps[0]), b=str(steps[1]))
+
+
+def _chunk_distance(a: Tensor, b: Tensor) -> Distance:
+    bits = _BITS[a.dtype.itemsize]
+    differing = a.view(bits) != b.view(bits)
+    count = int(differing.sum())
+    x = a.to(torch.float64)
+    finite_a = torch.isfinite(x)
+    norm_a = _norm(x[finite_a])
+    if not count:
+        return Distance(a.numel(), 0, 0, 0.0, 0.0, norm_a)
+    y = b.to(torch.float64)
+    both = differing & finite_a & torch.isfinite(y)
+    gaps = (x[both] - y[both]).abs()
+    largest = float(gaps.max()) if gaps.numel() else 0.0
+    return Distance(a.numel(), count, count - int(both.sum()), _norm(gaps), largest, norm_a)
+
+
+def _norm(values: Tensor) -> float:
+    """L2, scaled so that squares of large fp64 values do not overflow."""
+    scale = float(values.abs().max()) if values.numel() else 0.0
+    return scale * float(torch.linalg.vector_norm(values / scale)) if 0.0 < scale < math.inf else scale
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+
+
+def _distance_json(found: Distance) -> dict[str, Any]:
+    """JSON has no infinities: what overflows fp64 is None."""
+    values = asdict(found) | {"relative": found.relative}
+    return {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
+
+
+def _described(found: Distance) -> str:
+    relative = "A is zero" if found.relative is None else f"{found.relative:.3g} of A's"
+    text = f"norm {found.norm:.6g} ({relative}), largest {found.largest:.6g}"
+    text += f", {found.differing} of {found.elements} elements"
+    return text + (f", {found.not_finite} of them not finite" if found.not_finite else "")
+
+
+def _summary(found: Sequence[Row], parts: dict[str, Distance]) -> str:
+    tensors = [row for row in found if row.part != STEPS]
+    counts = {state: sum(row.state == state for row in tensors) for state in State.__args__}  # type: ignore[attr-defined]
+    if all(row.state == "equal" for row in found):
+        return f"equal: all {len(tensors)} tensors, bit for bit"
+    said = [f"{counts['differs']} of {len(tensors)} tensors differ"]
+    said += [f"{count} {state}" for state, count in counts.items() if count and state not in ("equal", "differs")]
+    steps = sum(row.part == STEPS for row in found)
+    said += [f"{steps} parameters had other numbers of optimizer steps"] if steps else []
+    said += [f"{name}: {_described(parts[name])}" for name in sorted(parts) if parts[name].differing]
+    return "; ".join(said)

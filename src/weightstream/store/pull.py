@@ -1,0 +1,244 @@
+"""Pull: make a store of the commit that a target holds.
+
+Everything is compared with its checksum before it is written, and the manifest comes last, so that the directory is a
+store only when it is whole. A pull that was cut short goes on with the records that are there.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from weightstream.errors import DamagedRecordError, StoreError
+from weightstream.store import directory
+from weightstream.store.checksums import checksums
+from weightstream.store.layout import RecordLayout, record_layout
+from weightstream.store.manifest import Manifest, RecordRow
+from weightstream.store.optimizers import Optimizer
+from weightstream.store.pushed import FILES, Index, PushedFile, PushedRecord, newest
+from weightstream.store.records import file_name
+from weightstream.store.segments import RecordBuffer
+from weightstream.store.store import _block_from_facts
+from weightstream.store.target import Counted, MissingObjectError, Place, Say, Target
+from weightstream.store.tiers import Disk
+from weightstream.units import format_bytes
+
+_NOTE = "pull.unfinished"  # there until the pull has ended
+_STAGED = "pull.sqlite"  # the manifest, before it is moved to its name
+_PULLING = "pull."
+_SLOT = "a"
+
+
+def pull(target: Place, path: str | os.PathLike[str], *, say: Say | None = None) -> dict[str, Any]:
+    """Make a store of the commit that a target holds; gives what was received, in records and bytes.
+
+    Args:
+        target: a directory or an fsspec URL that a store was pushed to.
+        path: a new or empty directory, or one where a pull was interrupted.
+
+    Raises:
+        StoreError: the directory holds something else or lacks room, or nothing was pushed to the target.
+        DamagedRecordError: a record at the target is missing or not what was pushed; no store is made.
+    """
+    place, where = Target.of(target), Path(path)
+    _require_new(where)
+    index = _pushed(place)
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        (where / _NOTE).write_text("A pull is under way here, or was interrupted; run it again.\n")
+    except OSError as error:
+        raise StoreError(f"'{where}': a store cannot be made there: {error.strerror}; give another path") from error
+    lock = directory.lock(where)
+    try:
+        while True:
+            _require_new(where)
+            attempt = _Attempt(place, index, where, say)
+            try:
+                return attempt.run()
+            except MissingObjectError as error:
+                # a push that ended meanwhile has removed it, else it was lost
+                before, index = index, _pushed(place)
+                if index.serial == before.serial:
+                    raise DamagedRecordError(
+                        f"{error}, though {index.name} names it; push again from the store"
+                    ) from error
+            finally:
+                attempt.close()
+    except OSError as error:
+        raise StoreError(
+            f"'{where}' could not be written: {error.strerror}; make room on the disk and pull again: it goes on with "
+            "what is there"
+        ) from error
+    finally:
+        directory.unlock(lock)
+
+
+def _pushed(target: Target) -> Index:
+    index = newest(target)
+    if index is None:
+        names = target.names()
+        found = f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else "nothing"
+        raise StoreError(
+            f"target '{target.name}': expected a store that was pushed there to its end, found {found}; give the "
+            "target of a push, or push again"
+        )
+    return index
+
+
+def _require_new(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"'{path}': expected a new or empty directory for a store, found a file; give another path")
+    if (path / directory.MANIFEST).exists():
+        raise StoreError(f"'{path}' already holds a store, and nothing is pulled over it; give another path")
+    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    begun = _NOTE in names or _STAGED in names
+    ours = (directory.SEGMENTS, directory.SCRATCH, directory.LOCK, FILES)
+    if other := [name for name in names if not (begun and (name in ours or name.startswith(_PULLING)))]:
+        raise StoreError(
+            f"'{path}': expected a new or empty directory, or one where a pull was interrupted, found "
+            f"{', '.join(other[:3])}{' and more' if len(other) > 3 else ''}; give another path"
+        )
+
+
+class _Attempt:
+    """One attempt at one commit; the directory is locked."""
+
+    def __init__(self, target: Target, index: Index, path: Path, say: Say | None) -> None:
+        self.target, self.index, self.path, self.say = target, index, path, say
+        self.disk = Disk(chunk_bytes=int(index.meta["chunk_bytes"]))
+        optimizer = Optimizer.from_json(index.meta["optimizer"])
+        self.layouts: dict[int, RecordLayout] = {
+            number: record_layout(_block_from_facts(number, name, facts), index.meta["precision"], optimizer)
+            for number, name, facts in index.blocks
+        }
+        self.buffer = RecordBuffer(max((layout.image_nbytes for layout in self.layouts.values()), default=0))
+
+    def run(self) -> dict[str, Any]:
+        started = time.monotonic()
+        segments = self.path / directory.SEGMENTS
+        for folder in (segments, self.path / directory.SCRATCH):
+            folder.mkdir(exist_ok=True)
+        files = {record.block: segments / file_name(record.block, _SLOT) for record in self.index.records}
+        for stranger in set(segments.iterdir()) - set(files.values()):
+            stranger.unlink()
+        records = self.index.records
+        self._check_room(sum(r.nbytes for r in records if not self._has_size(files[r.block], r)))
+        self.disk.device.probe(self.path / directory.SCRATCH)
+
+        missing = [record for record in records if not self._is_there(files[record.block], record)]
+        received = Counted("received", sum(record.nbytes for record in missing), self.say)
+        for record in missing:
+            self._receive(record, files[record.block])
+            received.add(record.nbytes)
+        self.disk.device.sync_directory(segments)
+        shutil.rmtree(self.path / FILES, ignore_errors=True)
+        file_bytes = sum(self._receive_file(file) for file in self.index.files)
+        self._write_manifest(files)
+        return {
+            "store": str(self.path),
+            "step": self.index.commit.step,
+            "records": len(files),
+            "record_bytes": sum(record.nbytes for record in records),
+            "received_records": len(missing),
+            "received_bytes": received.done_bytes + file_bytes,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+
+    def close(self) -> None:
+        self.disk.close()
+        self.buffer.close()
+
+    def _has_size(self, file: Path, record: PushedRecord) -> bool:
+        return file.is_file() and file.stat().st_size == record.nbytes
+
+    def _check_room(self, needed_bytes: int) -> None:
+        free_bytes = shutil.disk_usage(self.path).free
+        if needed_bytes > free_bytes:
+            raise StoreError(
+                f"'{self.path}': the store needs {format_bytes(needed_bytes)} more, its disk has "
+                f"{format_bytes(free_bytes)} free; make room, or give a path on another disk"
+            )
+
+    def _is_there(self, file: Path, record: PushedRecord) -> bool:
+        """Whether an earlier pull has brought this version, and it is whole."""
+        if not self._has_size(file, record):
+            return False
+        layout = self.layouts[record.block]
+        self.buffer.bind(layout)
+        header = memoryview(bytearray(layout.header_nbytes))
+        extents = [(0, header), *((part.offset, self.buffer.view(part.name)) for part in layout.parts)]
+        found = self.disk.read(file, extents, "states").result()[1:]
+        named = {part.name: checksum for part, checksum in zip(layout.parts, found, strict=True)}
+        return header == layout.header(record.version) and named == record.checksums
+
+    def _receive(self, record: PushedRecord, file: Path) -> None:
+        layout = self.layouts[record.block]
+        self.buffer.bind(layout)
+        what = f"target '{self.target.name}': block {record.block} {layout.block!r} at version {record.version}"
+        remedy = f"no store was made; remove {record.object} there and push again, then pull again"
+        found_bytes = self.target.read_into(record.object, self.buffer.image)
+        if found_bytes != layout.image_nbytes:
+            raise DamagedRecordError(
+                f"{what}: expected {layout.image_nbytes} bytes in {record.object}, found {found_bytes}; {remedy}"
+            )
+        views = [self.buffer.view(part.name) for part in layout.parts]
+        for part, checksum in zip(layout.parts, checksums(views, self.disk.chunk_bytes), strict=True):
+            if checksum != record.checksums.get(part.name):
+                raise DamagedRecordError(
+                    f"{what}, part {part.name!r} in {record.object}: expected checksum "
+                    f"{record.checksums.get(part.name, 0):016x}, found {checksum:016x}; {remedy}"
+                )
+        if self.buffer.image[: layout.header_nbytes] != layout.header(record.version):
+            raise DamagedRecordError(f"{what}: the header of {record.object} is not the one that was sent; {remedy}")
+        file.unlink(missing_ok=True)
+        extents = [(0, self.buffer.image[: layout.header_nbytes])]
+        extents += [(part.offset, view) for part, view in zip(layout.parts, views, strict=True)]
+        self.disk.write(file, extents, "segment", allocate_bytes=layout.image_nbytes, digest=False).result()
+
+    def _receive_file(self, file: PushedFile) -> int:
+        relative = PurePosixPath(file.path)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise DamagedRecordError(
+                f"target '{self.target.name}': {self.index.name} names a file outside {FILES}/: {file.path!r}; "
+                "no store was made"
+            )
+        data = self.target.read(file.object)
+        if xxhash.xxh3_64_hexdigest(data) != file.checksum:
+            raise DamagedRecordError(
+                f"target '{self.target.name}': {file.object} is not what was sent; no store was made; remove it there "
+                "and push again, then pull again"
+            )
+        path = self.path / FILES / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        return len(data)
+
+    def _write_manifest(self, files: dict[int, Path]) -> None:
+        """The last thing: from here on there is a store."""
+        staged = self.path / _STAGED
+        for leftover in self.path.glob(f"{_PULLING}*"):
+            if leftover.name != _NOTE:
+                leftover.unlink()
+        Manifest.create(staged, meta=self.index.meta, blocks=self.index.blocks)
+        manifest = Manifest.open(staged, writable=True)
+        try:
+            rows = [
+                RecordRow(
+                    record.block, record.version, files[record.block].name, record.checksums, record.optimizer_steps
+                )
+                for record in self.index.records
+            ]
+            manifest.publish(self.index.commit.step, self.index.commit.progress, rows)
+        finally:
+            manifest.close()
+        if Path(f"{staged}-wal").exists():
+            raise StoreError(f"'{self.path}': SQLite left a log beside the new manifest; pull again")
+        (self.path / _NOTE).unlink()
+        staged.rename(self.path / directory.MANIFEST)
+        self.disk.device.sync_directory(self.path)
