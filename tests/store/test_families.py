@@ -9,10 +9,13 @@ import torch
 from tests.store.cases import BLOCKS, assert_holds, fetched, files, filled, loaded, make, reopen, segment
 
 from weightstream.blocks import Parameter
-from weightstream.errors import DamagedRecordError, StoreError
+from weightstream.errors import DamagedRecordError, StoreError, StoreMismatchError
 from weightstream.store import records
+from weightstream.store.difference import difference
 from weightstream.store.families import Family
 from weightstream.store.initial import generate
+from weightstream.store.pull import pull
+from weightstream.store.push import push
 from weightstream.store.recipes import Recipe, Step
 from weightstream.store.store import Store
 
@@ -201,3 +204,26 @@ def test_records_that_there_are_not(tmp_path: Path) -> None:
                 store.tensor(name)
         with pytest.raises(IndexError, match="the store has records 0 to"):
             store.layout(len(BLOCKS) + COUNT + 3)
+
+
+def test_push_pull_and_difference(tmp_path: Path) -> None:
+    with of(tmp_path / "store") as store:
+        put(store, 1, 4, COUNT - 1)
+        digest = store.digest()
+    sent = push(tmp_path / "store", tmp_path / "target")
+    assert sent["sent_records"] == 3  # the frozen block has a file, too
+    pull(tmp_path / "target", tmp_path / "pulled")
+    with reopen(tmp_path / "pulled") as pulled, reopen(tmp_path / "store") as store:
+        assert (pulled.digest(), pulled.verify()) == (digest, [])
+        assert difference(store, pulled)["equal"]
+        put(store, 2, 4)
+        put(pulled, 3, 9)
+        found = difference(store, pulled)
+        assert found["summary"].startswith("12 of 36 tensors differ")
+        assert "1 families or their records are not in both" in found["summary"]
+        assert {row["name"].split(".")[2] for row in found["tensors"] if row["state"] == "differs"} == {"4", "9"}
+    assert push(tmp_path / "store", tmp_path / "target")["sent_records"] == 1
+    with make(tmp_path / "other", families=[FEW]) as other, reopen(tmp_path / "store", writable=False) as store:
+        assert "layer.expert.{} (family): only in A" in difference(store, other)["lines"]
+    with pytest.raises(StoreMismatchError, match="of another store"):
+        push(tmp_path / "other", tmp_path / "target")

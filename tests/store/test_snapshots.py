@@ -155,6 +155,7 @@ def test_a_branch_shares_files_and_goes_its_own_way(tmp_path: Path) -> None:
         with reopen(tmp_path / "branch") as branch:
             assert (branch.step, branch.progress, branch.digest()) == (1, {"value": 1}, digest)
             assert branch.snapshots() == {}
+            assert branch.manifest.meta()["id"] != store.manifest.meta()["id"]
             assert (branch.path / "hugging_face" / "config.json").read_text() == "{}"
             for value in range(3, 8):  # so often that every file of either would have been recycled
                 step(branch, value, 0)

@@ -7,6 +7,7 @@ would recycle one takes a new file (`tiers.Disk`). Where a file system has no ha
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,8 @@ def branch(store: "Store", name: str, path: Path) -> None:
     with manifest.at_one_moment():
         commit = manifest.commit_row(manifest.snapshot(name))
         rows = [row for row in manifest.records() if row.lives_at(commit.number)]
-        meta, blocks, families = manifest.meta(), manifest.blocks(), manifest.families()
+        meta = manifest.meta() | {"id": uuid.uuid4().hex}  # a target of pushes tells it from its origin
+        blocks, families = manifest.blocks(), manifest.families()
     path = path.absolute()
     partial = path.with_name(f".{path.name}.branch")
     shutil.rmtree(partial, ignore_errors=True)

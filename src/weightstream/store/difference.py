@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from weightstream.store.audit import largest_record
 from weightstream.store.layout import DTYPE_NAMES, TensorSpec
 from weightstream.store.segments import RecordBuffer
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 STEPS = "optimizer_steps"
 """Stands for a part where the count of optimizer steps is what differs."""
+FAMILY, RECORD = "(family)", "(record)"
+"""Stand for a part where a whole template, or that a record was ever written, is what differs."""
 
 _CHUNK_ELEMENTS = 1 << 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -77,7 +80,7 @@ class Row:
         what = f"{self.name} {self.part}"
         if self.distance is not None and self.state == "differs":
             return f"{what}: {_described(self.distance)}"
-        if self.state == "other shape" or self.part == STEPS:
+        if self.state == "other shape" or self.part in (STEPS, FAMILY):
             return f"{what}: {self.a} in A, {self.b} in B"
         return f"{what}: {self.state}"
 
@@ -101,6 +104,7 @@ def rows(a: "Store", b: "Store") -> Iterator[Row]:
             names = sorted((places_b.get(parameter.name, -1), parameter.name) for parameter in block.parameters)
             for index_b, name in names:
                 yield from _parameter(of_a, block.index, of_b, index_b, name)
+        yield from _families(of_a, of_b)
     finally:
         of_a.close()
         of_b.close()
@@ -133,12 +137,36 @@ def difference(a: "Store", b: "Store") -> dict[str, Any]:
     }
 
 
+def _families(of_a: "_Reader", of_b: "_Reader") -> Iterator[Row]:
+    """Records of families that were updated in either store; the others are equal where their templates and seeds are."""
+    a, b = ({family.name: (first, family) for first, family in of.store.layouts.families} for of in (of_a, of_b))
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b:
+            yield Row(name, FAMILY, "only in A" if name in a else "only in B")
+            continue
+        (first_a, family_a), (first_b, family_b) = a[name], b[name]
+        said_a, said_b = (f"{f.count} records, seed {of.store.seed}" for f, of in ((family_a, of_a), (family_b, of_b)))
+        if said_a != said_b or family_a.to_json() != family_b.to_json():
+            yield Row(name, FAMILY, "differs", a=said_a, b=said_b)
+            continue
+        written_a, written_b = (
+            {row.block - first for row in of.store.manifest.records(first, first + family_a.count) if row.died is None}
+            for of, first in ((of_a, first_a), (of_b, first_b))
+        )
+        for number in sorted(written_a | written_b):
+            block = family_a.block(first_a + number, number)
+            if number not in written_a or number not in written_b:
+                yield Row(block.name, RECORD, "only in A" if number in written_a else "only in B")
+            for parameter in block.parameters:
+                yield from _parameter(of_a, first_a + number, of_b, first_b + number, parameter.name)
+
+
 class _Reader:
     """Records of one store, one at a time; the last one is kept."""
 
     def __init__(self, store: "Store") -> None:
         self.store = store
-        self._buffer = RecordBuffer(max((store.layout(block.index).image_nbytes for block in store.blocks), default=0))
+        self._buffer = RecordBuffer(largest_record(store))
         self._loaded: int | None = None
 
     def specs(self, index: int, name: str) -> dict[str, TensorSpec]:
@@ -216,7 +244,7 @@ def _described(found: Distance) -> str:
 
 
 def _summary(found: Sequence[Row], parts: dict[str, Distance]) -> str:
-    tensors = [row for row in found if row.part != STEPS]
+    tensors = [row for row in found if row.part not in (STEPS, FAMILY, RECORD)]
     counts = {state: sum(row.state == state for row in tensors) for state in State.__args__}  # type: ignore[attr-defined]
     if all(row.state == "equal" for row in found):
         return f"equal: all {len(tensors)} tensors, bit for bit"
@@ -224,5 +252,7 @@ def _summary(found: Sequence[Row], parts: dict[str, Distance]) -> str:
     said += [f"{count} {state}" for state, count in counts.items() if count and state not in ("equal", "differs")]
     steps = sum(row.part == STEPS for row in found)
     said += [f"{steps} parameters had other numbers of optimizer steps"] if steps else []
+    alone = sum(row.part in (FAMILY, RECORD) for row in found)
+    said += [f"{alone} families or their records are not in both"] if alone else []
     said += [f"{name}: {_described(parts[name])}" for name in sorted(parts) if parts[name].differing]
     return "; ".join(said)

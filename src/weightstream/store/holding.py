@@ -11,13 +11,14 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
 from weightstream.store import directory
 from weightstream.store.manifest import CommitRow, RecordRow
+from weightstream.store.records import MEMBERS
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.store import Store
 
@@ -35,6 +36,7 @@ class Held:
     store: Store
     meta: dict[str, Any]
     blocks: Sequence[tuple[int, str, dict[str, Any]]]
+    families: Sequence[tuple[int, str, int, dict[str, Any]]]
     commit: CommitRow
     records: Sequence[RecordRow]
     folder: Path
@@ -99,6 +101,8 @@ def _hold(store: Store, links: Path) -> Held:
             if shutil.disk_usage(store.path).free < sum(store.layout(row.block).image_nbytes for row in found.records):
                 break
             links.mkdir()
+            if found.families:
+                (links / MEMBERS).mkdir()
             for row in found.records:
                 os.link(segments / row.file, links / row.file)
         except FileNotFoundError:
@@ -109,7 +113,7 @@ def _hold(store: Store, links: Path) -> Held:
             # A file is used again only after a commit that replaced its version. There was none since the manifest was
             # read, so each link is to the version that was meant, and from now on it stays so.
             if store.manifest.last_commit().number == found.commit.number:
-                return Held(store, found.meta, found.blocks, found.commit, found.records, links)
+                return replace(found, folder=links)
         shutil.rmtree(links, ignore_errors=True)
     shutil.rmtree(links, ignore_errors=True)
     return _last_commit(store, segments)
@@ -119,7 +123,8 @@ def _last_commit(store: Store, folder: Path) -> Held:
     manifest = store.manifest
     with manifest.at_one_moment():
         living = [row for row in manifest.records() if row.died is None]
-        return Held(store, manifest.meta(), manifest.blocks(), manifest.last_commit(), living, folder)
+        blocks, families = manifest.blocks(), manifest.families()
+        return Held(store, manifest.meta(), blocks, families, manifest.last_commit(), living, folder)
 
 
 @contextmanager

@@ -15,13 +15,13 @@ import xxhash
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.checksums import checksums
-from weightstream.store.layout import RecordLayout, record_layout
+from weightstream.store.families import Family, Layouts
 from weightstream.store.manifest import Manifest, RecordRow
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.pushed import FILES, Index, PushedFile, PushedRecord, newest
-from weightstream.store.records import file_name
+from weightstream.store.records import MEMBERS, file_name
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.store import _block_from_facts
+from weightstream.store.store import block_from_facts
 from weightstream.store.target import Counted, MissingObjectError, Place, Say, Target
 from weightstream.store.tiers import Disk
 from weightstream.units import format_bytes
@@ -109,20 +109,25 @@ class _Attempt:
     def __init__(self, target: Target, index: Index, path: Path, say: Say | None) -> None:
         self.target, self.index, self.path, self.say = target, index, path, say
         self.disk = Disk(chunk_bytes=int(index.meta["chunk_bytes"]))
-        optimizer = Optimizer.from_json(index.meta["optimizer"])
-        self.layouts: dict[int, RecordLayout] = {
-            number: record_layout(_block_from_facts(number, name, facts), index.meta["precision"], optimizer)
-            for number, name, facts in index.blocks
-        }
-        self.buffer = RecordBuffer(max((layout.image_nbytes for layout in self.layouts.values()), default=0))
+        self.layouts = Layouts(
+            [block_from_facts(number, name, facts) for number, name, facts in index.blocks],
+            [Family.from_json(name, count, facts) for _, name, count, facts in index.families],
+            index.meta["precision"],
+            Optimizer.from_json(index.meta["optimizer"]),
+        )
+        self.buffer = RecordBuffer(max((record.nbytes for record in index.records), default=0))
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
         segments = self.path / directory.SEGMENTS
         for folder in (segments, self.path / directory.SCRATCH):
             folder.mkdir(exist_ok=True)
-        files = {record.block: segments / file_name(record.block, _SLOT) for record in self.index.records}
-        for stranger in set(segments.iterdir()) - set(files.values()):
+        names = {r.block: file_name(r.block, _SLOT, member=self.layouts.is_member(r.block)) for r in self.index.records}
+        files = {block: segments / name for block, name in names.items()}
+        members = segments / MEMBERS
+        if self.index.families:
+            members.mkdir(exist_ok=True)
+        for stranger in {path for path in segments.rglob("*") if path != members} - set(files.values()):
             stranger.unlink()
         records = self.index.records
         self._check_room(sum(r.nbytes for r in records if not self._has_size(files[r.block], r)))
@@ -133,10 +138,11 @@ class _Attempt:
         for record in missing:
             self._receive(record, files[record.block])
             received.add(record.nbytes)
-        self.disk.device.sync_directory(segments)
+        for folder in (members, segments) if self.index.families else (segments,):
+            self.disk.device.sync_directory(folder)
         shutil.rmtree(self.path / FILES, ignore_errors=True)
         file_bytes = sum(self._receive_file(file) for file in self.index.files)
-        self._write_manifest(files)
+        self._write_manifest(names)
         return {
             "store": str(self.path),
             "step": self.index.commit.step,
@@ -219,26 +225,24 @@ class _Attempt:
             os.fsync(handle.fileno())
         return len(data)
 
-    def _write_manifest(self, files: dict[int, Path]) -> None:
+    def _write_manifest(self, names: dict[int, str]) -> None:
         """The last thing: from here on there is a store."""
         staged = self.path / _STAGED
         for leftover in self.path.glob(f"{_PULLING}*"):
             if leftover.name != _NOTE:
                 leftover.unlink()
-        Manifest.create(staged, meta=self.index.meta, blocks=self.index.blocks)
-        manifest = Manifest.open(staged, writable=True)
-        try:
-            rows = [
-                RecordRow(
-                    record.block, record.version, files[record.block].name, record.checksums, record.optimizer_steps
-                )
+        Manifest.create(
+            staged,
+            meta=self.index.meta,
+            blocks=self.index.blocks,
+            families=self.index.families,
+            step=self.index.commit.step,
+            progress=self.index.commit.progress,
+            records=[
+                RecordRow(record.block, record.version, names[record.block], record.checksums, record.optimizer_steps)
                 for record in self.index.records
-            ]
-            manifest.publish(self.index.commit.step, self.index.commit.progress, rows)
-        finally:
-            manifest.close()
-        if Path(f"{staged}-wal").exists():
-            raise StoreError(f"'{self.path}': SQLite left a log beside the new manifest; pull again")
+            ],
+        )
         (self.path / _NOTE).unlink()
         staged.rename(self.path / directory.MANIFEST)
         self.disk.device.sync_directory(self.path)

@@ -76,7 +76,7 @@ def _push(commit: Held, target: Target, replace: bool, say: Say | None) -> dict[
     records = [PushedRecord.of(row, commit.store.layout(row.block).image_nbytes) for row in commit.records]
     paths = _companions(commit.store.path / FILES)
     files = [PushedFile.of(name, path.read_bytes()) for name, path in paths.items()]
-    index = Index(serial + 1, commit.commit, commit.meta, commit.blocks, records, files)
+    index = Index(serial + 1, commit.commit, commit.meta, commit.blocks, commit.families, records, files)
     if before is not None:
         _require_successor(target, before, index, replace)
     target.prepare(FOLDERS)
@@ -130,7 +130,7 @@ def _require_successor(target: Target, before: Index, index: Index, replace: boo
     what = f"target '{target.name}' holds step {before.commit.step}"
     differing = [key for key in _SAME if before.meta.get(key) != index.meta.get(key)]
     there, here = (_flat({key: entry.meta.get(key) for key in _SAME}) for entry in (before, index))
-    if differing or [list(block) for block in before.blocks] != [list(block) for block in index.blocks]:
+    if differing or _split(before) != _split(index):
         said = [
             f"{key}: the target has {there.get(key)!r}, this store has {here.get(key)!r}"
             for key in sorted(there.keys() | here.keys())
@@ -150,6 +150,11 @@ def _require_successor(target: Target, before: Index, index: Index, replace: boo
             f"{what} with other contents than this store has at that step; give another target, or put this store in "
             "its place with replace=True (--replace)"
         )
+
+
+def _split(index: Index) -> list[list[Any]]:
+    """What the records are of; JSON has lists only."""
+    return [list(entry) for entry in (*index.blocks, *index.families)]
 
 
 def _check_arrived(target: Target, index: Index, serial: int) -> None:

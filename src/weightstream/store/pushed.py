@@ -69,12 +69,13 @@ class PushedFile:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A commit at a target. `meta` and `blocks` are those of the store's manifest."""
+    """A commit at a target. `meta`, `blocks` and `families` are those of the store's manifest."""
 
     serial: int
     commit: CommitRow
     meta: Mapping[str, Any]
     blocks: Sequence[tuple[int, str, dict[str, Any]]]
+    families: Sequence[tuple[int, str, int, dict[str, Any]]]
     records: Sequence[PushedRecord]
     files: Sequence[PushedFile]
 
@@ -125,6 +126,7 @@ class Index:
             CommitRow(body["commit"], body["step"], body["progress"]),
             body["meta"],
             [(block, name, facts) for block, name, facts in body["blocks"]],
+            [(first, name, count, facts) for first, name, count, facts in body["families"]],
             records,
             [PushedFile(**entry) for entry in body["files"]],
         )
@@ -138,6 +140,7 @@ class Index:
             "progress": self.commit.progress,
             "meta": dict(self.meta),
             "blocks": [list(block) for block in self.blocks],
+            "families": [list(family) for family in self.families],
             "records": [
                 {
                     "block": record.block,

@@ -62,7 +62,7 @@ class Store:
         self.precision: Precision = meta["precision"]
         self.optimizer = Optimizer.from_json(meta["optimizer"])
         self.seed = int(self.contract.get("seed", 0))
-        self.blocks = tuple(_block_from_facts(index, name, facts) for index, name, facts in blocks)
+        self.blocks = tuple(block_from_facts(index, name, facts) for index, name, facts in blocks)
         self.families = tuple(Family.from_json(name, count, facts) for _, name, count, facts in families)
         own = {name: Recipe.from_json(recipe) for _, _, facts in blocks for name, recipe in facts["recipes"].items()}
         self.recipes: Mapping[str, Recipe] = Recipes(own, self.families)
@@ -568,7 +568,8 @@ def _block_facts(block: Block, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
     }
 
 
-def _block_from_facts(index: int, name: str, facts: Mapping[str, Any]) -> Block:
+def block_from_facts(index: int, name: str, facts: Mapping[str, Any]) -> Block:
+    """The block that a row of the manifest describes."""
     parameters = tuple(Parameter(fact["name"], tuple(fact["shape"]), fact["trainable"]) for fact in facts["parameters"])
     return Block(index, name, parameters, tuple(facts["modules"]), facts["resident"])
 
