@@ -14,6 +14,10 @@ write together, that is gone where nothing is checked and checksums are given (`
 `commit_ms`: the commit of a step that wrote all records of the large store (`commit_records`), all of them synced;
 `snapshot_ms`: a snapshot of the large store (`store_bytes`); `open_ms`: opening it. `--gigabytes` is its size. Files
 that are to be new are kept to the end, since the kernel discards what is removed: 25 GB of disk, 2 GB of memory.
+`catalogue_open_s`, `catalogue_rss_bytes`: opening a store with a family of `catalogue_records` records
+(`catalogue_parameters` parameters), and what that adds to the memory of a process with the same imports;
+`catalogue_record_ratio`: the time to read or to update one record against the same in a family of 1,000, the greatest of
+four: each before and after `catalogue_touched` records were updated.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from typing import Any
 
 import torch
 from bare_io import BareFiles
+from catalogue import measure
 from results import SCRATCH, provenance, summary, write
 from scratch import scratch
 from workload import BETAS, EPSILON, LEARNING_RATE, WEIGHT_DECAY
@@ -55,13 +60,15 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=10.0, help="of the large store")
     parser.add_argument("--commits", type=int, default=5, help="counted ones, each of the whole large store")
     parser.add_argument("--snapshots", type=int, default=15, help="counted ones")
+    parser.add_argument("--touched", type=int, default=100_000, help="records of the family that are updated")
+    parser.add_argument("--record-rounds", type=int, default=50, help="counted reads and updates of single records")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder on the disk that is measured")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "store"}
     with scratch(arguments.scratch, "store") as folder:
-        for section in (transfers, large_store):
+        for section in (transfers, large_store, catalogue):
             result |= section(arguments, folder / section.__name__)
             shutil.rmtree(folder / section.__name__)
     write("store", result | provenance(arguments.rounds), as_json=arguments.json, record=not arguments.no_record)
@@ -116,6 +123,11 @@ def large_store(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **summary("snapshot_ms", snapshots_ms[1:]), "first_snapshot_ms": snapshots_ms[0],
         **summary("open_ms", opens_ms[arguments.warm_up :]),
     }  # fmt: skip
+
+
+def catalogue(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A family of billions of records against one of 1,000 (`catalogue.py`)."""
+    return measure(arguments, folder)
 
 
 class Records:

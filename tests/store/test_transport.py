@@ -428,7 +428,7 @@ def test_an_interrupted_pull_goes_on(store: Store, tmp_path: Path, monkeypatch: 
     assert digest(tmp_path / "pulled") == store.digest()
 
 
-@pytest.mark.parametrize("name", ["create", "open", "publish", "rename"])
+@pytest.mark.parametrize("name", ["create", "rename"])
 def test_a_pull_that_dies_at_its_manifest(
     name: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ class Row:
         what = f"{self.name} {self.part}"
         if self.distance is not None and self.state == "differs":
             return f"{what}: {_described(self.distance)}"
-        if self.state == "other shape" or self.part in (STEPS, FAMILY):
+        if self.a and self.b:
             return f"{what}: {self.a} in A, {self.b} in B"
         return f"{what}: {self.state}"
 
