@@ -21,6 +21,8 @@ import xxhash
 from weightstream.errors import DamagedRecordError, StoreError
 
 FORMAT_NUMBER = 2
+META = ("id", "made_by", "contract", "precision", "optimizer", "chunk_bytes", "counts")
+"""What table meta always has."""
 APPLICATION_ID = 0x57535452  # "WSTR", where `file` finds it
 
 _SCHEMA = """
@@ -111,7 +113,9 @@ class Manifest:
             connection.execute("BEGIN")
             for statement in _SCHEMA.split(";"):
                 connection.execute(statement)
-            for key, value in meta.items():
+            blocks, families = list(blocks), list(families)
+            counts = {"blocks": len(blocks), "families": len(families)}
+            for key, value in {**meta, "counts": counts}.items():
                 _insert(connection, "meta", (key, _json(value)))
             for block, name, facts in blocks:
                 _insert(connection, "blocks", (block, name, _json(facts)))
@@ -170,15 +174,39 @@ class Manifest:
     def at_one_moment(self) -> Iterator[None]:
         """Reads inside see one commit, whatever a writer beside this process does meanwhile."""
         with self._lock:
-            self._connection.execute("BEGIN")
             try:
-                yield
-            finally:
-                self._connection.execute("COMMIT")
+                self._connection.execute("BEGIN")
+                try:
+                    yield
+                finally:
+                    if self._connection.in_transaction:
+                        self._connection.execute("COMMIT")
+            except sqlite3.DatabaseError as error:
+                raise DamagedRecordError(
+                    f"manifest '{self.path}' cannot be read ({error}); restore the manifest from a copy"
+                ) from error
 
     def meta(self) -> dict[str, Any]:
-        """What was fixed when the store was made."""
-        return {key: json.loads(value) for key, value in self._rows("meta")}
+        """What was fixed when the store was made.
+
+        Raises:
+            DamagedRecordError: some of it is gone, or some blocks or families are.
+        """
+        found = {key: json.loads(value) for key, value in self._rows("meta")}
+        missing = [key for key in META if key not in found]
+        if missing:
+            raise DamagedRecordError(
+                f"manifest '{self.path}': expected {missing[0]!r} in table meta, found nothing; restore the manifest "
+                "from a copy"
+            )
+        for table, count in found["counts"].items():
+            rows = len(self._rows(table))
+            if rows != count:
+                raise DamagedRecordError(
+                    f"manifest '{self.path}': expected {count} rows in table {table}, found {rows}; restore the "
+                    "manifest from a copy"
+                )
+        return found
 
     def blocks(self) -> list[tuple[int, str, dict[str, Any]]]:
         """Index, name and facts of every block, in order of index."""
@@ -211,11 +239,14 @@ class Manifest:
         return CommitRow(number, step, json.loads(progress))
 
     def check(self) -> None:
-        """Compare every row with its checksum.
+        """Have SQLite check its own structure, and compare every row with its checksum.
 
         Raises:
             DamagedRecordError: naming the first that was changed.
         """
+        found = [text for (text,) in self._connection.execute("PRAGMA integrity_check(1)")]
+        if found != ["ok"]:
+            raise DamagedRecordError(f"manifest '{self.path}': SQLite finds {found[0]}; restore it from a copy")
         for table in _COLUMNS:
             self._rows(table)
         for number in self.snapshots().values():

@@ -1,0 +1,85 @@
+"""Whatever bytes a store's files hold, the reader names what is wrong: it never crashes, and never changes them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.store.cases import files, make, step
+from tests.store.test_families import FEW
+
+from weightstream.errors import WeightstreamError
+from weightstream.store.store import Store
+
+ANYTHING = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+PIECES = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=300)), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "store"
+    with make(path, families=[FEW]) as store:
+        step(store, 1, 0)
+        store.snapshot("one")
+        step(store, 2, 1)
+    return path
+
+
+def look(path: Path) -> None:
+    """Everything that reads a store; an error of ours is an answer, any other is a crash."""
+    for accept in (False, True):
+        try:
+            with Store.open(path, writable=False, accept_damage=accept) as store:
+                store.verify(), store.info(), store.snapshots()
+                store.digest()
+        except WeightstreamError:
+            pass
+
+
+@ANYTHING
+@given(pieces=PIECES, name=st.sampled_from(["manifest.sqlite", "segment"]))
+def test_random_pieces_in_its_files(whole: Path, pieces: list[tuple[int, bytes]], name: str) -> None:
+    path = whole.parent / "damaged"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(whole, path)
+    file = path / name if name != "segment" else sorted((path / "segments").glob("*.safetensors"))[0]
+    with file.open("r+b") as opened:
+        for offset, data in pieces:
+            opened.seek(offset % file.stat().st_size)
+            opened.write(data)
+    before = files(path)
+    look(path)
+    assert {key: value for key, value in files(path).items() if "-shm" not in key and "-wal" not in key} == before
+
+
+@ANYTHING
+@given(data=st.binary(max_size=4096))
+@pytest.mark.parametrize("cut", [True, False])
+def test_files_of_random_bytes(whole: Path, data: bytes, cut: bool) -> None:
+    path = whole.parent / "damaged"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(whole, path)
+    manifest = path / "manifest.sqlite"
+    manifest.write_bytes(manifest.read_bytes()[: len(data) * 7] if cut else data)
+    look(path)
+
+
+@ANYTHING
+@given(statements=st.lists(st.tuples(st.sampled_from(["meta", "blocks", "families", "records", "commits", "snapshots"]),
+                                     st.sampled_from(["DELETE FROM {}", "DROP TABLE {}", "ALTER TABLE {} ADD x"])),
+                           min_size=1, max_size=3))  # fmt: skip
+def test_rows_and_tables_that_are_gone(whole: Path, statements: list[tuple[str, str]]) -> None:
+    import sqlite3
+
+    path = whole.parent / "damaged"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(whole, path)
+    connection = sqlite3.connect(path / "manifest.sqlite", isolation_level=None)
+    for table, statement in statements:
+        try:
+            connection.execute(statement.format(table))
+        except sqlite3.OperationalError:
+            pass  # it is gone already
+    connection.close()
+    look(path)
