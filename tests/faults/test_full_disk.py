@@ -27,7 +27,7 @@ from tests.faults.run import (
     write,
 )
 from tests.store.cases import Gated, reopen, segment
-from tests.test_engine import loss_fn, open_engine, step_and_digest, tokens, train
+from tests.test_engine import TIGHT, loss_fn, open_engine, step_and_digest, tokens, train
 
 from weightstream.errors import StoreError, StoreInUseError
 from weightstream.store import directory as store_directory
@@ -36,6 +36,14 @@ from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.store import Store
 
 FULL = ("No space left on device", "database or disk is full", "disk I/O error")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -73,11 +81,7 @@ def test_a_disk_that_fills_in_a_step(
     by: str, reopened: bool, directory: Path, digests: dict[int, str], say: Callable[[str], None]
 ) -> None:
     tried = 0
-    for before in (
-        0,
-        1,
-        5,
-    ):  # the next step makes new files, but after 5 it writes over old ones (all but a shared one)
+    for before in (0, 1, 5):  # after 5 the next step writes over old files, before that it makes new ones
         room_bytes, device = 0, None
         while device is None or device.refused:
             path, device = copied(directory / "trial" / "store", before, directory), Filling(by)
@@ -281,36 +285,55 @@ def test_a_store_that_another_process_makes_meanwhile_is_left_alone(directory: P
 # The engine.
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("clip_norm", [None, 0.5], ids=["no clip", "clip"])
 def test_an_engine_says_so_and_goes_on_when_there_is_room(clip_norm: float | None, tmp_path: Path) -> None:
     """Every byte that is written takes space, as where files are copied on write. The engine's disk is the usual one
     over a device of ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        settings: dict[str, Any] = {"clip_norm": clip_norm}
-        expected = train(tmp_path / "whole", [5], **settings)
-        for number, room_bytes in enumerate((0, 50_000, 120_000)):
-            store, device = tmp_path / f"store {number}", Filling("write")
-            with mock.patch.object(tiers, "Device", lambda device=device: device):
-                engine = open_engine(store, **settings)
-            engine.step(tokens(1), loss_fn)
-            device.room_bytes = room_bytes
-            refused = [_refused(None, engine.step, tokens(step), loss_fn) for step in (2, 3, 4)]
-            assert refused[-1]
-            assert sorted(refused) == refused  # it stays so: what followed would follow a step that is lost
-            device.room_bytes = None
-            with pytest.raises(StoreError):
+    settings: dict[str, Any] = {"clip_norm": clip_norm}
+    expected = train(tmp_path / "whole", [5], **settings)
+    for number, room_bytes in enumerate((0, 50_000, 120_000)):
+        store, device = tmp_path / f"store {number}", Filling("write")
+        with mock.patch.object(tiers, "Device", lambda device=device: device):
+            engine = open_engine(store, **settings)
+        engine.step(tokens(1), loss_fn)
+        device.room_bytes = room_bytes
+        refused = [_refused(None, engine.step, tokens(step), loss_fn) for step in (2, 3, 4)]
+        assert refused[-1]
+        assert sorted(refused) == refused  # it stays so: what followed would follow a step that is lost
+        device.room_bytes = None
+        with pytest.raises(StoreError):
+            engine.step(tokens(engine.step_count + 1), loss_fn)
+        with contextlib.suppress(StoreError):
+            engine.close()
+        assert step_and_digest(store)[0] < 4
+        with open_engine(store, **settings) as engine:
+            while engine.step_count < 5:
                 engine.step(tokens(engine.step_count + 1), loss_fn)
-            with contextlib.suppress(StoreError):
-                engine.close()
-            assert step_and_digest(store)[0] < 4
-            with open_engine(store, **settings) as engine:
-                while engine.step_count < 5:
-                    engine.step(tokens(engine.step_count + 1), loss_fn)
-            assert step_and_digest(store) == expected
-    finally:
-        torch.set_num_threads(before)
+        assert step_and_digest(store) == expected
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_engine_without_room_for_a_staged_gradient(tmp_path: Path) -> None:
+    """The gradient of a step that was taken is lost, so no step may follow it; the store is at the step before."""
+    settings: dict[str, Any] = {"clip_norm": 0.5, **TIGHT}
+    expected = train(tmp_path / "whole", [4], **settings)
+    for number, room_bytes in enumerate((0, 30_000)):
+        store, device = tmp_path / f"store {number}", Filling("write", only="scratch.bin")
+        with mock.patch.object(tiers, "Device", lambda device=device: device):
+            engine = open_engine(store, **settings)
+        engine.step(tokens(1), loss_fn)
+        device.room_bytes = room_bytes
+        refused = [_refused(None, engine.step, tokens(step), loss_fn) for step in (2, 3, 4)]
+        assert refused == [False, True, True]
+        device.room_bytes = None
+        with pytest.raises(StoreError, match="scratch.*No space left"):
+            engine.close()
+        assert step_and_digest(store)[0] == 1
+        with open_engine(store, **settings) as engine:
+            for step in (2, 3, 4):
+                engine.step(tokens(step), loss_fn)
+        assert step_and_digest(store) == expected
 
 
 def _refused(step: int | None, action: Callable[..., Any], *arguments: Any) -> bool:
