@@ -332,6 +332,7 @@ class Statements:
 
     fail_at: int | None = None
     after: bool = False
+    unreadable: bool = False  # every SELECT fails, and ends its transaction, as where the log's index finds no room
     seen: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -342,6 +343,12 @@ class Statements:
         class Watched(sqlite3.Connection):
             def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
                 if statement.startswith("SELECT"):
+                    if statements.unreadable:
+                        if self.in_transaction:
+                            super().execute("ROLLBACK")
+                        error = sqlite3.OperationalError("database or disk is full")
+                        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+                        raise error
                     return super().execute(statement, *arguments)
                 statements.seen.append(_kind(statement))
                 fails = len(statements.seen) - 1 == statements.fail_at

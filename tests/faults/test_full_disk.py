@@ -4,6 +4,9 @@ import contextlib
 import errno
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -200,12 +203,78 @@ def test_a_disk_that_is_full_when_a_store_is_made_or_opened(
     assert tried > 8
 
 
+def test_a_manifest_that_finds_no_room_when_it_is_read(directory: Path, digests: dict[int, str]) -> None:
+    """The first read makes the index of SQLite's write-ahead log."""
+    path, statements = directory / "store", Statements()
+    run(path, until=2)
+    with statements.watching():
+        statements.unreadable = True
+        assert _refused(None, reopen, path)
+        statements.unreadable = False
+        with reopen(path) as store:
+            statements.unreadable = True
+            assert [line for line in store.verify() if "make room" in line]
+            assert _refused(None, lambda: train_step(store, 3).result(timeout=30))
+            store.discard()
+            statements.unreadable = False
+            assert store.digest() == digests[2]
+    assert finished(path) == digests[STEPS]
+
+
 def test_a_disk_that_fills_while_frozen_records_are_written(directory: Path, digests: dict[int, str]) -> None:
     device = Filling()
     device.room_bytes = 4096
     with pytest.raises(StoreError, match="block 2 .*No space left.*make room"):
         new_store(directory / "store", device)
     assert finished(directory / "store") == digests[STEPS]
+
+
+FILE_SYSTEMS = """
+    import subprocess, sys
+    from pathlib import Path
+    from tests.faults.run import STEPS, run, undisturbed
+    from tests.store.cases import reopen
+    from weightstream.errors import StoreError
+
+    def mount(options):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", sys.argv[1]], check=True)
+
+    digests = undisturbed()
+    for kibibytes in range(4, 400, 20):
+        mount(f"size={kibibytes}k")
+        store = Path(sys.argv[1]) / "store"
+        try:
+            run(store)
+            print(f"{kibibytes} KiB: enough")
+        except StoreError as error:
+            assert "make room" in str(error) or "give another path" in str(error), error
+            print(f"{kibibytes} KiB: {error}")
+        mount("remount,size=10m")
+        run(store)
+        with reopen(store) as opened:
+            assert opened.verify() == []
+            assert opened.digest() == digests[STEPS]
+        subprocess.run(["umount", sys.argv[1]], check=True)
+"""
+
+
+def test_file_systems_of_many_sizes(tmp_path: Path, say: Callable[[str], None]) -> None:
+    """Real ones, so that SQLite too runs out of room wherever it does; in a name space of our own, where we may mount."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    probe = "mount -t tmpfs -o size=64k none /mnt && mount -o remount,size=1m /mnt"
+    if shutil.which("unshare") is None or subprocess.run([*alone, "sh", "-c", probe], capture_output=True).returncode:
+        pytest.skip("this system lets us mount no file system")
+    (tmp_path / "script.py").write_text(textwrap.dedent(FILE_SYSTEMS))
+    (tmp_path / "mounted").mkdir()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    done = subprocess.run(
+        [*alone, sys.executable, tmp_path / "script.py", tmp_path / "mounted"],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    full = [line for line in done.stdout.splitlines() if not line.endswith("enough")]
+    say(f"full file systems: {len(full)}")
+    assert len(full) > 5
 
 
 # Not to be read.

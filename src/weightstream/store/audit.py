@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from weightstream.errors import DamagedRecordError, StoreError
+from weightstream.errors import StoreError
 from weightstream.store import directory
 from weightstream.store.layout import DTYPE_NAMES
 from weightstream.store.records import Entry, file_name, slot_of
@@ -76,7 +76,7 @@ def verify(store: "Store") -> list[str]:
         with store.manifest.at_one_moment():
             store.manifest.meta(), store.manifest.blocks(), store.manifest.last_commit(), store.manifest.snapshots()
             rows = store.manifest.records()
-    except DamagedRecordError as error:
+    except StoreError as error:
         return [str(error)]
     buffer = RecordBuffer(_largest(store))
     header = AlignedBuffer(max((store.layout(block.index).header_nbytes for block in store.blocks), default=0))

@@ -35,6 +35,9 @@ CREATE TABLE commits (
 );
 CREATE TABLE snapshots (name TEXT PRIMARY KEY, number INTEGER NOT NULL, checksum TEXT NOT NULL) WITHOUT ROWID;
 """
+_OF_THE_SYSTEM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN}
+"""Errors of SQLite that say nothing about the file's contents."""
+
 _COLUMNS = {
     "meta": ("key", "value"),
     "blocks": ("block", "name", "facts"),
@@ -144,7 +147,8 @@ class Manifest:
             try:
                 yield
             finally:
-                self._connection.execute("COMMIT")
+                if self._connection.in_transaction:  # an error of the system may have ended it
+                    self._connection.execute("COMMIT")
 
     def meta(self) -> dict[str, Any]:
         """What was fixed when the store was made."""
@@ -263,6 +267,11 @@ class Manifest:
             with self._lock:
                 rows = self._connection.execute(f"SELECT {columns} FROM {table} {clause}", values).fetchall()
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_SYSTEM:
+                raise StoreError(
+                    f"manifest '{self.path}': table {table} cannot be read ({error}); make room or look after the disk, "
+                    "and try again"
+                ) from error
             raise DamagedRecordError(
                 f"manifest '{self.path}': table {table} cannot be read ({error}); restore the manifest from a copy"
             ) from error
