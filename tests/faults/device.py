@@ -275,23 +275,29 @@ def _mixed(versions: tuple[bytes, ...], file: int, version_of: Callable[[int, in
 
 class Filling(Wrapped):
     """A disk with room for so many more bytes, taken by growing files, or (`by="write"`) by every byte written, as where
-    overwriting takes new space. None: as much as is wanted."""
+    overwriting takes new space. None: as much as is wanted. Counts all files, or `only` those of one name."""
 
-    def __init__(self, by: str = "allocate") -> None:
+    def __init__(self, by: str = "allocate", *, only: str | None = None) -> None:
         super().__init__()
-        self.by = by
+        self.by, self.only = by, only
+        self._counted: dict[int, bool] = {}  # handle → whether its file is counted
         self.room_bytes: int | None = None
         self.refused = 0
         self._lock = threading.Lock()
 
+    def open(self, path: Path, *, write: bool) -> int:
+        handle = self._device.open(path, write=write)
+        self._counted[handle] = self.only in (None, path.name)
+        return handle
+
     def allocate(self, handle: int, nbytes: int) -> None:
-        if self.by == "allocate":
+        if self.by == "allocate" and self._counted[handle]:
             self._take(max(0, nbytes - os.fstat(handle).st_size))
         self._device.allocate(handle, nbytes)
 
     def write(self, handle: int, view: memoryview, offset: int) -> int:
         taken = view.nbytes
-        if self.by == "write":
+        if self.by == "write" and self._counted[handle]:
             taken = self._take(view.nbytes, unit=PAGE_BYTES)
         return self._device.write(handle, view[:taken], offset)
 
@@ -326,6 +332,7 @@ class Statements:
 
     fail_at: int | None = None
     after: bool = False
+    unreadable: bool = False  # every SELECT fails, and ends its transaction, as where the log's index finds no room
     seen: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -336,6 +343,12 @@ class Statements:
         class Watched(sqlite3.Connection):
             def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
                 if statement.startswith("SELECT"):
+                    if statements.unreadable:
+                        if self.in_transaction:
+                            super().execute("ROLLBACK")
+                        error = sqlite3.OperationalError("database or disk is full")
+                        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+                        raise error
                     return super().execute(statement, *arguments)
                 statements.seen.append(_kind(statement))
                 fails = len(statements.seen) - 1 == statements.fail_at

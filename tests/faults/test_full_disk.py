@@ -4,6 +4,9 @@ import contextlib
 import errno
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from tests.faults.run import (
     write,
 )
 from tests.store.cases import Gated, reopen, segment
-from tests.test_engine import loss_fn, open_engine, step_and_digest, tokens, train
+from tests.test_engine import TIGHT, loss_fn, open_engine, step_and_digest, tokens, train
 
 from weightstream.errors import StoreError, StoreInUseError
 from weightstream.store import directory as store_directory
@@ -36,6 +39,14 @@ from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.store import Store
 
 FULL = ("No space left on device", "database or disk is full", "disk I/O error")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -73,11 +84,7 @@ def test_a_disk_that_fills_in_a_step(
     by: str, reopened: bool, directory: Path, digests: dict[int, str], say: Callable[[str], None]
 ) -> None:
     tried = 0
-    for before in (
-        0,
-        1,
-        5,
-    ):  # the next step makes new files, but after 5 it writes over old ones (all but a shared one)
+    for before in (0, 1, 5):  # after 5 the next step writes over old files, before that it makes new ones
         room_bytes, device = 0, None
         while device is None or device.refused:
             path, device = copied(directory / "trial" / "store", before, directory), Filling(by)
@@ -196,12 +203,78 @@ def test_a_disk_that_is_full_when_a_store_is_made_or_opened(
     assert tried > 8
 
 
+def test_a_manifest_that_finds_no_room_when_it_is_read(directory: Path, digests: dict[int, str]) -> None:
+    """The first read makes the index of SQLite's write-ahead log."""
+    path, statements = directory / "store", Statements()
+    run(path, until=2)
+    with statements.watching():
+        statements.unreadable = True
+        assert _refused(None, reopen, path)
+        statements.unreadable = False
+        with reopen(path) as store:
+            statements.unreadable = True
+            assert [line for line in store.verify() if "make room" in line]
+            assert _refused(None, lambda: train_step(store, 3).result(timeout=30))
+            store.discard()
+            statements.unreadable = False
+            assert store.digest() == digests[2]
+    assert finished(path) == digests[STEPS]
+
+
 def test_a_disk_that_fills_while_frozen_records_are_written(directory: Path, digests: dict[int, str]) -> None:
     device = Filling()
     device.room_bytes = 4096
     with pytest.raises(StoreError, match="block 2 .*No space left.*make room"):
         new_store(directory / "store", device)
     assert finished(directory / "store") == digests[STEPS]
+
+
+FILE_SYSTEMS = """
+    import subprocess, sys
+    from pathlib import Path
+    from tests.faults.run import STEPS, run, undisturbed
+    from tests.store.cases import reopen
+    from weightstream.errors import StoreError
+
+    def mount(options):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", sys.argv[1]], check=True)
+
+    digests = undisturbed()
+    for kibibytes in range(4, 400, 20):
+        mount(f"size={kibibytes}k")
+        store = Path(sys.argv[1]) / "store"
+        try:
+            run(store)
+            print(f"{kibibytes} KiB: enough")
+        except StoreError as error:
+            assert "make room" in str(error) or "give another path" in str(error), error
+            print(f"{kibibytes} KiB: {error}")
+        mount("remount,size=10m")
+        run(store)
+        with reopen(store) as opened:
+            assert opened.verify() == []
+            assert opened.digest() == digests[STEPS]
+        subprocess.run(["umount", sys.argv[1]], check=True)
+"""
+
+
+def test_file_systems_of_many_sizes(tmp_path: Path, say: Callable[[str], None]) -> None:
+    """Real ones, so that SQLite too runs out of room wherever it does; in a name space of our own, where we may mount."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    probe = "mount -t tmpfs -o size=64k none /mnt && mount -o remount,size=1m /mnt"
+    if shutil.which("unshare") is None or subprocess.run([*alone, "sh", "-c", probe], capture_output=True).returncode:
+        pytest.skip("this system lets us mount no file system")
+    (tmp_path / "script.py").write_text(textwrap.dedent(FILE_SYSTEMS))
+    (tmp_path / "mounted").mkdir()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    done = subprocess.run(
+        [*alone, sys.executable, tmp_path / "script.py", tmp_path / "mounted"],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    full = [line for line in done.stdout.splitlines() if not line.endswith("enough")]
+    say(f"full file systems: {len(full)}")
+    assert len(full) > 5
 
 
 # Not to be read.
@@ -281,36 +354,55 @@ def test_a_store_that_another_process_makes_meanwhile_is_left_alone(directory: P
 # The engine.
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("clip_norm", [None, 0.5], ids=["no clip", "clip"])
 def test_an_engine_says_so_and_goes_on_when_there_is_room(clip_norm: float | None, tmp_path: Path) -> None:
     """Every byte that is written takes space, as where files are copied on write. The engine's disk is the usual one
     over a device of ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        settings: dict[str, Any] = {"clip_norm": clip_norm}
-        expected = train(tmp_path / "whole", [5], **settings)
-        for number, room_bytes in enumerate((0, 50_000, 120_000)):
-            store, device = tmp_path / f"store {number}", Filling("write")
-            with mock.patch.object(tiers, "Device", lambda device=device: device):
-                engine = open_engine(store, **settings)
-            engine.step(tokens(1), loss_fn)
-            device.room_bytes = room_bytes
-            refused = [_refused(None, engine.step, tokens(step), loss_fn) for step in (2, 3, 4)]
-            assert refused[-1]
-            assert sorted(refused) == refused  # it stays so: what followed would follow a step that is lost
-            device.room_bytes = None
-            with pytest.raises(StoreError):
+    settings: dict[str, Any] = {"clip_norm": clip_norm}
+    expected = train(tmp_path / "whole", [5], **settings)
+    for number, room_bytes in enumerate((0, 50_000, 120_000)):
+        store, device = tmp_path / f"store {number}", Filling("write")
+        with mock.patch.object(tiers, "Device", lambda device=device: device):
+            engine = open_engine(store, **settings)
+        engine.step(tokens(1), loss_fn)
+        device.room_bytes = room_bytes
+        refused = [_refused(None, engine.step, tokens(step), loss_fn) for step in (2, 3, 4)]
+        assert refused[-1]
+        assert sorted(refused) == refused  # it stays so: what followed would follow a step that is lost
+        device.room_bytes = None
+        with pytest.raises(StoreError):
+            engine.step(tokens(engine.step_count + 1), loss_fn)
+        with contextlib.suppress(StoreError):
+            engine.close()
+        assert step_and_digest(store)[0] < 4
+        with open_engine(store, **settings) as engine:
+            while engine.step_count < 5:
                 engine.step(tokens(engine.step_count + 1), loss_fn)
-            with contextlib.suppress(StoreError):
-                engine.close()
-            assert step_and_digest(store)[0] < 4
-            with open_engine(store, **settings) as engine:
-                while engine.step_count < 5:
-                    engine.step(tokens(engine.step_count + 1), loss_fn)
-            assert step_and_digest(store) == expected
-    finally:
-        torch.set_num_threads(before)
+        assert step_and_digest(store) == expected
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_engine_without_room_for_a_staged_gradient(tmp_path: Path) -> None:
+    """The gradient of a step that was taken is lost, so no step may follow it; the store is at the step before."""
+    settings: dict[str, Any] = {"clip_norm": 0.5, **TIGHT}
+    expected = train(tmp_path / "whole", [4], **settings)
+    for number, room_bytes in enumerate((0, 30_000)):
+        store, device = tmp_path / f"store {number}", Filling("write", only="scratch.bin")
+        with mock.patch.object(tiers, "Device", lambda device=device: device):
+            engine = open_engine(store, **settings)
+        engine.step(tokens(1), loss_fn)
+        device.room_bytes = room_bytes
+        refused = [_refused(None, engine.step, tokens(step), loss_fn) for step in (2, 3, 4)]
+        assert refused == [False, True, True]
+        device.room_bytes = None
+        with pytest.raises(StoreError, match="scratch.*No space left"):
+            engine.close()
+        assert step_and_digest(store)[0] == 1
+        with open_engine(store, **settings) as engine:
+            for step in (2, 3, 4):
+                engine.step(tokens(step), loss_fn)
+        assert step_and_digest(store) == expected
 
 
 def _refused(step: int | None, action: Callable[..., Any], *arguments: Any) -> bool:

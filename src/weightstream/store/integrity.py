@@ -37,7 +37,7 @@ def verify(store: "Store") -> list[str]:
     """Read every file that the last commit or a snapshot points to; one line per damage, which says what is whole."""
     try:
         damages = find(store)
-    except DamagedRecordError as error:
+    except StoreError as error:
         return [str(error)]
     lines = []
     for damage in damages:

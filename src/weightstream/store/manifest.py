@@ -42,6 +42,9 @@ CREATE TABLE commits (
 );
 CREATE TABLE snapshots (name TEXT PRIMARY KEY, number INTEGER NOT NULL, checksum TEXT NOT NULL) WITHOUT ROWID;
 """
+_OF_THE_SYSTEM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN}
+"""Errors of SQLite that say nothing about the file's contents."""
+
 _COLUMNS = {
     "meta": ("key", "value"),
     "blocks": ("block", "name", "facts"),
@@ -155,7 +158,7 @@ class Manifest:
             if writable and (application, number) == (APPLICATION_ID, FORMAT_NUMBER):
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise StoreError(
                 f"{what}: expected an SQLite manifest in {path.name}, found {error}; give the directory of a store, "
                 "or restore the manifest from a copy"
@@ -181,10 +184,8 @@ class Manifest:
                 finally:
                     if self._connection.in_transaction:
                         self._connection.execute("COMMIT")
-            except sqlite3.DatabaseError as error:
-                raise DamagedRecordError(
-                    f"manifest '{self.path}' cannot be read ({error}); restore the manifest from a copy"
-                ) from error
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                raise _unreadable(f"manifest '{self.path}'", error) from error
 
     def meta(self) -> dict[str, Any]:
         """What was fixed when the store was made.
@@ -393,10 +394,8 @@ class Manifest:
         try:
             with self._lock:
                 rows = self._connection.execute(f"SELECT {columns} FROM {table} {clause}", values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise DamagedRecordError(
-                f"manifest '{self.path}': table {table} cannot be read ({error}); restore the manifest from a copy"
-            ) from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise _unreadable(f"manifest '{self.path}': table {table}", error) from error
         for *row, found in rows:
             expected = _row_checksum(table, row)
             if found != expected:
@@ -405,6 +404,13 @@ class Manifest:
                     f"values now give {expected}; the file was changed or damaged, restore it from a copy"
                 )
         return [tuple(row) for *row, _ in rows]
+
+
+def _unreadable(what: str, error: Exception) -> StoreError:
+    """The system failed, or the file is not what was written."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_SYSTEM:
+        return StoreError(f"{what} cannot be read ({error}); make room or look after the disk, and try again")
+    return DamagedRecordError(f"{what} cannot be read ({error}); restore the manifest from a copy")
 
 
 def _maker(connection: sqlite3.Connection) -> str | None:
