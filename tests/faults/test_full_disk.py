@@ -361,7 +361,7 @@ def test_an_engine_says_so_and_goes_on_when_there_is_room(clip_norm: float | Non
     over a device of ours."""
     settings: dict[str, Any] = {"clip_norm": clip_norm}
     expected = train(tmp_path / "whole", [5], **settings)
-    for number, room_bytes in enumerate((0, 50_000, 120_000)):
+    for number, room_bytes in enumerate((0, 80_000)):
         store, device = tmp_path / f"store {number}", Filling("write")
         with mock.patch.object(tiers, "Device", lambda device=device: device):
             engine = open_engine(store, **settings)
