@@ -1,10 +1,11 @@
 """A run of a small store that can be taken up wherever a crash left it, and what must hold when it is.
 
-Seven steps of two small records and one that is never trained, with all that a store does: an update that is undone, a
-record that is written twice in one step, a snapshot that is made and later removed, a file that a branch outside shares
-by a hard link, a clean close and a reopening.
+Seven steps of two small records, one of a family of billions, and one that is never trained, with all that a store does:
+an update that is undone, a record that is written twice in one step, a snapshot that is made and later removed, a file
+that a branch outside shares by a hard link, a clean close and a reopening.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tests.faults.device import Image, Recorder, lay_down
 from tests.store.cases import filled, make, reopen, segment
 
 from weightstream.blocks import Block, Parameter
+from weightstream.store.families import Family
 from weightstream.store.initial import Recipe
 from weightstream.store.recipes import Step
 from weightstream.store.store import Store
@@ -27,8 +29,12 @@ BLOCKS = (
     Block(2, "still", (Parameter("still.weight", (4, 4), trainable=False),), ("still",)),
 )
 RECIPES = {p.name: Recipe((Step("normal", (0.0, 0.5)),)) for block in BLOCKS for p in block.parameters}
+FAMILY = Family(
+    "expert {}", 2**33, (Parameter("expert.{}", (9, 5)),), {"expert.{}": Recipe((Step("normal", (0.0, 1.0)),))}
+)
+MEMBER = len(BLOCKS) + 2**32
 STEPS = 7
-UPDATED = {step: (0,) if step == 3 else (0, 1) for step in range(1, STEPS + 1)}
+UPDATED = {step: {3: (0,), 6: (0, 1)}.get(step, (0, 1, MEMBER)) for step in range(1, STEPS + 1)}
 UNDONE, TWICE, LINKED = 2, 5, 2  # steps in which an update is undone first, a record written twice, a file shared
 SNAPSHOT, TAKEN, REMOVED, CLOSED = "held", 2, 4, 4  # after which step
 
@@ -58,7 +64,7 @@ def image_of(root: Path) -> Image:
 
 
 def new_store(path: Path, device: Any = None) -> Store:
-    return make(path, device=device, blocks=BLOCKS, recipes=RECIPES)
+    return make(path, device=device, blocks=BLOCKS, recipes=RECIPES, families=[FAMILY])
 
 
 def write(store: Store, index: int, value: int) -> "Future[None]":
@@ -203,6 +209,8 @@ def check(image: Image, expected: Expected, digests: dict[int, str], *, going_on
             assert (store.step, store.progress, store.snapshots()) == (STEPS, {"step": STEPS}, {})
             assert store.verify() == []
             assert store.digest() == digests[STEPS]
-            names = [name.name for name in (path / "segments").iterdir()]
-            assert all(len([name for name in names if name.startswith(f"{block.index:05d}.")]) <= 3 for block in BLOCKS)
+            names = [name.name for name in (path / "segments").rglob("*.safetensors")]
+            most = Counter(name.split(".")[0] for name in names)
+            assert most.keys() == {"00000", "00001", "00002", str(MEMBER)}
+            assert max(most.values()) <= 3
         return found

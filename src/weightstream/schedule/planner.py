@@ -30,6 +30,7 @@ from weightstream.schedule.operations import (
     Write,
 )
 from weightstream.schedule.reduction import partial_sums
+from weightstream.schedule.residency import Candidate, most_saved
 from weightstream.units import MIB, format_bytes
 
 Activations = Literal["auto", "keep", "recompute"]
@@ -181,20 +182,18 @@ def allot(facts: Facts) -> Allotment:
         if len(staged) == len(trained):
             host -= ring * gradient_bytes
             ring = 0
-    pinned_copies: set[int] = set()
-    pinned_states: set[int] = set()
-    if facts.ram_tier:
-        for block in streaming:
-            if host + block.streamed_bytes <= facts.host_memory:
-                pinned_copies.add(block.index)
-                host += block.streamed_bytes
-        for block in trained:
-            if host + block.load_bytes <= facts.host_memory:
-                pinned_states.add(block.index)
-                host += block.load_bytes
+    pins = _choose_pins(facts, slabs, facts.host_memory - host) if facts.ram_tier else set()
+    pinned_copies = {index for kind, index in pins if kind == "copy"}
+    pinned_states = {index for kind, index in pins if kind == "states"}
+    host += sum(block.streamed_bytes for block in facts.blocks if block.index in pinned_copies)
+    host += sum(block.load_bytes for block in facts.blocks if block.index in pinned_states)
     # what is left lets reads run ahead into the backward and writes trail into it, where the disk is idle otherwise
     while buffers < len(shared) and host + record_bytes <= facts.host_memory:
         buffers, host = buffers + 1, host + record_bytes
+    for block in streaming if facts.ram_tier else ():  # no step reads these again, but evaluation does
+        if block.index not in pinned_copies and host + block.streamed_bytes <= facts.host_memory:
+            pinned_copies.add(block.index)
+            host += block.streamed_bytes
     return Allotment(
         slabs=slabs, slab_bytes=slab_bytes, resident_bytes=resident_bytes,
         partial_sums=partials, partial_bytes=gradient_bytes, tied_bytes=tied_bytes,
@@ -204,6 +203,20 @@ def allot(facts: Facts) -> Allotment:
         keep=keep, boundaries=tuple(tiers),
         device_bytes=device, host_bytes=host,
     )  # fmt: skip
+
+
+def _choose_pins(facts: Facts, slabs: int, room: int) -> set[tuple[str, int]]:
+    """Copies and states that save the most reads within `room` bytes: what `lower_bound` counts without them."""
+    order = list(dict.fromkeys(visit.block for visit in reversed(facts.visits)))
+    across_turn = set(order[:slabs])
+    candidates: list[Candidate[tuple[str, int]]] = []
+    for block in facts.blocks:
+        if block.index in order and not block.resident:
+            reads = (block.index not in across_turn) + (not (facts.deferred and block.trainable))
+            candidates.append(Candidate(("copy", block.index), block.streamed_bytes, reads * block.streamed_bytes))
+        if block.trainable:
+            candidates.append(Candidate(("states", block.index), block.load_bytes, block.load_bytes))
+    return most_saved(candidates, room)
 
 
 def _choose_kept(facts: Facts, tiers: list[Tier], device: int, spare: int) -> tuple[frozenset[int], int]:
