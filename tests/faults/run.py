@@ -211,6 +211,6 @@ def check(image: Image, expected: Expected, digests: dict[int, str], *, going_on
             assert store.digest() == digests[STEPS]
             names = [name.name for name in (path / "segments").rglob("*.safetensors")]
             most = Counter(name.split(".")[0] for name in names)
-            assert most.keys() == {"00000", "00001", "00002", str(MEMBER)}
-            assert max(most.values()) <= 3
+            assert most.keys() == {"00000", "00001", "00002", str(MEMBER)}, most
+            assert max(most.values()) <= 3, (most, found, expected)
         return found

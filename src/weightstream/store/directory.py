@@ -10,12 +10,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
 from weightstream.store.layout import RecordLayout
 from weightstream.store.manifest import RecordRow
-from weightstream.store.records import FILES_PER_RECORD, MEMBERS, Record, slot_of
+from weightstream.store.records import FILES_PER_RECORD, MEMBERS, Record, file_name, slot_names, slot_of
 
 MANIFEST = "manifest.sqlite"
 SEGMENTS = "segments"
@@ -191,6 +192,18 @@ def _adopt_dead(
             record.slots[slot_of(name)] = None
         else:
             (path / SEGMENTS / name).unlink()
+
+
+def adopt_dead_of_member(path: Path, index: int, record: Record, image_nbytes: int) -> None:
+    """The same for one record of a family. Its files are not listed but looked for, under the names that come first."""
+    for slot in islice(slot_names(), FILES_PER_RECORD + len(record.held) + 2):
+        file = path / SEGMENTS / file_name(index, slot, member=True)
+        if slot in record.slots or not file.exists():
+            continue
+        if file.stat().st_size == image_nbytes and len(record.slots) - len(record.held) < FILES_PER_RECORD:
+            record.slots[slot] = None
+        else:
+            file.unlink()
 
 
 def _is_strange(entry: Path, ours: Collection[str]) -> bool:

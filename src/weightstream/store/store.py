@@ -182,7 +182,7 @@ class Store:
                 if writable:
                     directory.clear_scratch(store_path)
                     disk.device.probe(store_path / directory.SCRATCH)
-                return cls(store_path, manifest, disk, lock_handle, accept_damage)
+                store = cls(store_path, manifest, disk, lock_handle, accept_damage)
             except BaseException:
                 manifest.close()
                 raise
@@ -195,6 +195,13 @@ class Store:
                     "try again"
                 ) from error
             raise
+        if writable and not accept_damage:
+            try:
+                store._materialise_frozen()  # a creation that was cut short may not have come to it
+            except BaseException:
+                store.close()
+                raise
+        return store
 
     @property
     def step(self) -> int:
@@ -248,10 +255,13 @@ class Store:
         return self._layouts
 
     def _member(self, index: int) -> Record:
-        """What the manifest says of a family's record."""
+        """What the manifest and the directory say of a family's record."""
         with self.manifest.at_one_moment():
             held = set(self.manifest.snapshots().values())
-            return Record.load(self.manifest.records(index, index + 1), held)
+            record = Record.load(self.manifest.records(index, index + 1), held)
+        if self.writable:
+            directory.adopt_dead_of_member(self.path, index, record, self.layout(index).image_nbytes)
+        return record
 
     def version(self, block_index: int) -> int:
         """The newest version, pending ones included."""
@@ -525,13 +535,15 @@ class Store:
         for block in self.blocks:
             if block.trainable or any(parameter.name not in self.recipes for parameter in block.parameters):
                 continue
+            if self.versions.records[block.index].newest.slot is not None:
+                continue
             layout = self._layouts[block.index]
             record = RecordBuffer(layout)
             self.load(block.index, record, [part.name for part in layout.parts]).result()
             self.write(block.index, record, 0, 0).result()
             record.close()
         if self.versions.changed:
-            self.commit(0, {}).result()
+            self.commit(self.step, self.progress).result()
 
     def _require_writable(self) -> None:
         if not self.writable:
