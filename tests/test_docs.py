@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import table
 from typer.testing import CliRunner
 
 import weightstream
+from benchmarks import table
 from weightstream.cli import app
 from weightstream.config import RunConfig, _keys, load_config
 
