@@ -173,7 +173,7 @@ class Runtime:
             self.staging.prefetch(index)
         try:
             start = time.perf_counter()
-            self.worker.begin(micro_batches, weights, loss_fn, seed=seed, step=step)
+            self.worker.begin(dict(enumerate(micro_batches)), dict(enumerate(weights)), loss_fn, seed=seed, step=step)
             self.outcome.seconds["glue"] += time.perf_counter() - start
             try:
                 for operation in schedule.operations:

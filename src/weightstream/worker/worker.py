@@ -5,7 +5,7 @@ and where gradients go is decided outside.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ class Worker:
         self._forwards: dict[str, Callable[..., Any]] = {}
         self._modules: dict[str, nn.Module] = {}
         self.block_of_module: dict[str, int] = {}
-        self._routes: list[_Route] = []
+        self._routes: dict[int, _Route] = {}
         self._audited: set[str] = set()
         self._recomputed_whole: set[str] = set()  # modules with autograd functions of their own
         self._walking: tuple[int | None, int, int] = (None, 0, 0)  # block or None for glue, use, micro-batch
@@ -148,11 +148,17 @@ class Worker:
     # a step
 
     def begin(
-        self, micro_batches: Sequence[Any], weights: Sequence[float], loss_fn: LossFunction, *, seed: int, step: int
+        self,
+        micro_batches: Mapping[int, Any],
+        weights: Mapping[int, float],
+        loss_fn: LossFunction,
+        *,
+        seed: int,
+        step: int,
     ) -> None:
-        """Starts every micro-batch; each runs to its first block."""
-        self._routes = []
-        for index, (micro_batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+        """Starts every micro-batch, by its index in the step; each runs to its first block."""
+        self._routes = {}
+        for index, micro_batch in micro_batches.items():
             way = tape.Way()
             thread = MicroBatch(
                 index,
@@ -162,8 +168,8 @@ class Worker:
                 lambda parameter: self._foreign.check(parameter, "between blocks"),
                 way.cut,
             )
-            self._routes.append(_Route(thread, weight, way))
-        for index, route in enumerate(self._routes):
+            self._routes[index] = _Route(thread, weights[index], way)
+        for index, route in self._routes.items():
             route.thread.resume(seed=seed_of(seed, step, index))
 
     def wants(self, micro_batch: int) -> str | None:
@@ -325,9 +331,9 @@ class Worker:
 
     def end(self) -> None:
         """Ends a step, complete or not: threads stop, nothing is kept."""
-        for route in self._routes:
+        for route in self._routes.values():
             route.thread.stop()
-        self._routes = []
+        self._routes = {}
         if self.activations is not None:
             self.activations.clear()
         for block in self.blocks:
