@@ -137,7 +137,7 @@ class Records:
     def __init__(self, store: ws.Store, bare_folder: Path) -> None:
         bare_folder.mkdir()
         self.store, self.bare_folder = store, bare_folder
-        self.buffers = [filled(store, block.index) for block in store.blocks]
+        self.buffers = [filled(store, unit.index) for unit in store.units]
         self.sums = [store.checksums(index, buffer) for index, buffer in enumerate(self.buffers)]
         layouts = [buffer.layout for buffer in self.buffers]
         self.header_bytes = layouts[0].header_nbytes
@@ -220,13 +220,14 @@ class Records:
 
 
 def new_store(folder: Path, count: int, width: int) -> ws.Store:
-    """An empty store of `count` decoder layers."""
+    """An empty store of `count` decoder layers, each one record."""
     optimizer = ws.AdamW(lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)
     disk = Disk(read_depth=DEPTH, write_depth=DEPTH)
     blocks = [layer(index, width) for index in range(count)]
     return ws.Store.create(
-        folder, blocks=blocks, recipes={}, optimizer=optimizer, precision="bf16", contract={}, disk=disk
-    )
+        folder, blocks=blocks, recipes={}, optimizer=optimizer, precision="bf16", contract={}, disk=disk,
+        panel_elements=record_bytes(width),
+    )  # fmt: skip
 
 
 def layer(index: int, width: int) -> Block:
@@ -259,12 +260,12 @@ def write_all(
 ) -> None:
     """A new version of every record, with the numbers of a few, until all are synced."""
     writing: list[Future[None]] = []
-    for block in store.blocks:
-        turn = block.index % len(buffers)
+    for unit in store.units:
+        turn = unit.index % len(buffers)
         if len(writing) >= len(buffers):
             writing[-len(buffers)].result()
-        buffers[turn].bind(store.layout(block.index))
-        writing.append(store.write(block.index, buffers[turn], version, version, sums[turn]))
+        buffers[turn].bind(store.layout(unit.index))
+        writing.append(store.write(unit.index, buffers[turn], version, version, sums[turn]))
     wait(writing)
 
 

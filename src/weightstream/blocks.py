@@ -1,13 +1,13 @@
-"""What streams: a model on the meta device, split into blocks.
+"""What streams: a model on the meta device, split into blocks, and what of a block is stored and owned by itself.
 
 A block is the unit that is fetched, computed and evicted as a whole: the parameters of one module (a decoder layer, an
 embedding, the head), or of several modules that share a tied parameter. The split is a pure function of the module tree.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import prod
+from math import gcd, prod
 from typing import Literal
 
 from torch import nn
@@ -17,18 +17,31 @@ from weightstream.errors import ConfigError, PlanError
 Rule = Literal["block", "split", "resident"]
 ROOT = "(root)"
 
+PANEL_ELEMENTS = 8 << 20
+"""Elements of a tensor from which on it is cut, and of a unit; with AdamW in bf16 a unit has at most 112 MiB."""
+PANEL_MULTIPLE = 2048
+"""Panels have a multiple of these elements, so that in bf16 and fp32 they lie without gaps, each from a page on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter tensor as the store sees it: its first name in the model, its shape, whether it is trained."""
+    """One parameter tensor as the store sees it: its first name in the model, its shape, whether it is trained.
+
+    A panel has the rows [`row`, `row` + `shape[0]`) of a tensor of `rows` rows; a whole tensor has `rows=None`.
+    """
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
+    row: int = 0
+    rows: int | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    def __str__(self) -> str:
+        return self.name if self.rows is None else f"{self.name}[{self.row}:{self.row + self.shape[0]}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,78 @@ class Block:
     def trainable(self) -> bool:
         """Whether any of its parameters is trained; a block that is not streams and nothing else."""
         return any(parameter.trainable for parameter in self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is stored, owned, read and written as one record: a small block, or a part of a block.
+
+    `parameters` are whole tensors of the block, or one panel of a tensor that is cut.
+    """
+
+    index: int
+    block: int
+    name: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any of its parameters is trained; a unit that is not is never updated."""
+        return any(parameter.trainable for parameter in self.parameters)
+
+
+def cut(blocks: Sequence[Block], *, panel_elements: int = PANEL_ELEMENTS, panels: bool) -> tuple[Unit, ...]:
+    """Cuts blocks into units, in order of block: first tensors that stay whole, then the panels of the others.
+
+    The rule does not depend on who owns what, so that norms, updates and files are the same for any number of owners.
+    Whole tensors of a block share a unit, in order, until one more would exceed `panel_elements`. A tensor of more
+    elements is cut into panels of as many rows as fit, the last one of what is left.
+
+    Args:
+        panels: whether tensors may be cut at all (the optimizer treats elements one by one).
+    """
+    units: list[Unit] = []
+    for block in blocks:
+        pieces = (
+            {parameter.name: _panels(parameter, panel_elements) for parameter in block.parameters} if panels else {}
+        )
+        members: list[tuple[Parameter, ...]] = []
+        group: list[Parameter] = []
+        for parameter in block.parameters:
+            if len(pieces.get(parameter.name, ())) > 1:
+                continue
+            if group and sum(p.numel for p in group) + parameter.numel > panel_elements:
+                members.append(tuple(group))
+                group = []
+            group.append(parameter)
+        if group:
+            members.append(tuple(group))
+        members += [(piece,) for found in pieces.values() if len(found) > 1 for piece in found]
+        for number, parameters in enumerate(members):
+            name = block.name
+            if len(members) > 1:
+                name = str(parameters[0]) if parameters[0].rows is not None else f"{block.name}/{number}"
+            units.append(Unit(len(units), block.index, name, parameters))
+    return tuple(units)
+
+
+def _panels(parameter: Parameter, panel_elements: int) -> list[Parameter]:
+    """The row panels of a tensor; the tensor itself if it stays whole."""
+    if parameter.numel <= panel_elements or len(parameter.shape) < 2:
+        return [parameter]
+    rows, width = parameter.shape[0], parameter.numel // parameter.shape[0]
+    step = PANEL_MULTIPLE // gcd(width, PANEL_MULTIPLE)
+    height = max(step, panel_elements // width // step * step)
+    if height >= rows:
+        return [parameter]
+    return [
+        replace(parameter, shape=(min(height, rows - row), *parameter.shape[1:]), row=row, rows=rows)
+        for row in range(0, rows, height)
+    ]
 
 
 @dataclass(slots=True)

@@ -123,6 +123,8 @@ class EngineConfig(Section):
     max_block_bytes: Bytes | None = None
     block_rules: dict[str, Literal["block", "split", "resident"]] = Field(default_factory=dict)
     """By pattern of module names, first match wins, over the rules that split a model into blocks."""
+    panel_elements: int | None = Field(default=None, ge=1)
+    """Size of the units that a block is stored in, and from which on a tensor is cut; fixed when the store is made."""
     max_skipped_steps: int = Field(default=10, ge=1)
     commit_every: int | str = 1
     """Steps from one commit to the next, or a time such as `30s`."""

@@ -18,13 +18,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import Rule, call_order
+from weightstream.blocks import PANEL_ELEMENTS, Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.errors import ConfigError, NonFiniteError, StoreMismatchError
 from weightstream.planning import (
     Budgets,
     Measured,
-    RecordBytes,
     check_blocks,
     check_disk,
     facts_of,
@@ -38,8 +37,9 @@ from weightstream.schedule.planner import Activations, Allotment, Facts, allot, 
 from weightstream.schedule.verify import verify
 from weightstream.store.given import fill
 from weightstream.store.interval import Interval
-from weightstream.store.layout import Precision, record_layout
+from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
+from weightstream.store.owned import Holding, bytes_of_blocks
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, without_cache
@@ -124,6 +124,8 @@ class Engine:
         max_block_bytes: bound on a block's streamed bytes; default: as small as `device_memory` asks for.
         block_rules: `{pattern of module names: "block" | "split" | "resident"}`, over the rules that split a model; this
             and `max_block_bytes` are fixed when the store is made.
+        panel_elements: size of the units that a block is stored in, and of the panels that a larger tensor is cut into
+            if the optimizer is elementwise (default 8 Mi elements); fixed when the store is made.
         ram_tier: whether records may stay in RAM between uses, within `host_memory`.
         max_skipped_steps: how many steps in a row may have gradients that are not finite.
         commit_every: steps from one commit to the next, or a time such as `"30s"`; meanwhile the last commit stays whole.
@@ -152,6 +154,7 @@ class Engine:
         threads_per_worker: int | None = None,
         max_block_bytes: str | int | None = None,
         block_rules: Mapping[str, Rule] | None = None,
+        panel_elements: int | None = None,
         activations: Activations = "auto",
         prefetch: int = 2,
         ram_tier: bool = True,
@@ -167,6 +170,8 @@ class Engine:
             raise ConfigError(f"clip_norm: expected a positive number or None, found {clip_norm!r}")
         if reduction_groups < 1 or prefetch < 1:
             raise ConfigError(f"reduction_groups={reduction_groups}, prefetch={prefetch}: expected at least 1 each")
+        if panel_elements is not None and panel_elements < 1:
+            raise ConfigError(f"panel_elements: expected at least 1 element or None, found {panel_elements!r}")
         self._interval = Interval(commit_every)
         self._log = log or (lambda text: None)
         self._closed = False
@@ -196,15 +201,17 @@ class Engine:
         self.model.train()
         check_model(self.model)
         if exists:
-            self.store = self._reopen(path, allow_other_numerics, wanted)
+            self.store = self._reopen(path, allow_other_numerics, wanted, panel_elements)
         else:
-            layout = partial(record_layout, precision=precision, optimizer=optimizer)
-            blocks = split_within(self.model, self._budgets, layout, **wanted)
+            panel_elements = PANEL_ELEMENTS if panel_elements is None else panel_elements
+            sizes = partial(bytes_of_blocks, precision=precision, optimizer=optimizer, panel_elements=panel_elements)
+            blocks = split_within(self.model, self._budgets, sizes, **wanted)
             contract = self._contract()
-            check_disk(path, blocks, [RecordBytes.of(layout(b)) for b in blocks], deferred=self._budgets.deferred)
+            check_disk(path, sizes(blocks), deferred=self._budgets.deferred)
             self.store = Store.create(
-                path, blocks=blocks, recipes=recipes, optimizer=optimizer, precision=precision, contract=contract
-            )
+                path, blocks=blocks, recipes=recipes, optimizer=optimizer, precision=precision, contract=contract,
+                panel_elements=panel_elements,
+            )  # fmt: skip
         try:
             fill(self.store, initial or {})
             self._start()
@@ -234,7 +241,9 @@ class Engine:
             },
         }
 
-    def _reopen(self, path: Path, allow_other_numerics: bool, blocks: dict[str, Any]) -> Store:
+    def _reopen(
+        self, path: Path, allow_other_numerics: bool, blocks: dict[str, Any], panel_elements: int | None
+    ) -> Store:
         store = Store.open(path)
         try:
             contract = self._contract()
@@ -247,6 +256,12 @@ class Engine:
                 raise StoreMismatchError(
                     f"store '{path}' {'has' if name in found else 'lacks'} parameter '{name}', the model "
                     f"{'lacks' if name in found else 'has'} it; give another store or the same model"
+                )
+            if panel_elements not in (None, store.panel_elements):
+                raise StoreMismatchError(
+                    f"store '{path}' was cut into units with panel_elements={store.panel_elements}, this run has "
+                    f"panel_elements={panel_elements}; it is fixed when a store is made: leave it out to use the store's, "
+                    f"or give another store"
                 )
             if blocks["max_block_bytes"] is not None or blocks["rules"]:
                 check_blocks(store, self.model, **blocks)
@@ -275,13 +290,13 @@ class Engine:
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
         self._counted = (0, 0)
-        self._records = [RecordBytes.of(self.store.layout(block.index)) for block in self.store.blocks]
+        self.holding = Holding(self.store)
         facts = self._facts(1)
         self.runtime = self._runtime(facts, allot(facts))
         self.store.before_look, self.store.attached = self.commit, True
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
-        return Runtime(self.store, self.worker, self.parameters, facts, allotment, self._ceiling, self._interval)
+        return Runtime(self.holding, self.worker, self.parameters, facts, allotment, self._ceiling, self._interval)
 
     def _gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
         self.runtime.gradient(block, name, use, micro_batch, grad)
@@ -290,7 +305,7 @@ class Engine:
 
     def _facts(self, micro_batches: int) -> Facts:
         return facts_of(
-            self.store.blocks, self._records, self._budgets, visits=self._visits, uses=self.worker.uses(self._visits),
+            self.store.blocks, self.holding.bytes, self._budgets, visits=self._visits, uses=self.worker.uses(self._visits),
             micro_batches=micro_batches, measured=self._measured,
         )  # fmt: skip
 
@@ -472,7 +487,7 @@ class Engine:
         """The model for evaluation and generation: weights stream, no gradients, eval mode, caches allowed."""
         self.commit()
         streamed = StreamedModel(
-            self.store, self.worker, self.parameters, self.runtime.slabs, self.runtime.allotment.slabs
+            self.holding, self.worker, self.parameters, self.runtime.slabs, self.runtime.allotment.slabs
         )
         self._restore_cache()
         self.model.eval()

@@ -9,11 +9,10 @@ from torch import nn
 
 from weightstream.blocks import Block, Rule, split
 from weightstream.errors import PlanError, StoreMismatchError
-from weightstream.fabric.staging import gradient_bytes
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot
-from weightstream.store.layout import RecordLayout
+from weightstream.store.owned import BlockBytes
 from weightstream.store.store import Store
 from weightstream.units import format_bytes
 
@@ -33,19 +32,6 @@ class Budgets:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordBytes:
-    """Bytes of a record that are streamed, loaded for an update, and written by one."""
-
-    streamed: int
-    loaded: int
-    written: int
-
-    @classmethod
-    def of(cls, layout: RecordLayout) -> "RecordBytes":
-        return cls(layout.streamed.nbytes, sum(part.nbytes for part in layout.states), layout.image_nbytes)
-
-
-@dataclass(frozen=True, slots=True)
 class Measured:
     """What a step has shown of its activations: bytes per visit and micro-batch, and while one block computes."""
 
@@ -57,7 +43,7 @@ class Measured:
 
 def facts_of(
     blocks: Sequence[Block],
-    records: Sequence[RecordBytes],
+    records: Sequence[BlockBytes],
     budgets: Budgets,
     *,
     visits: tuple[Visit, ...] = (),
@@ -74,7 +60,7 @@ def facts_of(
     counts = uses or {}
     block_facts = tuple(
         BlockFacts(
-            block.index, block.name, record.streamed, record.loaded, record.written, gradient_bytes(block),
+            block.index, block.name, record.streamed, record.loaded, record.written, record.gradients,
             block.trainable, block.resident,
             sum(4 * p.numel * counts[p.name] for p in block.parameters if p.trainable and counts.get(p.name, 0) > 1),
         )
@@ -113,7 +99,7 @@ def splits(
 def split_within(
     model: nn.Module,
     budgets: Budgets,
-    layout: Callable[[Block], RecordLayout],
+    bytes_of: Callable[[Sequence[Block]], Sequence[BlockBytes]],
     *,
     element_bytes: int,
     max_block_bytes: int | None,
@@ -129,7 +115,7 @@ def split_within(
         if max_block_bytes is not None:
             return blocks
         try:
-            allot(facts_of(blocks, [RecordBytes.of(layout(block)) for block in blocks], budgets))
+            allot(facts_of(blocks, bytes_of(blocks), budgets))
             return blocks
         except PlanError as refused:
             error = refused
@@ -155,14 +141,14 @@ def check_blocks(
         )
 
 
-def check_disk(path: Path, blocks: Sequence[Block], records: Sequence[RecordBytes], *, deferred: bool) -> None:
+def check_disk(path: Path, records: Sequence[BlockBytes], *, deferred: bool) -> None:
     """Three versions of every record and the staged gradients must fit before anything is made.
 
     Raises:
         PlanError: they do not.
     """
-    images = sum(record.written for record in records)
-    staged = sum(gradient_bytes(block) for block in blocks) if deferred else 0
+    images = sum(record.stored for record in records)
+    staged = sum(record.gradients for record in records) if deferred else 0
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if 3 * images + staged > free:

@@ -134,6 +134,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "reduction_groups": settings.reduction_groups,
         "threads_per_worker": settings.threads_per_worker,
         "max_block_bytes": settings.max_block_bytes,
+        "panel_elements": settings.panel_elements,
         "block_rules": settings.block_rules,
         "activations": settings.activations,
         "prefetch": settings.prefetch,
@@ -272,8 +273,7 @@ def _report(run: Run, outcome: Outcome, samples: list[dict[str, str]]) -> dict[s
 
 def _state_bytes(store: Store) -> int:
     """Masters and moments; not the copy that streams, which is made from them."""
-    layouts = [store.layout(block.index) for block in store.blocks]
-    return sum(part.nbytes for layout in layouts for part in layout.parts if part.name != "copy")
+    return sum(part.nbytes for layout in store.layouts.units for part in layout.parts if part.name != "copy")
 
 
 def summary(report: dict[str, Any]) -> str:

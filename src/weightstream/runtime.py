@@ -13,9 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, assert_never
 
-import torch
-
 from weightstream.errors import StoreError
+from weightstream.fabric.reduction import Squares
 from weightstream.fabric.staging import Pool, Staging
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import (
@@ -38,8 +37,7 @@ from weightstream.schedule.operations import (
 from weightstream.schedule.planner import Allotment, Facts
 from weightstream.store.futures import chain, done
 from weightstream.store.interval import Interval
-from weightstream.store.segments import RecordBuffer
-from weightstream.store.store import Store
+from weightstream.store.owned import Checksums, Holding, WorkingBuffer
 from weightstream.worker.activations import Activations
 from weightstream.worker.allocator import Ceiling
 from weightstream.worker.slabs import Parameters, Slab, Slabs
@@ -54,10 +52,9 @@ class DivergedError(Exception):
 
 @dataclass(slots=True)
 class _Loaded:
-    buffer: "Future[RecordBuffer]"
+    buffer: "Future[WorkingBuffer]"
     done: "Future[Any]"
-    count: int = 0
-    checksums: dict[str, int] = field(default_factory=dict)
+    checksums: Checksums = field(default_factory=dict)
     updated: bool = False
 
 
@@ -66,7 +63,7 @@ class StepOutcome:
     """What a step came to."""
 
     losses: list[float] = field(default_factory=list)
-    squares: dict[str, float] = field(default_factory=dict)
+    squares: Squares = field(default_factory=dict)
     first_bad: str | None = None
     visits: tuple[Visit, ...] = ()
     uniform: bool = True
@@ -76,10 +73,10 @@ class StepOutcome:
 
     @property
     def norm(self) -> float:
-        """The global norm: fp64 sums per parameter, added in order of name."""
+        """The global norm: fp64 sums per parameter, or per panel of one that is cut, added in order of name and row."""
         total = 0.0
-        for name in sorted(self.squares):
-            total += self.squares[name]
+        for place in sorted(self.squares):
+            total += self.squares[place]
         return math.sqrt(total) if total >= 0 else math.nan
 
     @property
@@ -88,14 +85,14 @@ class StepOutcome:
 
 
 class Runtime:
-    """Executes steps. Owns the buffers that an allotment gives it; the store and the worker are given.
+    """Executes steps. Owns the buffers that an allotment gives it; the holding and the worker are given.
 
     `pending` blocks have a staged gradient of step `pending_step`, whose update waits until they are next served.
     """
 
     def __init__(
         self,
-        store: Store,
+        holding: Holding,
         worker: Worker,
         parameters: Parameters,
         facts: Facts,
@@ -103,7 +100,7 @@ class Runtime:
         ceiling: Ceiling,
         interval: Interval,
     ) -> None:
-        self.store, self.worker, self.parameters = store, worker, parameters
+        self.holding, self.store, self.worker, self.parameters = holding, holding.store, worker, parameters
         self.facts, self.allotment, self.ceiling = facts, allotment, ceiling
         self.blocks: tuple[BlockFacts, ...] = facts.blocks
         residents = [block for block in facts.blocks if block.resident]
@@ -111,19 +108,19 @@ class Runtime:
         self.slabs = Slabs(
             worker.device, (allotment.slabs, allotment.slab_bytes), [block.streamed_bytes for block in residents]
         )
-        self.records = Pool([RecordBuffer(allotment.record_bytes) for _ in range(allotment.record_buffers)])
-        self._resident_records = {b.index: Pool([RecordBuffer(b.record_bytes)]) for b in residents if b.trainable}
+        self.records = Pool([WorkingBuffer(allotment.record_bytes) for _ in range(allotment.record_buffers)])
+        self._resident_records = {b.index: Pool([WorkingBuffer(b.record_bytes)]) for b in residents if b.trainable}
         self.staging = Staging(
-            store, store.blocks, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
+            self.store, holding.gradients, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
             partial_sums=allotment.partial_sums, held_gradients=allotment.held_gradients, device=worker.device,
             immediate=not facts.deferred,
         )  # fmt: skip
-        self.activations = Activations(store, worker.device)
+        self.activations = Activations(self.store, worker.device)
         worker.slabs, worker.activations = self.slabs, self.activations
         for index in allotment.pinned_copies:
-            store.pin(index, [store.layout(index).streamed.name])
+            holding.pin_copies(index)
         for index in allotment.pinned_states:
-            store.pin(index, [part.name for part in store.layout(index).states])
+            holding.pin_states(index)
         self.pending: frozenset[int] = frozenset()
         self.coefficient = 1.0
         self.pending_step = 0
@@ -267,40 +264,39 @@ class Runtime:
     # the store's side
 
     def _load(self, block: int) -> None:
-        if block in self._loaded:
+        if block in self._loaded or not self.holding.updated(block):
             return
         buffer = self._records_of(block).take()
-        loading = chain([buffer], lambda: self.store.load(block, buffer.result(), check=False))
+        loading = chain([buffer], lambda: self.holding.load(block, buffer.result(), check=False))
         self._loaded[block] = _Loaded(buffer, loading)
         if block in self.pending:
             self.staging.prefetch(block)
 
     def _update(self, block: int) -> None:
-        """The optimizer step on one record, per tensor, in its working buffer."""
-        if self._poisoned or block not in self.staging.staged():
+        """The optimizer step on the records of one block, per tensor or panel, in their working buffer."""
+        if self._poisoned or block not in self.staging.staged() or not self.holding.updated(block):
             return
         self._await_commit()
         loaded = self._loaded[block]
         self._wait(loaded.done)
         self._wait(self.staging.ready(block))
         buffer = loaded.buffer.result()
-        self.store.check(block, buffer)
+        self.holding.check(block, buffer)
         self._updating = block
-        layout = self.store.layout(block)
-        loaded.count = self.store.optimizer_steps(block) + 1
-        masters = buffer.tensors("param")
-        states = {p.name: buffer.tensors(p.name) for p in layout.parts if p.name not in ("copy", "param")}
         step = self.pending_step if self.facts.deferred else self._step
-        for name, grad in self.staging.gradients(block).items():
-            if self.coefficient < 1.0:
-                grad.mul_(self.coefficient)
-            state = {part: tensors[name] for part, tensors in states.items() if name in tensors}
-            self.store.optimizer.update(masters[name], grad, state, name=name, step=step, count=loaded.count)
-        if layout.streamed.name == "copy":
-            for name, copy in buffer.tensors("copy").items():
-                copy.copy_(masters[name])
+        gradients = self.staging.gradients(block)
+        for piece in self.holding.pieces(block, buffer):
+            if piece.name in gradients:
+                grad = piece.of(gradients[piece.name])
+                if self.coefficient < 1.0:
+                    grad.mul_(self.coefficient)
+                self.store.optimizer.update(
+                    piece.master, grad, piece.states, name=piece.name, step=step, count=piece.count
+                )
+            if piece.copy is not None:
+                piece.copy.copy_(piece.master)
         self.staging.release(block)
-        loaded.checksums = self.store.checksums(block, buffer)
+        loaded.checksums = self.holding.checksums(block, buffer)
         loaded.updated = True
 
     def _write(self, block: int) -> None:
@@ -312,7 +308,7 @@ class Runtime:
             return
         del self._loaded[block]
         buffer = loaded.buffer.result()
-        written = self.store.write(block, buffer, self.store.version(block) + 1, loaded.count, loaded.checksums)
+        written = self.holding.write(block, buffer, loaded.checksums)
         self._updating = None
         self._writes.append(written)
         self._records_of(block).give(buffer, after=written)
@@ -321,7 +317,7 @@ class Runtime:
         loaded = self._loaded.pop(block)
         loaded.done.add_done_callback(lambda _: self._records_of(block).give(loaded.buffer.result()))
 
-    def _records_of(self, block: int) -> Pool[RecordBuffer]:
+    def _records_of(self, block: int) -> Pool[WorkingBuffer]:
         """Where a block's working buffer comes from: a resident block's is its own."""
         return self._resident_records.get(block, self.records)
 
@@ -379,13 +375,13 @@ class Runtime:
         self.slabs.hold(block, slab)
         loaded = self._loaded.get(block)
         if loaded is not None and loaded.updated:
-            part = self.store.layout(block).streamed.name
-            source = loaded.buffer.result().view(part)
-            _copy(source, target.landing[: len(source)])
-            target.upload()
-            return
-        size = self.store.layout(block).streamed.nbytes
-        fetch: Future[Any] = self.store.fetch(block, target.landing[:size])
+            fetch = self.holding.serve(block, loaded.buffer.result(), target.landing)
+            if fetch.done():
+                fetch.result()
+                target.upload()
+                return
+        else:
+            fetch = self.holding.fetch(block, target.landing)
         self._fetches[block] = (
             fetch if target.device.type == "cpu" else chain([fetch], lambda: _uploaded(fetch, target))
         )
@@ -405,7 +401,7 @@ class Runtime:
         if not self.parameters.present(block):
             slab = self.slabs.slab_of(block)
             assert slab is not None, f"block {block} is in no slab"
-            self.parameters.bind(block, self.slabs[slab], self.store.layout(block).streamed)
+            self.parameters.bind(block, self.slabs[slab], self.holding.slabs[block])
 
     def _need_residents(self) -> None:
         for block in self._resident_slab:
@@ -445,7 +441,7 @@ class Runtime:
     def _reduce(self, block: int) -> None:
         squares = self.staging.close(block)
         self.outcome.squares.update(squares)
-        for name, value in squares.items():
+        for (name, _), value in squares.items():
             if not math.isfinite(value) and self.outcome.first_bad is None:
                 self.outcome.first_bad = f"parameter '{name}' of block '{self.store.blocks[block].name}'"
                 self._poisoned = not self.facts.deferred
@@ -627,17 +623,13 @@ class Runtime:
             self.drain()
         self._drop_loaded()
         for block in self.blocks:
-            self.store.unpin(block.index)
+            self.holding.unpin(block.index)
         for pool in (self.records, *self._resident_records.values()):
             for _ in range(len(pool.buffers)):
                 pool.take().result().close()
         self.staging.close_buffers()
         self.activations.close()
         self.slabs.close()
-
-
-def _copy(source: memoryview, target: memoryview) -> None:
-    torch.frombuffer(target, dtype=torch.uint8).copy_(torch.frombuffer(source, dtype=torch.uint8))
 
 
 def _uploaded(fetch: "Future[Any]", slab: Slab) -> "Future[None]":

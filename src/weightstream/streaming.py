@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from weightstream.store.store import Store
+from weightstream.store.owned import Holding
 from weightstream.worker.slabs import Parameters, Slabs
 from weightstream.worker.worker import Worker
 
@@ -17,14 +17,14 @@ class StreamedModel:
     Which block comes next is learned from the calls themselves: the one that followed last time is fetched ahead.
     """
 
-    def __init__(self, store: Store, worker: Worker, parameters: Parameters, slabs: Slabs, streaming: int) -> None:
-        self._store, self._worker, self._parameters, self._slabs = store, worker, parameters, slabs
+    def __init__(self, holding: Holding, worker: Worker, parameters: Parameters, slabs: Slabs, streaming: int) -> None:
+        self._holding, self._worker, self._parameters, self._slabs = holding, worker, parameters, slabs
         self._free = list(range(streaming))
         self._fetches: dict[int, Future[Any]] = {}
         self._followed_by: dict[int, int] = {}
         self._recent: list[int] = []  # blocks in slabs, least recently used first
         self._last: int | None = None
-        residents = [block.index for block in store.blocks if block.resident]
+        residents = [block.index for block in holding.blocks if block.resident]
         for position, block in enumerate(residents):
             self._fetch(block, streaming + position)
             self._present(block)
@@ -33,8 +33,7 @@ class StreamedModel:
     def _fetch(self, block: int, slab: int) -> None:
         target = self._slabs[slab]
         self._slabs.hold(block, slab)
-        size = self._store.layout(block).streamed.nbytes
-        self._fetches[block] = self._store.fetch(block, target.landing[:size])
+        self._fetches[block] = self._holding.fetch(block, target.landing)
 
     def _present(self, block: int) -> None:
         fetch = self._fetches.pop(block, None)
@@ -43,7 +42,7 @@ class StreamedModel:
             slab = self._slabs.slab_of(block)
             assert slab is not None
             self._slabs[slab].upload()
-            self._parameters.bind(block, self._slabs[slab], self._store.layout(block).streamed)
+            self._parameters.bind(block, self._slabs[slab], self._holding.slabs[block])
 
     def _claim(self, block: int, keep: int) -> bool:
         """Gives `block` a slab, evicting the least recently used one but `keep`."""

@@ -48,7 +48,7 @@ def test_every_number_of_micro_batches(groups: int, held: int) -> None:
         assert result["w"] is target
         assert torch.equal(target, expected), (count, groups)
         assert room.most <= (partial_sums(count, groups) - 1 if held < count else 0)  # the leftmost lives in the target
-        assert total.squares == {"w": sum_of_squares(target)}
+        assert total.squares == {("w", 0): sum_of_squares(target)}
 
 
 @settings(max_examples=150, deadline=None)
@@ -94,7 +94,7 @@ def test_sums_of_several_pieces(size: int, held: int) -> None:
         total.add("w", 0, index, grad)
     assert total.close()["w"] is target
     assert torch.equal(target, sum_over_uses([grads], 4))
-    assert total.squares == {"w": sum_of_squares(target)}
+    assert total.squares == {("w", 0): sum_of_squares(target)}
 
 
 def test_micro_batches_out_of_order_are_our_own_mistake() -> None:

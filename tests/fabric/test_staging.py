@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from weightstream.blocks import Block, Parameter
-from weightstream.fabric.staging import Pool, Staging, gradient_bytes
+from weightstream.blocks import Parameter, Unit
+from weightstream.fabric.reduction import Squares
+from weightstream.fabric.staging import Pool, Staging
 from weightstream.store.futures import done, new_future
+from weightstream.store.images import Image, gradient_image
 
 
 class FakeScratch:
@@ -49,25 +51,20 @@ class FakeScratch:
             future.set_result(None)
 
 
-def blocks(count: int) -> tuple[Block, ...]:
-    return tuple(
-        Block(
-            i,
-            f"b{i}",
-            (Parameter(f"b{i}.w", (3, 5)), Parameter(f"b{i}.f", (2,), False), Parameter(f"b{i}.b", (7,))),
-            (),
-        )
-        for i in range(count)
-    )
+def image(block: int) -> Image:
+    """Of a block of two units, the second of which is frozen."""
+    w, b = Parameter(f"b{block}.w", (3, 5)), Parameter(f"b{block}.b", (7,))
+    frozen = Unit(1, block, "", (Parameter(f"b{block}.f", (2,), trainable=False),))
+    return gradient_image([Unit(0, block, "", (w, b)), frozen])
 
 
 def make(scratch: FakeScratch, count: int = 4, **settings: object) -> Staging:
     chosen = {"in_ram": frozenset(), "ring": 2, "partial_sums": 1, "held_gradients": 1,
               "device": torch.device("cpu"), "immediate": False}  # fmt: skip
-    return Staging(scratch, blocks(count), **(chosen | settings))  # type: ignore[arg-type]
+    return Staging(scratch, [image(block) for block in range(count)], **(chosen | settings))  # type: ignore[arg-type]
 
 
-def stage(staging: Staging, block: int, names: tuple[str, ...] = ("w", "b"), value: float = 1.0) -> dict[str, float]:
+def stage(staging: Staging, block: int, names: tuple[str, ...] = ("w", "b"), value: float = 1.0) -> Squares:
     total = staging.open(block, micro_batches=2, groups=2, brief=True)
     for micro_batch in range(2):
         for name in names:
@@ -94,7 +91,7 @@ def test_comes_back_as_it_was_staged(in_ram: frozenset[int]) -> None:
     for _ in range(3):  # steps
         for block in range(4):
             squares = stage(staging, block, value=block + 1)
-            assert squares == {f"b{block}.w": 15 * 9 * (block + 1) ** 2, f"b{block}.b": 7 * 9 * (block + 1) ** 2}
+            assert squares == {(f"b{block}.{n}", 0): count * 9 * (block + 1) ** 2 for n, count in (("w", 15), ("b", 7))}
         assert staging.staged() == {0, 1, 2, 3}
         assert set(scratch.bytes) == {("gradient", block) for block in set(range(4)) - in_ram}
         for block in range(4):
@@ -112,7 +109,7 @@ def test_only_what_got_a_gradient(in_ram: frozenset[int]) -> None:
     staging = make(FakeScratch(), in_ram=in_ram)
     stage(staging, 0)
     staging.release(0)
-    assert set(stage(staging, 0, names=("b",))) == {"b0.b"}  # the other one's old bytes are no gradient
+    assert set(stage(staging, 0, names=("b",))) == {("b0.b", 0)}  # the other one's old bytes are no gradient
     assert list(found(staging, 0)) == ["b0.b"]
     assert stage(staging, 1, names=()) == {}
     assert staging.staged() == {0}
@@ -209,8 +206,7 @@ def test_immediate_gradients_never_go_to_scratch() -> None:
 
 
 def test_gradients_lie_on_cache_lines() -> None:
-    (block,) = blocks(1)
-    assert gradient_bytes(block) == 4096
+    assert image(0).nbytes == 4096
     staging = make(FakeScratch(), count=1)
     stage(staging, 0)
     assert all(grad.data_ptr() % 64 == 0 for grad in staging.gradients(0).values())

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from weightstream.blocks import split
+from weightstream.store.images import slab_image
 from weightstream.store.layout import record_layout
 from weightstream.store.optimizers import SGD
 from weightstream.worker.slabs import Parameters, Slabs, SlabView
@@ -71,7 +72,7 @@ def test_parameters_are_nan_unless_their_block_is_present(precision: str, dtype:
         assert model[0].weight.untyped_storage().nbytes() == dtype.itemsize  # one NaN, expanded
 
     absent()
-    parameters.bind(0, slabs[0], layout.streamed)
+    parameters.bind(0, slabs[0], slab_image([layout]))
     assert parameters.present(0)
     assert not parameters.present(1)
     assert torch.equal(model[0].weight, values)

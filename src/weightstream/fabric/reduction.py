@@ -8,16 +8,20 @@ sum stays in the cache while every gradient's piece is added to it, and its squa
 order makes this possible, since all micro-batches' gradients of a block come one after another.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from weightstream.schedule.reduction import group_of, tree
+from weightstream.store.images import Panel
 
 NORM_PIECE = 65_536
 SUM_PIECE = 2 * NORM_PIECE  # elements: the sum, a partial sum and a few gradients of it fit a core's second-level cache
+
+Squares = dict[tuple[str, int], float]
+"""fp64 sums of squares of gradients by parameter and first row: 0 for a whole tensor, one for each panel of a cut one."""
 
 Place = Tensor | int
 """Where a partial sum lives: a flat tensor, or the number of a buffer that holds one piece."""
@@ -57,17 +61,21 @@ class _Program:
     def add(self, target: Place, source: Place) -> None:
         self._operations.append((target, source, True))
 
-    def run(self, scratch: Callable[[int], Tensor], squares_of: Tensor | None = None) -> float:
-        """Does all of it and forgets it; returns the fp64 sum of squares of `squares_of` (flat) as it is afterwards."""
+    def run(
+        self, scratch: Callable[[int], Tensor], panels: Sequence[Panel] = (), squares_of: Tensor | None = None
+    ) -> list[float]:
+        """Does all of it and forgets it; returns the fp64 sums of squares of `squares_of` (flat) as it is afterwards: one,
+        or those of its panels."""
         operations, self._operations, self.gradients = self._operations, [], 0
+        sizes, ends = _pieces(panels)
         cut: dict[int, tuple[Tensor, ...]] = {}
         for target, source, _ in operations:
             for place in (target, source):
                 if isinstance(place, Tensor) and id(place) not in cut:
-                    cut[id(place)] = place.split(SUM_PIECE)
+                    cut[id(place)] = place.split(sizes)
         if squares_of is not None and id(squares_of) not in cut:
-            cut[id(squares_of)] = squares_of.split(SUM_PIECE)
-        squares = 0.0
+            cut[id(squares_of)] = squares_of.split(sizes)
+        squares, total = 0.0, []
         for index in range(max(map(len, cut.values()), default=0)):
             length = next(iter(cut.values()))[index].numel()
 
@@ -81,7 +89,21 @@ class _Program:
                     piece(target).copy_(piece(source))
             if squares_of is not None:
                 squares = add_squares(squares, piece(squares_of))
-        return squares
+                if index in ends:
+                    total.append(squares)
+                    squares = 0.0
+        return total or [squares]
+
+
+def _pieces(panels: Sequence[Panel]) -> tuple[int | list[int], set[int]]:
+    """How a flat tensor is cut into pieces, none of which is in two panels; and which pieces end a panel."""
+    sizes: list[int] = []
+    ends: set[int] = set()
+    for panel in panels:
+        count = panel.stop - panel.start
+        sizes += [min(SUM_PIECE, count - start) for start in range(0, count, SUM_PIECE)]
+        ends.add(len(sizes) - 1)
+    return sizes or SUM_PIECE, ends
 
 
 class BlockSum:
@@ -92,6 +114,7 @@ class BlockSum:
         partial: `(slot, parameter name) -> fp32 tensor` of the parameter's shape: room for partial sums that are alive
             beside the leftmost one; slots count from 0. Not called when all gradients of a parameter may be held.
         held: how many gradients of a parameter may be kept until they are added, at least one.
+        panels: those of the parameters that are cut: their squares are summed apart.
     """
 
     def __init__(
@@ -102,14 +125,16 @@ class BlockSum:
         micro_batches: int,
         groups: int,
         held: int = 1,
+        panels: Mapping[str, Sequence[Panel]] | None = None,
     ) -> None:
         self._targets, self._partial = targets, partial
         self._micro_batches, self._groups, self._held = micro_batches, groups, held
         self._sums: dict[str, dict[int, _TreeSum]] = {name: {} for name in targets}
         self._programs: dict[str, _Program] = {name: _Program() for name in targets}
+        self._panels = panels or {}
         self._scratch: list[Tensor] = []
-        self.squares: dict[str, float] = {}
-        """After `close`: the fp64 sum of squares of each sum, in pieces of 65,536 added in order; on the CPU only."""
+        self.squares: Squares = {}
+        """After `close`: the fp64 sums of squares of each sum, in pieces of 65,536 added in order; on the CPU only."""
 
     def add(self, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
         """Adds one micro-batch's gradient, in the dtype in which it was computed. Indices arrive in ascending order."""
@@ -172,12 +197,12 @@ class BlockSum:
                 if slot is not None:
                     entry.slots[low, high] = slot
 
-    def _flush(self, name: str, squares_of: Tensor | None = None) -> float:
+    def _flush(self, name: str, squares_of: Tensor | None = None) -> list[float]:
         program = self._programs[name]
         for entry in self._sums[name].values():
             for partial in entry.partials.values():
                 self._settle(program, partial)
-        return program.run(lambda slot: self._piece(slot, self._targets[name]), squares_of)
+        return program.run(lambda slot: self._piece(slot, self._targets[name]), self._panels.get(name, ()), squares_of)
 
     def _piece(self, slot: int, like: Tensor) -> Tensor:
         while slot >= len(self._scratch):
@@ -206,7 +231,8 @@ class BlockSum:
                 program.copy(target, total)
             squares = self._flush(name, target if target.device.type == "cpu" else None)
             if target.device.type == "cpu":
-                self.squares[name] = squares
+                rows = [panel.row for panel in self._panels.get(name, ())] or [0]
+                self.squares.update({(name, row): value for row, value in zip(rows, squares, strict=True)})
             result[name] = self._targets[name]
         self._sums.clear()
         return result
@@ -223,3 +249,11 @@ def add_squares(total: float, values: Tensor) -> float:
 def sum_of_squares(grad: Tensor) -> float:
     """fp64 sum of squares of an fp32 tensor, in pieces of 65,536 elements added in order, as the contract has it."""
     return add_squares(0.0, grad.reshape(-1))
+
+
+def squares_of(name: str, grad: Tensor, panels: Sequence[Panel] = ()) -> Squares:
+    """The sums of squares of one gradient on the CPU: of all of it, or of each of its panels."""
+    flat = grad.reshape(-1)
+    if not panels:
+        return {(name, 0): sum_of_squares(flat)}
+    return {(name, panel.row): sum_of_squares(flat[panel.start : panel.stop]) for panel in panels}

@@ -14,11 +14,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from weightstream.blocks import Block
-from weightstream.fabric.reduction import BlockSum, sum_of_squares
+from weightstream.fabric.reduction import BlockSum, Squares, squares_of
 from weightstream.store.futures import chain, done, new_future
+from weightstream.store.images import Image
 from weightstream.store.segments import AlignedBuffer
-from weightstream.units import align
 
 T = TypeVar("T")
 
@@ -90,15 +89,11 @@ class _Staged:
     ready: "Future[Any] | None" = None
 
 
-def gradient_bytes(block: Block) -> int:
-    """fp32 gradients of a block's trained parameters, each on a cache line, as staged."""
-    return align(sum(align(p.numel * 4, 64) for p in block.parameters if p.trainable), 4096)
-
-
 class Staging:
     """Sums gradients as they come and holds them until they are used.
 
     Args:
+        images: how each block's gradient lies in memory, by block.
         in_ram: blocks whose gradient has host memory of its own; the others pass through `ring` buffers to scratch.
         partial_sums: how many partial sums may be alive beside the leftmost; each gets a buffer on the device.
         held_gradients: how many gradients of a parameter may be kept until they are added together.
@@ -108,7 +103,7 @@ class Staging:
     def __init__(
         self,
         scratch: Scratch,
-        blocks: Sequence[Block],
+        images: Sequence[Image],
         *,
         in_ram: frozenset[int],
         ring: int,
@@ -117,15 +112,15 @@ class Staging:
         device: torch.device,
         immediate: bool,
     ) -> None:
-        self._scratch, self._blocks, self._in_ram, self._immediate = scratch, blocks, in_ram, immediate
+        self._scratch, self._images, self._in_ram, self._immediate = scratch, images, in_ram, immediate
         self._held = held_gradients
         self._device = device
-        self._own = {index: AlignedBuffer(gradient_bytes(blocks[index])) for index in in_ram}
-        largest = self._largest = max((gradient_bytes(block) for block in blocks if block.trainable), default=0)
+        self._own = {index: AlignedBuffer(images[index].nbytes) for index in in_ram}
+        largest = self._largest = max((image.nbytes for image in images), default=0)
         self._ring = Pool([AlignedBuffer(largest) for _ in range(ring)])
         self._partials = [AlignedBuffer(largest) for _ in range(partial_sums if device.type == "cpu" else 0)]
         self._staged: dict[int, _Staged] = {}
-        self._places = {block.index: _places(block) for block in blocks if block.trainable}
+        self._places = [{spec.name: spec for spec in image.tensors} for image in images]
 
     def open(self, block: int, *, micro_batches: int, groups: int, brief: bool) -> BlockSum:
         """Makes room for a block's sum; waits for a buffer of the ring if it has none of its own.
@@ -142,36 +137,35 @@ class Staging:
             staged.targets = self._tensors(block, buffer.result())
         else:  # sums are made where the gradients are, and leave the device once
             staged.targets = {
-                name: torch.empty(shape, device=self._device) for name, (_, shape) in self._places[block].items()
+                name: torch.empty(spec.shape, device=self._device) for name, spec in self._places[block].items()
             }
         staged.total = BlockSum(
             staged.targets, lambda slot, name: self._partial(block, slot, name, brief),
             micro_batches=micro_batches, groups=groups, held=self._held if brief else 1,
+            panels=self._images[block].panels,
         )  # fmt: skip
         self._staged[block] = staged
         return staged.total
 
     def _tensors(self, block: int, buffer: AlignedBuffer) -> dict[str, Tensor]:
-        return {
-            name: buffer.tensor(torch.float32, offset, shape) for name, (offset, shape) in self._places[block].items()
-        }
+        return {name: buffer.tensor(spec.dtype, spec.offset, spec.shape) for name, spec in self._places[block].items()}
 
     def _partial(self, block: int, slot: int, name: str, brief: bool) -> Tensor:
-        offset, shape = self._places[block][name]
+        spec = self._places[block][name]
         if not brief or self._device.type != "cpu" or slot >= len(self._partials):
             # on a device the allocator keeps them; on the host, gradients that are absent can leave more sums open than planned
-            return torch.empty(shape, device=self._device)
-        return self._partials[slot].tensor(torch.float32, offset, shape)
+            return torch.empty(spec.shape, device=self._device)
+        return self._partials[slot].tensor(spec.dtype, spec.offset, spec.shape)
 
     def sum_of(self, block: int) -> BlockSum | None:
         staged = self._staged.get(block)
         return None if staged is None else staged.total
 
-    def close(self, block: int) -> dict[str, float]:
+    def close(self, block: int) -> Squares:
         """Closes a block's sum and stages it.
 
         Returns:
-            The fp64 sum of squares of each parameter's gradient; empty if the block got none.
+            The fp64 sums of squares of each parameter's gradient; empty if the block got none.
         """
         staged = self._staged.get(block)
         if staged is None or staged.total is None:
@@ -181,14 +175,15 @@ class Staging:
             landing = self._tensors(block, staged.buffer.result())
             sums = {name: landing[name].copy_(total) for name, total in sums.items()}
             staged.targets = landing
-            squares = {name: sum_of_squares(total) for name, total in sums.items()}
+            squares = {}
+            for name, total in sums.items():
+                squares |= squares_of(name, total, self._images[block].panels.get(name, ()))
         staged.total, staged.names = None, tuple(sums)
         if not sums:
             self.release(block)
         elif block not in self._in_ram and not self._immediate:
             buffer = staged.buffer.result()
-            nbytes = gradient_bytes(self._blocks[block])
-            written = self._scratch.scratch_write(("gradient", block), buffer.view[:nbytes])
+            written = self._scratch.scratch_write(("gradient", block), buffer.view[: self._images[block].nbytes])
             staged.targets = {}
             self._ring.give(buffer, after=written)
         else:
@@ -202,7 +197,7 @@ class Staging:
             self._bring_back(block, staged, self._ring.take())
 
     def _bring_back(self, block: int, staged: _Staged, buffer: "Future[AlignedBuffer]") -> None:
-        nbytes = gradient_bytes(self._blocks[block])
+        nbytes = self._images[block].nbytes
         staged.buffer = buffer
         staged.ready = chain(
             [buffer], lambda: self._scratch.scratch_read(("gradient", block), buffer.result().view[:nbytes])
@@ -275,12 +270,3 @@ class Staging:
             self._ring.take().result().close()
         for buffer in (*self._own.values(), *self._partials):
             buffer.close()
-
-
-def _places(block: Block) -> dict[str, tuple[int, tuple[int, ...]]]:
-    places, offset = {}, 0
-    for parameter in block.parameters:
-        if parameter.trainable:
-            places[parameter.name] = (offset, parameter.shape)
-            offset += align(parameter.numel * 4, 64)
-    return places

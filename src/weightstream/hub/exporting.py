@@ -17,8 +17,9 @@ from weightstream.hub.pretrained import FOLDER, build_from, copy_companions, sto
 from weightstream.hub.writing import Entry, shards, write_file
 from weightstream.store.layout import DTYPE_NAMES
 from weightstream.store.recording import EVERY_NAME, record
-from weightstream.store.segments import RecordBuffer
 from weightstream.store.store import Store
+from weightstream.store.whole import parameters
+from weightstream.store.whole import tensors as stored_tensors
 from weightstream.units import parse_bytes
 
 OPTIMIZER = "optimizer.safetensors"
@@ -110,16 +111,14 @@ def _check_model(store: Store, wanted: dict[str, tuple[int, ...]]) -> None:
 def _write_weights(
     store: Store, folder: Path, dtype: torch.dtype, max_shard_bytes: int, buffers: dict[str, Tensor]
 ) -> list[str]:
-    masters = [spec for block in store.blocks for spec in store.layout(block.index).part("param").tensors]
-    held = [Entry(spec.name, dtype, spec.shape) for spec in masters]
+    held = [Entry(spec.name, dtype, spec.whole_shape) for spec in parameters(store, "param")]
     own = [Entry(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items()]
     found = shards([*held, *own], max_shard_bytes)
     single = len(found) == 1
     names = [SINGLE] if single else [f"model-{i:05}-of-{len(found):05}.safetensors" for i in range(1, len(found) + 1)]
 
     def tensors() -> Iterator[Tensor]:
-        for _, tensor in _parts(store, "param"):
-            yield tensor
+        yield from stored_tensors(store, "param")
         for buffer in buffers.values():
             yield buffer.detach().contiguous()
 
@@ -137,15 +136,13 @@ def _write_weights(
 
 def _write_states(store: Store, folder: Path) -> None:
     """Optimizer states in their own dtypes; the metadata has the optimizer and each parameter's count of steps."""
-    parts = list(dict.fromkeys(p.name for b in store.blocks for p in store.layout(b.index).states if p.name != "param"))
+    parts = list(dict.fromkeys(p.name for u in store.units for p in store.layout(u.index).states if p.name != "param"))
     entries = [
-        Entry(f"{name}/{spec.name}", spec.dtype, spec.shape)
-        for name in parts
-        for block in store.blocks
-        if store.layout(block.index).has(name)
-        for spec in store.layout(block.index).part(name).tensors
+        Entry(f"{name}/{spec.name}", spec.dtype, spec.whole_shape) for name in parts for spec in parameters(store, name)
     ]
-    counts = {p.name: store.optimizer_steps(block.index) for block in store.blocks for p in block.parameters}
+    counts = {
+        p.name: store.optimizer_steps(unit.index) if p.trainable else 0 for unit in store.units for p in unit.parameters
+    }
     metadata = {
         "step": str(store.step),
         "optimizer": json.dumps(store.optimizer.to_json()),
@@ -154,17 +151,5 @@ def _write_states(store: Store, folder: Path) -> None:
     for entry in entries:
         if entry.dtype not in DTYPE_NAMES:
             raise StoreError(f"optimizer state {entry.key!r} is {entry.dtype}, which safetensors does not know")
-    source = (tensor for name in parts for _, tensor in _parts(store, name))
+    source = (tensor for name in parts for tensor in stored_tensors(store, name))
     write_file(folder / OPTIMIZER, entries, source, metadata)
-
-
-def _parts(store: Store, part: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of one part, block by block, as views that hold until the next block."""
-    record = RecordBuffer(max(store.layout(block.index).image_nbytes for block in store.blocks))
-    try:
-        for block in store.blocks:
-            if store.layout(block.index).has(part):
-                store.load(block.index, record, [part]).result()
-                yield from record.tensors(part).items()
-    finally:
-        record.close()

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -13,96 +14,110 @@ from weightstream.store import directory
 from weightstream.store.layout import DTYPE_NAMES, RecordLayout
 from weightstream.store.records import Entry, Record, file_name
 from weightstream.store.segments import RecordBuffer, bytes_of
+from weightstream.store.whole import Reader
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store
 
 
 def items(store: "Store") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Parameter by parameter in order of name; a record is read once for each run of neighbours that it holds. Families
-    follow, by number; what was never updated is made from its recipe."""
-    places = sorted((parameter.name, block.index) for block in store.blocks for parameter in block.parameters)
-    record = RecordBuffer(largest_record(store))
-    loaded = None
+    """Parameter by parameter in order of name, whole however it is cut; a record is read once for each run of neighbours
+    that it holds. Families follow, by number; what was never updated is made from its recipe."""
+    names = sorted(parameter.name for block in store.blocks for parameter in block.parameters)
+    places = ((name, store.units_with(name)) for name in names)
+    reader = Reader(store, largest_record(store))
     try:
-        for name, index in chain(places, _members_parameters(store)):
-            if index != loaded:
-                store.load(index, record).result()
-                loaded = index
-            parts = [part.name for part in store.layout(index).states]
-            tensors = {part: record.tensors(part) for part in parts}
-            yield name, {part: found[name].clone() for part, found in tensors.items() if name in found}
+        for name, indices in chain(places, _members_parameters(store)):
+            yield name, reader.whole(indices, name, [part.name for part in store.layout(indices[0]).states])
     finally:
-        record.close()
+        reader.close()
 
 
-def _members_parameters(store: "Store") -> Iterator[tuple[str, int]]:
+def _members_parameters(store: "Store") -> Iterator[tuple[str, Sequence[int]]]:
     for first, family in store.layouts.families:
         for index in range(first, first + family.count):
             for parameter in store.layouts.member(index).parameters:
-                yield parameter.name, index
+                yield parameter.name, (index,)
 
 
 def tensor(store: "Store", name: str, part: str) -> Tensor:
     """A copy of one tensor of the newest version."""
-    own = (block.index for block in store.blocks if any(parameter.name == name for parameter in block.parameters))
-    index = next(own, None)
-    if index is None:
-        index = store.layouts.owner(name)
-    if index is None:
+    indices = store.units_with(name)
+    if not indices and (member := store.layouts.owner(name)) is not None:
+        indices = (member,)
+    if not indices:
         raise KeyError(f"store '{store.path}' has no parameter {name!r}")
-    record = RecordBuffer(store.layout(index))
+    store.layout(indices[0]).part(part)  # says which parts there are
+    reader = Reader(store, max(store.layout(index).image_nbytes for index in indices), [part])
     try:
-        store.load(index, record, [part]).result()
-        return record.tensors(part)[name].clone()
+        return reader.whole(indices, name, [part])[part]
     finally:
-        record.close()
+        reader.close()
 
 
 def digest(store: "Store") -> str:
-    """Each tensor is hashed where it lies, record by record; the hashes are then put in order of name.
+    """Each tensor is hashed where it lies, record by record, the panels of one that is cut after one another; the hashes
+    are then put in order of name.
 
-    So that one read of the store is enough whatever the names are. A family counts by its template, the seed and those
-    of its records that were ever updated: nobody could hash billions that were not.
+    So that one read of the store is enough whatever the names are, and it does not matter how it is cut. A family counts
+    by its template, the seed and those of its records that were ever updated: nobody could hash billions that were not.
     """
     lines: list[str] = []
     buffer = RecordBuffer(largest_record(store))
+    hashing: dict[tuple[str, str], _Hashing] = {}
     try:
-        for block in store.blocks:
-            lines += _lines(store, block.index, store.versions.records[block.index].committed, buffer)
+        for unit in store.units:
+            lines += _lines(store, unit.index, store.versions.records[unit.index].committed, buffer, hashing)
         for first, family in store.layouts.families:
             facts = json.dumps([family.name, family.count, family.to_json(), store.seed], sort_keys=True)
             lines.append(f"family {facts}\n")
             for row in store.manifest.records(first, first + family.count):
                 if row.died is None:
-                    lines += _lines(store, row.block, Record.load([row], ()).committed, buffer)
+                    lines += _lines(store, row.block, Record.load([row], ()).committed, buffer, hashing)
     finally:
         buffer.close()
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def _lines(store: "Store", index: int, entry: Entry, buffer: RecordBuffer) -> list[str]:
-    """A line for each tensor of one version."""
+@dataclass(slots=True)
+class _Hashing:
+    """A tensor whose panels are being hashed, and the optimizer steps of each."""
+
+    state: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    steps: list[int] = field(default_factory=list)
+
+
+def _lines(
+    store: "Store", index: int, entry: Entry, buffer: RecordBuffer, hashing: dict[tuple[str, str], _Hashing]
+) -> list[str]:
+    """A line for each tensor that ends in this record. One that is frozen had no optimizer step, whatever its record
+    had."""
     layout = store.layout(index)
     buffer.bind(layout)
     store.versions.read_entry(
         index, entry, {part.name: buffer.view(part.name) for part in layout.states}, "states"
     ).result()
     lines = []
+    trained = {parameter.name for parameter in store.parameters_of(index) if parameter.trainable}
     for part in layout.states:
-        for name, found in buffer.tensors(part.name).items():
-            hashed = hashlib.sha256(bytes_of(found)).hexdigest()
-            facts = f"{DTYPE_NAMES[found.dtype]} {list(found.shape)} {entry.optimizer_steps}"
-            lines.append(f"{name!r} {part.name!r} {facts} {hashed}\n")
+        found = buffer.tensors(part.name)
+        for spec in part.tensors:
+            begun = hashing.setdefault((part.name, spec.name), _Hashing())
+            begun.state.update(bytes_of(found[spec.name]))
+            begun.steps.append(entry.optimizer_steps if spec.name in trained else 0)
+            if spec.last:
+                del hashing[part.name, spec.name]
+                steps = " ".join(map(str, dict.fromkeys(begun.steps)))  # one number, but for who changes single panels
+                facts = f"{DTYPE_NAMES[spec.dtype]} {list(spec.whole_shape)} {steps}"
+                lines.append(f"{spec.name!r} {part.name!r} {facts} {begun.state.hexdigest()}\n")
     return lines
 
 
 def info(store: "Store") -> dict[str, Any]:
     """Figures of an open store, as JSON."""
-    layouts = [store.layout(block.index) for block in store.blocks]
-    names = [
-        file_name(block.index, slot) for block in store.blocks for slot in store.versions.records[block.index].slots
-    ]
+    layouts = store.layouts.units
+    records = [store.versions.records[unit.index] for unit in store.units]
+    names = [file_name(index, slot) for index, record in enumerate(records) for slot in record.slots]
     segments = store.path / directory.SEGMENTS
     return {
         "path": str(store.path),
@@ -110,6 +125,8 @@ def info(store: "Store") -> dict[str, Any]:
         "precision": store.precision,
         "optimizer": store.optimizer.to_json(),
         "blocks": len(store.blocks),
+        "units": len(store.units),
+        "panel_elements": store.panel_elements,
         "families": [
             {
                 "name": family.name,
@@ -121,10 +138,8 @@ def info(store: "Store") -> dict[str, Any]:
         ],
         "parameters": sum(block.numel for block in store.blocks) + sum(f.count * f.numel for f in store.families),
         "record_bytes": sum(layout.image_nbytes for layout in layouts),
-        "records_written": sum(
-            store.versions.records[block.index].committed.slot is not None for block in store.blocks
-        ),
-        "versions": [store.versions.records[block.index].committed.version for block in store.blocks],
+        "records_written": sum(record.committed.slot is not None for record in records),
+        "versions": [record.committed.version for record in records],
         "segment_files": len(names),
         "segment_bytes": sum((segments / name).stat().st_size for name in names if (segments / name).exists()),
         "pinned_bytes": store.pinned_bytes,
@@ -164,6 +179,6 @@ def largest_header(store: "Store") -> int:
 
 
 def _largest_layouts(store: "Store") -> list[RecordLayout]:
-    """Those of the blocks, and of each family's last record, whose number is the longest."""
+    """Those of the units, and of each family's last record, whose number is the longest."""
     lasts = [store.layout(first + family.count - 1) for first, family in store.layouts.families]
-    return [*store.layouts.blocks, *lasts]
+    return [*store.layouts.units, *lasts]

@@ -1,12 +1,13 @@
 """How far two stores are from each other, tensor by tensor: bit for bit equal, or the norm of the difference.
 
-Parameters are matched by name, so the stores may be split into blocks in different ways. One record of each store is in
-memory at a time. Two stores without any difference have equal digests.
+Parameters are matched by name, so the stores may be split into blocks, and cut, in different ways. One record of each
+store is in memory at a time. Two stores without any difference have equal digests.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from weightstream.store.audit import largest_record
 from weightstream.store.layout import DTYPE_NAMES, TensorSpec
-from weightstream.store.segments import RecordBuffer
+from weightstream.store.whole import Reader, spec_of
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store
@@ -96,22 +97,22 @@ def distance(a: Tensor, b: Tensor) -> Distance:
 
 def rows(a: "Store", b: "Store") -> Iterator[Row]:
     """Every tensor of both stores: first all of A's, record by record, then what only B has."""
-    places_b = {parameter.name: block.index for block in b.blocks for parameter in block.parameters}
-    of_a, of_b = _Reader(a), _Reader(b)
+    of_a, of_b = Reader(a, largest_record(a)), Reader(b, largest_record(b))
     try:
-        for block in a.blocks:
+        for unit in a.units:
             # neighbours in B are read together, whatever their order in A
-            names = sorted((places_b.get(parameter.name, -1), parameter.name) for parameter in block.parameters)
-            for index_b, name in names:
-                yield from _parameter(of_a, block.index, of_b, index_b, name)
+            names = [parameter.name for parameter in unit.parameters if parameter.row == 0]
+            for in_b, name in sorted((list(b.units_with(name)), name) for name in names):
+                yield from _parameter(of_a, a.units_with(name), of_b, in_b, name)
         yield from _families(of_a, of_b)
     finally:
         of_a.close()
         of_b.close()
-    names_a = {parameter.name for block in a.blocks for parameter in block.parameters}
-    for block in b.blocks:
-        for part in b.layout(block.index).states:
-            yield from (Row(spec.name, part.name, "only in B") for spec in part.tensors if spec.name not in names_a)
+    for unit in b.units:
+        names = [parameter.name for parameter in unit.parameters if parameter.row == 0]
+        for name in names:
+            if not a.units_with(name):
+                yield from (Row(name, part, "only in B") for part in _specs(b, (unit.index,), name))
 
 
 def difference(a: "Store", b: "Store") -> dict[str, Any]:
@@ -137,7 +138,7 @@ def difference(a: "Store", b: "Store") -> dict[str, Any]:
     }
 
 
-def _families(of_a: "_Reader", of_b: "_Reader") -> Iterator[Row]:
+def _families(of_a: Reader, of_b: Reader) -> Iterator[Row]:
     """Records of families that were updated in either store; the others are equal where their templates and seeds are."""
     a, b = ({family.name: (first, family) for first, family in of.store.layouts.families} for of in (of_a, of_b))
     for name in sorted(a.keys() | b.keys()):
@@ -158,50 +159,76 @@ def _families(of_a: "_Reader", of_b: "_Reader") -> Iterator[Row]:
             if number not in written_a or number not in written_b:
                 yield Row(block.name, RECORD, "only in A" if number in written_a else "only in B")
             for parameter in block.parameters:
-                yield from _parameter(of_a, first_a + number, of_b, first_b + number, parameter.name)
+                yield from _parameter(of_a, (first_a + number,), of_b, (first_b + number,), parameter.name)
 
 
-class _Reader:
-    """Records of one store, one at a time; the last one is kept."""
-
-    def __init__(self, store: "Store") -> None:
-        self.store = store
-        self._buffer = RecordBuffer(largest_record(store))
-        self._loaded: int | None = None
-
-    def specs(self, index: int, name: str) -> dict[str, TensorSpec]:
-        """Part → what the parameter has there."""
-        states = self.store.layout(index).states
-        return {part.name: spec for part in states for spec in part.tensors if spec.name == name}
-
-    def steps(self, index: int) -> int:
-        return self.store.optimizer_steps(index)
-
-    def tensor(self, index: int, name: str, part: str) -> Tensor:
-        if index != self._loaded:
-            self.store.load(index, self._buffer).result()
-            self._loaded = index
-        return self._buffer.tensors(part)[name]
-
-    def close(self) -> None:
-        self._buffer.close()
-
-
-def _parameter(of_a: _Reader, index_a: int, of_b: _Reader, index_b: int, name: str) -> Iterator[Row]:
-    specs_a = of_a.specs(index_a, name)
-    specs_b = of_b.specs(index_b, name) if index_b >= 0 else {}
+def _parameter(
+    of_a: Reader, indices_a: Sequence[int], of_b: Reader, indices_b: Sequence[int], name: str
+) -> Iterator[Row]:
+    """All parts of a parameter that lies in these records of A and of B, if B has it."""
+    specs_a, specs_b = _specs(of_a.store, indices_a, name), _specs(of_b.store, indices_b, name)
+    shared: list[str] = []
     for part, spec_a in specs_a.items():
         spec_b = specs_b.get(part)
         if spec_b is None:
             yield Row(name, part, "only in A")
-        elif (spec_a.shape, spec_a.dtype) != (spec_b.shape, spec_b.dtype):
+        elif (spec_a.whole_shape, spec_a.dtype) != (spec_b.whole_shape, spec_b.dtype):
             yield Row(name, part, "other shape", a=_shape(spec_a), b=_shape(spec_b))
         else:
-            found = distance(of_a.tensor(index_a, name, part), of_b.tensor(index_b, name, part))
-            yield Row(name, part, "differs" if found.differing else "equal", found)
+            shared.append(part)
+    for part, found in _distances(of_a, indices_a, of_b, indices_b, name, shared).items():
+        yield Row(name, part, "differs" if found.differing else "equal", found)
     yield from (Row(name, part, "only in B") for part in specs_b if part not in specs_a)
-    if index_b >= 0 and (steps := (of_a.steps(index_a), of_b.steps(index_b)))[0] != steps[1]:
-        yield Row(name, STEPS, "differs", a=str(steps[0]), b=str(steps[1]))
+    if indices_b:
+        steps_a, steps_b = _steps(of_a.store, indices_a, name), _steps(of_b.store, indices_b, name)
+        if steps_a != steps_b:
+            yield Row(name, STEPS, "differs", a=steps_a, b=steps_b)
+
+
+def _distances(
+    of_a: Reader, indices_a: Sequence[int], of_b: Reader, indices_b: Sequence[int], name: str, parts: Sequence[str]
+) -> dict[str, Distance]:
+    if not parts:
+        return {}
+    if len(indices_a) == len(indices_b) == 1:
+        return {
+            part: distance(of_a.view(indices_a[0], name, part), of_b.view(indices_b[0], name, part)) for part in parts
+        }
+    found = dict.fromkeys(parts, Distance(0, 0, 0, 0.0, 0.0, 0.0))
+    pieces_a, pieces_b = _pieces(of_a.store, indices_a, name), _pieces(of_b.store, indices_b, name)
+    # rows that are one run in both; each record is read once
+    for start, stop in pairwise(sorted({row for rows, _ in (*pieces_a, *pieces_b) for row in (rows.start, rows.stop)})):
+        (rows_a, index_a), (rows_b, index_b) = (
+            next(piece for piece in pieces if start in piece[0]) for pieces in (pieces_a, pieces_b)
+        )
+        for part in parts:
+            a = of_a.view(index_a, name, part)[start - rows_a.start : stop - rows_a.start]
+            b = of_b.view(index_b, name, part)[start - rows_b.start : stop - rows_b.start]
+            found[part] += distance(a, b)
+    return found
+
+
+def _pieces(store: "Store", indices: Sequence[int], name: str) -> list[tuple[range, int]]:
+    """Which rows of a parameter each of its records has."""
+    specs = [(spec_of(store, index, name, "param"), index) for index in indices]
+    return [(range(spec.row, spec.row + spec.shape[0]), index) for spec, index in specs if spec is not None]
+
+
+def _specs(store: "Store", indices: Sequence[int], name: str) -> dict[str, TensorSpec]:
+    """Part → what the parameter has there, by its first piece."""
+    found = {
+        part.name: spec_of(store, index, name, part.name)
+        for index in indices[:1]
+        for part in store.layout(index).states
+    }
+    return {part: spec for part, spec in found.items() if spec is not None}
+
+
+def _steps(store: "Store", indices: Sequence[int], name: str) -> str:
+    """How many optimizer steps a parameter has had; one that is frozen none, whatever its record has had."""
+    trained = any(p.trainable for p in store.parameters_of(indices[0]) if p.name == name)
+    counts = dict.fromkeys(store.optimizer_steps(index) if trained else 0 for index in indices)
+    return " ".join(map(str, counts))
 
 
 def _chunk_distance(a: Tensor, b: Tensor) -> Distance:
@@ -227,7 +254,7 @@ def _norm(values: Tensor) -> float:
 
 
 def _shape(spec: TensorSpec) -> str:
-    return f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+    return f"{DTYPE_NAMES[spec.dtype]} {list(spec.whole_shape)}"
 
 
 def _distance_json(found: Distance) -> dict[str, Any]:

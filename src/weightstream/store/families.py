@@ -1,4 +1,4 @@
-"""Which records a store has: blocks one by one, and families of any number of records from one template.
+"""Which records a store has: units of blocks one by one, and families of any number of records from one template.
 
 A family is one row of the catalogue: a template and an arithmetic range of numbers. What is asked about one of its
 records is computed from these, so that nothing grows with `count`.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-from weightstream.blocks import Block, Parameter
+from weightstream.blocks import Block, Parameter, Unit
 from weightstream.errors import StoreError
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import HasStates, Precision, RecordLayout, record_layout
@@ -89,14 +89,14 @@ class Family:
 
 
 class Layouts:
-    """Layouts by index: of the blocks, and of any family's records, which follow them in order of family."""
+    """Layouts by index: of the units, and of any family's records, which follow them in order of family."""
 
     def __init__(
-        self, blocks: Sequence[Block], families: Sequence[Family], precision: Precision, optimizer: HasStates
+        self, units: Sequence[Unit], families: Sequence[Family], precision: Precision, optimizer: HasStates
     ) -> None:
-        self._blocks = [record_layout(block, precision, optimizer) for block in blocks]
+        self._units = [record_layout(unit, precision, optimizer) for unit in units]
         self._families: list[tuple[int, Family]] = []
-        first = len(blocks)
+        first = len(units)
         for family in families:
             self._families.append((first, family))
             first += family.count
@@ -106,12 +106,12 @@ class Layouts:
         )
 
     @property
-    def blocks(self) -> list[RecordLayout]:
-        """Those of the blocks."""
-        return self._blocks
+    def units(self) -> list[RecordLayout]:
+        """Those of the units."""
+        return self._units
 
     def __getitem__(self, index: int) -> RecordLayout:
-        return self._blocks[index] if 0 <= index < len(self._blocks) else self._of_member(index)
+        return self._units[index] if 0 <= index < len(self._units) else self._of_member(index)
 
     def family_rows(self) -> list[tuple[int, str, int, dict[str, Any]]]:
         """First index, name, number of records and template of each family, as the manifest keeps them."""
@@ -124,7 +124,7 @@ class Layouts:
 
     def is_member(self, index: int) -> bool:
         """Whether a record is one of a family."""
-        return index >= len(self._blocks)
+        return index >= len(self._units)
 
     def member(self, index: int) -> Block:
         """The record of a family that has this index.

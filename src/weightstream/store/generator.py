@@ -48,9 +48,10 @@ def generation_tasks(
 
 
 def _generate(recipe: "Recipe", seed: int, spec: TensorSpec, start: int, piece: torch.Tensor) -> None:
+    start += spec.first_element
     stop = start + piece.numel()
     out = piece if piece.dtype == torch.float32 else torch.empty(piece.numel(), dtype=torch.float32)
-    generate_range(recipe, seed, spec.name, spec.shape, start, stop, out)
+    generate_range(recipe, seed, spec.name, spec.whole_shape, start, stop, out)
     if out is not piece:
         # In pieces below the size from which PyTorch would start an OpenMP team in this thread.
         for at in range(0, out.numel(), _SERIAL_ELEMENTS):

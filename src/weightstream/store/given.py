@@ -9,30 +9,31 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from weightstream.blocks import Block
+from weightstream.blocks import Unit
 from weightstream.errors import StoreError
-from weightstream.store.initial import generate
+from weightstream.store.initial import generate_range
+from weightstream.store.layout import TensorSpec
 from weightstream.store.segments import RecordBuffer
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store
 
 
-def unfilled(store: "Store") -> list[Block]:
-    """Blocks that have neither been written nor recipes for all their parameters."""
+def unfilled(store: "Store") -> list[Unit]:
+    """Units that have neither been written nor recipes for all their parameters."""
     return [
-        block
-        for block in store.blocks
-        if store.versions.records[block.index].newest.slot is None
-        and any(parameter.name not in store.recipes for parameter in block.parameters)
+        unit
+        for unit in store.units
+        if store.versions.records[unit.index].newest.slot is None
+        and any(parameter.name not in store.recipes for parameter in unit.parameters)
     ]
 
 
 def fill(store: "Store", values: Mapping[str, Tensor]) -> None:
-    """Write version 0 of every unfilled block and publish them all in one commit.
+    """Write version 0 of every unfilled unit and publish them all in one commit.
 
-    `values` is asked for one parameter at a time, each once, block by block; what it lacks begins by its recipe. Any
-    floating-point dtype becomes fp32. One record is in memory.
+    `values` is asked for one parameter at a time, each once, unit by unit; what it lacks begins by its recipe. Any
+    floating-point dtype becomes fp32. One record is in memory beside one value.
 
     Raises:
         StoreError: a value is missing or of no parameter, or has another shape than its parameter.
@@ -43,13 +44,13 @@ def fill(store: "Store", values: Mapping[str, Tensor]) -> None:
             f"store '{store.path}': values are given for {len(unknown)} parameter(s) that the model does not have, "
             f"such as {unknown[0]!r}; give values of this model, those of a tied parameter under its first name"
         )
-    blocks = unfilled(store)
-    if not blocks:
+    units = unfilled(store)
+    if not units:
         return
     missing = [
         parameter.name
-        for block in blocks
-        for parameter in block.parameters
+        for unit in units
+        for parameter in unit.parameters
         if parameter.name not in values and parameter.name not in store.recipes
     ]
     if missing:
@@ -57,33 +58,43 @@ def fill(store: "Store", values: Mapping[str, Tensor]) -> None:
             f"store '{store.path}': its import was not completed, {len(missing)} parameter(s) have no values, such as "
             f"{missing[0]!r}; import again into it, or remove it"
         )
-    buffer = RecordBuffer(max(store.layout(block.index).image_nbytes for block in blocks))
+    buffer = RecordBuffer(max(store.layout(unit.index).image_nbytes for unit in units))
+    value: tuple[str, Tensor] | None = None  # of the tensor whose panels come one after another
     try:
-        for block in blocks:
-            layout = store.layout(block.index)
+        for unit in units:
+            layout = store.layout(unit.index)
             buffer.bind(layout)
             for part in layout.parts:
                 if part.name not in ("copy", "param"):
                     for state in buffer.tensors(part.name).values():
                         state.zero_()
-            for name, master in buffer.tensors("param").items():
-                if name in values:
-                    _take(store, name, values[name], master)
+            masters = buffer.tensors("param")
+            for spec in layout.part("param").tensors:
+                if spec.name in values:
+                    if value is None or value[0] != spec.name:
+                        value = spec.name, values[spec.name]
+                    _take(store, spec, value[1], masters[spec.name])
                 else:
-                    generate(store.recipes[name], seed=store.seed, name=name, shape=master.shape, out=master)
+                    _generate(store, spec, masters[spec.name])
             if layout.has("copy"):
                 for name, copy in buffer.tensors("copy").items():
-                    copy.copy_(buffer.tensors("param")[name])
-            store.write(block.index, buffer, 0, 0).result()
+                    copy.copy_(masters[name])
+            store.write(unit.index, buffer, 0, 0).result()
     finally:
         buffer.close()
     store.commit(0, {}).result()
 
 
-def _take(store: "Store", name: str, value: Tensor, master: Tensor) -> None:
-    if value.shape != master.shape or not value.is_floating_point():
+def _take(store: "Store", spec: TensorSpec, value: Tensor, master: Tensor) -> None:
+    if value.shape != spec.whole_shape or not value.is_floating_point():
         raise StoreError(
-            f"store '{store.path}': parameter {name!r} has shape {tuple(master.shape)}, the values given are of shape "
+            f"store '{store.path}': parameter {spec.name!r} has shape {spec.whole_shape}, the values given are of shape "
             f"{tuple(value.shape)} in {value.dtype}; give values of the same model"
         )
-    master.copy_(value.detach())
+    master.copy_((value if spec.rows is None else value[spec.row : spec.row + spec.shape[0]]).detach())
+
+
+def _generate(store: "Store", spec: TensorSpec, master: Tensor) -> None:
+    start = spec.first_element
+    recipe = store.recipes[spec.name]
+    generate_range(recipe, store.seed, spec.name, spec.whole_shape, start, start + master.numel(), master.view(-1))

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from weightstream.blocks import Block
+from weightstream.blocks import Block, Parameter, Unit
 from weightstream.errors import StoreError
 from weightstream.units import align
 
@@ -31,6 +31,8 @@ DTYPE_NAMES = {
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+_Wanted = tuple[Parameter, torch.dtype, tuple[int, ...]]
+
 # Keys of the file begin with a part's name; these are taken.
 _RESERVED_STATES = ("copy", "param", "pad")
 
@@ -43,13 +45,33 @@ class HasStates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of one part; `name` is the parameter's name, `offset` counts bytes from the start of its part."""
+    """One tensor of one part; `name` is the parameter's name, `offset` counts bytes from the start of its part.
+
+    `row` and `rows` are those of the parameter (`blocks.Parameter`): with `rows` it is a panel of a tensor of so many.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    row: int = 0
+    rows: int | None = None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that this is a panel of, or of the tensor itself."""
+        return self.shape if self.rows is None else (self.rows, *self.shape[1:])
+
+    @property
+    def first_element(self) -> int:
+        """Where it begins in the whole tensor, in elements."""
+        return self.row * prod(self.shape[1:])
+
+    @property
+    def last(self) -> bool:
+        """Whether the whole tensor ends with it."""
+        return self.rows is None or self.row + self.shape[0] == self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +132,15 @@ class RecordLayout:
         return _tensors_json(self.parts)
 
 
-def record_layout(block: Block, precision: Precision, optimizer: HasStates) -> RecordLayout:
-    """The layout of a block's record: a pure function, the same in every run.
+def record_layout(block: Unit | Block, precision: Precision, optimizer: HasStates) -> RecordLayout:
+    """The layout of the record of a unit, or of a whole block: a pure function, the same in every run.
 
     Raises:
-        StoreError: the optimizer has a state whose name or dtype cannot be stored.
+        StoreError: the optimizer has a state whose name or dtype cannot be stored, or which cannot be cut into panels.
     """
-    wanted: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = {}
+    wanted: dict[str, list[_Wanted]] = {}
     for part_name, dtype in [("copy", torch.bfloat16)] * (precision == "bf16") + [("param", torch.float32)]:
-        wanted[part_name] = [(parameter.name, dtype, parameter.shape) for parameter in block.parameters]
+        wanted[part_name] = [(parameter, dtype, parameter.shape) for parameter in block.parameters]
     for parameter in block.parameters:
         if not parameter.trainable:
             continue
@@ -129,7 +151,12 @@ def record_layout(block: Block, precision: Precision, optimizer: HasStates) -> R
                     f"without '/' other than {', '.join(_RESERVED_STATES)} and one of the dtypes "
                     f"{', '.join(DTYPE_NAMES.values())}; rename the state or choose another optimizer"
                 )
-            wanted.setdefault(state, []).append((parameter.name, dtype, tuple(shape)))
+            if parameter.rows is not None and tuple(shape) != parameter.shape:
+                raise StoreError(
+                    f"block {block.name!r}: optimizer state {state!r} of {parameter} has shape {tuple(shape)}, expected "
+                    f"{parameter.shape}; an optimizer with such states is not elementwise, and its tensors stay whole"
+                )
+            wanted.setdefault(state, []).append((parameter, dtype, tuple(shape)))
 
     parts: list[Part] = []
     offset = 0
@@ -155,12 +182,12 @@ def gaps(part: Part) -> list[tuple[int, int]]:
     return found
 
 
-def _part(name: str, offset: int, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Part:
+def _part(name: str, offset: int, tensors: Iterable[_Wanted]) -> Part:
     specs, position = [], 0
-    for tensor_name, dtype, shape in tensors:
+    for parameter, dtype, shape in tensors:
         position = align(position, ALIGN_TENSOR)
         nbytes = prod(shape) * dtype.itemsize
-        specs.append(TensorSpec(tensor_name, dtype, tuple(shape), position, nbytes))
+        specs.append(TensorSpec(parameter.name, dtype, tuple(shape), position, nbytes, parameter.row, parameter.rows))
         position += nbytes
     return Part(name, offset, align(position, ALIGN_PART), tuple(specs))
 

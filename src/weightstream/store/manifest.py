@@ -20,8 +20,8 @@ import xxhash
 
 from weightstream.errors import DamagedRecordError, StoreError
 
-FORMAT_NUMBER = 2
-META = ("id", "made_by", "contract", "precision", "optimizer", "chunk_bytes", "counts")
+FORMAT_NUMBER = 3
+META = ("id", "made_by", "contract", "precision", "optimizer", "chunk_bytes", "panel_elements", "counts")
 """What table meta always has."""
 APPLICATION_ID = 0x57535452  # "WSTR", where `file` finds it
 

@@ -15,13 +15,13 @@ import xxhash
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.checksums import checksums
+from weightstream.store.facts import units_of
 from weightstream.store.families import Family, Layouts
 from weightstream.store.manifest import Manifest, RecordRow
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.pushed import FILES, Index, PushedFile, PushedRecord, newest
 from weightstream.store.records import MEMBERS, file_name
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.store import block_from_facts
 from weightstream.store.target import Counted, MissingObjectError, Place, Say, Target
 from weightstream.store.tiers import Disk
 from weightstream.units import format_bytes
@@ -110,7 +110,7 @@ class _Attempt:
         self.target, self.index, self.path, self.say = target, index, path, say
         self.disk = Disk(chunk_bytes=int(index.meta["chunk_bytes"]))
         self.layouts = Layouts(
-            [block_from_facts(number, name, facts) for number, name, facts in index.blocks],
+            units_of(index.blocks),
             [Family.from_json(name, count, facts) for _, name, count, facts in index.families],
             index.meta["precision"],
             Optimizer.from_json(index.meta["optimizer"]),

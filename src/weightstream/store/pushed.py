@@ -1,7 +1,7 @@
 """What a target holds: one index that names every object of a commit, and the objects.
 
 index/<serial>.json                                    the commit; its own checksum is in it
-segments/<block>.<version>.<checksum>.safetensors      a record, exactly as in the store
+segments/<record>.<version>.<checksum>.safetensors      a record, exactly as in the store
 hugging_face/<checksum>.<name>                         a file of an imported store's folder
 
 Each push writes an index of the next serial number after everything that it names, and only then removes the one
@@ -22,7 +22,7 @@ from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store.manifest import CommitRow, RecordRow
 from weightstream.store.target import PARTIAL, MissingObjectError, Target
 
-FORMAT_NUMBER = 1
+FORMAT_NUMBER = 2
 INDEX, SEGMENTS, FILES = "index", "segments", "hugging_face"
 FOLDERS = (INDEX, SEGMENTS, FILES)
 
@@ -112,7 +112,9 @@ class Index:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CutShortError(f"{where} is not a whole index: {error}") from error
         if found != FORMAT_NUMBER:
-            raise StoreError(f"{where}: expected format {FORMAT_NUMBER}, found {found}; a newer weightstream reads it")
+            raise StoreError(
+                f"{where}: expected format {FORMAT_NUMBER}, found {found}; another version of weightstream reads it"
+            )
         if checksum != _checksum(body):
             raise DamagedRecordError(
                 f"{where}: expected checksum {checksum}, found {_checksum(body)}; it was damaged or changed"

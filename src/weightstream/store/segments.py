@@ -74,11 +74,16 @@ class AlignedBuffer:
 
 
 class RecordBuffer:
-    """A working buffer for any record whose image fits; bound to one layout at a time."""
+    """A working buffer for any record whose image fits; bound to one layout at a time.
 
-    def __init__(self, capacity: RecordLayout | int) -> None:
+    Args:
+        within: memory of someone else and where in it to begin, a multiple of pages; by default memory of its own.
+    """
+
+    def __init__(self, capacity: RecordLayout | int, within: tuple[AlignedBuffer, int] | None = None) -> None:
         self.capacity_bytes = capacity if isinstance(capacity, int) else capacity.image_nbytes
-        self._buffer = AlignedBuffer(self.capacity_bytes)
+        self._shares = within is not None
+        self._buffer, self._start = within or (AlignedBuffer(self.capacity_bytes), 0)
         self._layout: RecordLayout | None = None
         self._tensors: dict[str, dict[str, Tensor]] = {}
         if isinstance(capacity, RecordLayout):
@@ -109,19 +114,19 @@ class RecordBuffer:
     @property
     def image(self) -> memoryview:
         """All bytes of the record as they lie in its file, header included."""
-        return self._buffer.view[: self.layout.image_nbytes]
+        return self._buffer.view[self._start : self._start + self.layout.image_nbytes]
 
     def view(self, part: str) -> memoryview:
         """The bytes of one part."""
         place = self.layout.part(part)
-        return self._buffer.view[place.offset : place.offset + place.nbytes]
+        return self._buffer.view[self._start + place.offset : self._start + place.offset + place.nbytes]
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Parameter name → tensor of this part, as views of the buffer."""
         if part not in self._tensors:
             place = self.layout.part(part)
             self._tensors[part] = {
-                spec.name: self._buffer.tensor(spec.dtype, place.offset + spec.offset, spec.shape)
+                spec.name: self._buffer.tensor(spec.dtype, self._start + place.offset + spec.offset, spec.shape)
                 for spec in place.tensors
             }
         return self._tensors[part]
@@ -130,7 +135,8 @@ class RecordBuffer:
         """Give the memory back once the last tensor on it is gone."""
         self._tensors = {}
         self._layout = None
-        self._buffer.close()
+        if not self._shares:
+            self._buffer.close()
 
 
 def part_tensors(part: Part, view: memoryview) -> dict[str, Tensor]:

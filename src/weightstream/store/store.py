@@ -8,19 +8,21 @@ instant finds the last commit whole, and the store is the checkpoint.
 import json
 import os
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
-from weightstream.blocks import Block, Parameter
+from weightstream.blocks import PANEL_ELEMENTS, Block, Parameter, Unit, cut
 from weightstream.errors import StoreError, StoreMismatchError
 from weightstream.store import audit, directory, integrity
 from weightstream.store.branch import branch
+from weightstream.store.facts import block_rows, blocks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout
@@ -55,20 +57,26 @@ class Store:
             meta = manifest.meta()
             blocks = manifest.blocks()
             families = manifest.families()
-            rows = manifest.records(stop=len(blocks))
+            self.blocks, self.units = blocks_of(blocks), units_of(blocks)
+            rows = manifest.records(stop=len(self.units))
             last = manifest.last_commit()
             held = set(manifest.snapshots().values())
         self.contract: dict[str, Any] = meta["contract"]
         self.precision: Precision = meta["precision"]
         self.optimizer = Optimizer.from_json(meta["optimizer"])
         self.seed = int(self.contract.get("seed", 0))
-        self.blocks = tuple(block_from_facts(index, name, facts) for index, name, facts in blocks)
+        self.panel_elements = int(meta["panel_elements"])
+        self._units_of = _ranges(self.blocks, self.units)
+        self._pieces: dict[str, list[int]] = defaultdict(list)
+        for unit in self.units:
+            for parameter in unit.parameters:
+                self._pieces[parameter.name].append(unit.index)
         self.families = tuple(Family.from_json(name, count, facts) for _, name, count, facts in families)
         own = {name: Recipe.from_json(recipe) for _, _, facts in blocks for name, recipe in facts["recipes"].items()}
         self.recipes: Mapping[str, Recipe] = Recipes(own, self.families)
-        self._layouts = Layouts(self.blocks, self.families, self.precision, self.optimizer)
+        self._layouts = Layouts(self.units, self.families, self.precision, self.optimizer)
         records = directory.records(
-            self.path, self._layouts.blocks, rows, held, keep_dead=self.writable, accept_damage=accept_damage
+            self.path, self._layouts.units, rows, held, keep_dead=self.writable, accept_damage=accept_damage
         )
         self._scratch = Scratch(disk, path / directory.SCRATCH)
         self._closed = False
@@ -100,19 +108,22 @@ class Store:
         contract: Mapping[str, Any],
         disk: Disk | None = None,
         families: Sequence[Family] = (),
+        panel_elements: int = PANEL_ELEMENTS,
     ) -> Self:
-        """Make a store in a new or empty directory. Nothing but frozen blocks takes space until it is updated.
+        """Make a store in a new or empty directory. Nothing but frozen units takes space until it is updated.
 
         `recipes` says how each parameter (by name) begins; `contract` is what a resumed run may not change, as JSON.
-        The records of `families` follow the blocks, in order; `index` gives the index of one.
+        Blocks are cut into units of about `panel_elements` (`blocks.cut`), each a record of its own. The records of
+        `families` follow the units, in order; `index` gives the index of one.
 
         Raises:
             StoreError: the directory holds something else.
         """
         disk = disk or Disk()
         store_path = Path(path)
-        facts = [(block.index, block.name, _block_facts(block, recipes)) for block in blocks]
-        layouts = Layouts(blocks, families, precision, optimizer)
+        units = cut(blocks, panel_elements=panel_elements, panels=optimizer.elementwise)
+        facts = block_rows(blocks, units, recipes)
+        layouts = Layouts(units, families, precision, optimizer)
         assert [block.index for block in blocks] == list(range(len(blocks))), "blocks are numbered in order"
         lock_handle = directory.make(store_path)
         try:
@@ -125,7 +136,8 @@ class Store:
                 "precision": precision,
                 "optimizer": optimizer.to_json(),
                 "chunk_bytes": disk.chunk_bytes,
-                "record_bytes": sum(layout.image_nbytes for layout in layouts.blocks),
+                "panel_elements": panel_elements,
+                "record_bytes": sum(layout.image_nbytes for layout in layouts.units),
             }
             if families:
                 (store_path / directory.SEGMENTS / MEMBERS).mkdir()
@@ -237,12 +249,24 @@ class Store:
                 + "\nrun with the store's values, or give another store"
             )
 
-    def layout(self, block_index: int) -> RecordLayout:
-        """Where the numbers of this block's record lie."""
-        return self._layouts[block_index]
+    def units_of(self, block: int) -> range:
+        """The indices of a block's units."""
+        return self._units_of[block]
+
+    def units_with(self, name: str) -> Sequence[int]:
+        """The indices of the units that a parameter lies in, in order of row; none if there is no such parameter."""
+        return self._pieces.get(name, ())
+
+    def parameters_of(self, index: int) -> tuple[Parameter, ...]:
+        """The tensors, or the panel of one, that a record has."""
+        return self.units[index].parameters if index < len(self.units) else self._layouts.member(index).parameters
+
+    def layout(self, index: int) -> RecordLayout:
+        """Where the numbers of this record lie. Indices of records are those of the units, then of families' records."""
+        return self._layouts[index]
 
     def index(self, family: str, number: int) -> int:
-        """The index of a family's record, for every method that takes a block's index.
+        """The index of a family's record, for every method that takes a record's index.
 
         Raises:
             KeyError: no such family, or no such number in it.
@@ -263,13 +287,13 @@ class Store:
             directory.adopt_dead_of_member(self.path, index, record, self.layout(index).image_nbytes)
         return record
 
-    def version(self, block_index: int) -> int:
+    def version(self, index: int) -> int:
         """The newest version, pending ones included."""
-        return self.versions.records[block_index].newest.version
+        return self.versions.records[index].newest.version
 
-    def optimizer_steps(self, block_index: int) -> int:
+    def optimizer_steps(self, index: int) -> int:
         """How many optimizer steps the newest version has had."""
-        return self.versions.records[block_index].newest.optimizer_steps
+        return self.versions.records[index].newest.optimizer_steps
 
     # For programs that use the store by itself.
 
@@ -299,48 +323,46 @@ class Store:
 
     # Operations in the background.
 
-    def fetch(self, block_index: int, view: memoryview) -> "Future[int]":
+    def fetch(self, index: int, view: memoryview) -> "Future[int]":
         """Fill page-aligned memory with the streamed part of the newest version; the future gives that version.
 
         Raises (in the future):
             DamagedRecordError: the bytes are not those that were written.
         """
-        part = self._layouts[block_index].streamed
+        part = self._layouts[index].streamed
         view = view.cast("B")
         if view.nbytes < part.nbytes:
-            raise ValueError(f"fetch of block {block_index} needs {part.nbytes} bytes, the view has {view.nbytes}")
-        return self.versions.read(block_index, {part.name: view[: part.nbytes]}, "copy")
+            raise ValueError(f"fetch of record {index} needs {part.nbytes} bytes, the view has {view.nbytes}")
+        return self.versions.read(index, {part.name: view[: part.nbytes]}, "copy")
 
     def load(
-        self, block_index: int, record: RecordBuffer, parts: Collection[str] | None = None, *, check: bool = True
+        self, index: int, record: RecordBuffer, parts: Collection[str] | None = None, *, check: bool = True
     ) -> "Future[int]":
         """Fill a buffer with masters and states (or the parts named) of the newest version, at their places.
 
-        Binds the buffer to this block's layout. The bf16 copy is not loaded unless named: an update makes it anew.
+        Binds the buffer to this record's layout. The bf16 copy is not loaded unless named: an update makes it anew.
         With `check=False` the bytes from disk must not be used before `check` has been called.
         """
-        layout = self._layouts[block_index]
+        layout = self._layouts[index]
         record.bind(layout)
         wanted = layout.states if parts is None else tuple(layout.part(name) for name in parts)
-        return self.versions.read(
-            block_index, {part.name: record.view(part.name) for part in wanted}, "states", check=check
-        )
+        return self.versions.read(index, {part.name: record.view(part.name) for part in wanted}, "states", check=check)
 
-    def check(self, block_index: int, record: RecordBuffer) -> None:
+    def check(self, index: int, record: RecordBuffer) -> None:
         """Compare what `load(check=False)` read with its checksums, by all cores: to be called where compute waits.
 
         Raises:
             DamagedRecordError: the bytes are not those that were written.
         """
-        self.versions.check(block_index, record)
+        self.versions.check(index, record)
 
-    def checksums(self, block_index: int, record: RecordBuffer) -> dict[str, int]:
+    def checksums(self, index: int, record: RecordBuffer) -> dict[str, int]:
         """The checksum of each part of a record that is about to be written, by all cores."""
-        return self.versions.sums(block_index, record)
+        return self.versions.sums(index, record)
 
     def write(
         self,
-        block_index: int,
+        index: int,
         record: RecordBuffer,
         version: int,
         optimizer_steps: int,
@@ -356,7 +378,7 @@ class Store:
             ValueError: a version older than the newest, or a buffer bound to another layout.
         """
         self._require_writable()
-        return self.versions.write(block_index, record, version, optimizer_steps, checksums)
+        return self.versions.write(index, record, version, optimizer_steps, checksums)
 
     def commit(self, step: int, progress: Mapping[str, Any]) -> "Future[None]":
         """Publish every version written so far, with the step and the caller's progress, in one transaction.
@@ -382,14 +404,14 @@ class Store:
         """
         self.versions.discard()
 
-    def pin(self, block_index: int, parts: Collection[str]) -> None:
+    def pin(self, index: int, parts: Collection[str]) -> None:
         """Keep these parts of a record in memory: filled by their next read or write, written through, read from
         memory afterwards. Parts that the record does not have are left out."""
-        self.versions.pin(block_index, parts)
+        self.versions.pin(index, parts)
 
-    def unpin(self, block_index: int, parts: Collection[str] | None = None) -> None:
+    def unpin(self, index: int, parts: Collection[str] | None = None) -> None:
         """Let go of the memory of these parts (of all, by default)."""
-        self.versions.unpin(block_index, parts)
+        self.versions.unpin(index, parts)
 
     @property
     def pinned_bytes(self) -> int:
@@ -531,16 +553,16 @@ class Store:
         self.close()
 
     def _materialise_frozen(self) -> None:
-        """Give blocks that are never trained a file: they would be generated anew at every fetch."""
-        for block in self.blocks:
-            if block.trainable or any(parameter.name not in self.recipes for parameter in block.parameters):
+        """Give units that are never trained a file: they would be generated anew at every fetch."""
+        for unit in self.units:
+            if unit.trainable or any(parameter.name not in self.recipes for parameter in unit.parameters):
                 continue
-            if self.versions.records[block.index].newest.slot is not None:
+            if self.versions.records[unit.index].newest.slot is not None:
                 continue
-            layout = self._layouts[block.index]
+            layout = self._layouts[unit.index]
             record = RecordBuffer(layout)
-            self.load(block.index, record, [part.name for part in layout.parts]).result()
-            self.write(block.index, record, 0, 0).result()
+            self.load(unit.index, record, [part.name for part in layout.parts]).result()
+            self.write(unit.index, record, 0, 0).result()
             record.close()
         if self.versions.changed:
             self.commit(self.step, self.progress).result()
@@ -564,26 +586,11 @@ def _sync_names_above(path: Path, device: Device) -> None:
             return
 
 
-def _block_facts(block: Block, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
-    return {
-        "parameters": [
-            {"name": parameter.name, "shape": list(parameter.shape), "trainable": parameter.trainable}
-            for parameter in block.parameters
-        ],
-        "modules": list(block.modules),
-        "resident": block.resident,
-        "recipes": {
-            parameter.name: recipes[parameter.name].to_json()
-            for parameter in block.parameters
-            if parameter.name in recipes
-        },
-    }
-
-
-def block_from_facts(index: int, name: str, facts: Mapping[str, Any]) -> Block:
-    """The block that a row of the manifest describes."""
-    parameters = tuple(Parameter(fact["name"], tuple(fact["shape"]), fact["trainable"]) for fact in facts["parameters"])
-    return Block(index, name, parameters, tuple(facts["modules"]), facts["resident"])
+def _ranges(blocks: Sequence[Block], units: Sequence[Unit]) -> list[range]:
+    """The units of each block: they are consecutive."""
+    counts = Counter(unit.block for unit in units)
+    ends = list(accumulate(counts[block.index] for block in blocks))
+    return [range(end - counts[block.index], end) for block, end in zip(blocks, ends, strict=True)]
 
 
 def _as_json(what: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weightstream.blocks import Block
-from weightstream.store.layout import Part
+from weightstream.store.images import Image
 from weightstream.store.segments import AlignedBuffer, bytes_of
 
 
@@ -180,10 +180,10 @@ class Parameters:
     def present(self, block: int) -> bool:
         return block in self._present
 
-    def bind(self, block: int, slab: Slab, part: Part) -> None:
-        """Makes a block's parameters views of a slab that holds its streamed part."""
+    def bind(self, block: int, slab: Slab, image: Image) -> None:
+        """Makes a block's parameters views of a slab that holds what is streamed of it."""
         slab.ready()
-        places = {spec.name: spec for spec in part.tensors}
+        places = {spec.name: spec for spec in image.tensors}
         for bound in self._bound[block]:
             spec = places[bound.name]
             bound.parameter.data = slab.view(spec.offset, spec.dtype, spec.shape, _contiguous(spec.shape))
