@@ -286,8 +286,8 @@ class Runtime:
         step = self.pending_step if self.facts.deferred else self._step
         gradients = self.staging.gradients(block)
         for piece in self.holding.pieces(block, buffer):
-            if piece.name in gradients:
-                grad = piece.of(gradients[piece.name])
+            grad = gradients.get((piece.name, piece.row))
+            if grad is not None:
                 if self.coefficient < 1.0:
                     grad.mul_(self.coefficient)
                 self.store.optimizer.update(

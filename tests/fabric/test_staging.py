@@ -75,7 +75,7 @@ def stage(staging: Staging, block: int, names: tuple[str, ...] = ("w", "b"), val
 
 def found(staging: Staging, block: int) -> dict[str, Tensor]:
     staging.ready(block).result(timeout=5)
-    return {name: grad.clone() for name, grad in staging.gradients(block).items()}
+    return {name: grad.clone() for (name, _), grad in staging.gradients(block).items()}
 
 
 @pytest.fixture(params=["in RAM", "through the ring", "some of each"])

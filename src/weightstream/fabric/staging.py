@@ -6,7 +6,7 @@ memory if the plan has room for it there, else in scratch on disk, through a rin
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,12 +14,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from weightstream.fabric.reduction import BlockSum, Squares, squares_of
+from weightstream.fabric.reduction import BlockSum, Squares, squares_of, sum_of_squares
 from weightstream.store.futures import chain, done, new_future
 from weightstream.store.images import Image
 from weightstream.store.segments import AlignedBuffer
 
 T = TypeVar("T")
+Key = tuple[str, int]
+"""A whole tensor (row 0) or a panel of one: parameter name and first row."""
 
 
 class Pool(Generic[T]):
@@ -85,7 +87,8 @@ class _Staged:
     buffer: "Future[AlignedBuffer]"
     targets: dict[str, Tensor] = field(default_factory=dict)
     total: BlockSum | None = None
-    names: tuple[str, ...] = ()
+    keys: tuple[Key, ...] = ()
+    open: bool = True
     ready: "Future[Any] | None" = None
 
 
@@ -178,17 +181,43 @@ class Staging:
             squares = {}
             for name, total in sums.items():
                 squares |= squares_of(name, total, self._images[block].panels.get(name, ()))
-        staged.total, staged.names = None, tuple(sums)
-        if not sums:
+        staged.total = None
+        self._settle(block, staged, [(spec.name, spec.row) for spec in self._images[block].pieces if spec.name in sums])
+        return squares
+
+    def room(self, block: int) -> AlignedBuffer:
+        """Memory for a block's gradient that is summed elsewhere; `settle` stages it."""
+        own = self._own.get(block)
+        buffer = own if own is not None else self._ring.take_or(lambda: AlignedBuffer(self._largest))
+        self._staged[block] = _Staged(done(buffer))
+        return buffer
+
+    def settle(self, block: int, keys: Sequence[Key]) -> Squares:
+        """What was asked for by `room` is complete: these pieces of it are gradients.
+
+        Returns:
+            The fp64 sum of squares of each.
+        """
+        staged = self._staged[block]
+        buffer, wanted = staged.buffer.result(), set(keys)
+        squares: Squares = {}
+        for spec in self._images[block].pieces:
+            if (spec.name, spec.row) in wanted:
+                grad = buffer.tensor(spec.dtype, spec.offset, spec.shape)
+                squares[spec.name, spec.row] = sum_of_squares(grad)
+        self._settle(block, staged, keys)
+        return squares
+
+    def _settle(self, block: int, staged: _Staged, keys: Sequence[Key]) -> None:
+        staged.open, staged.keys, staged.targets = False, tuple(keys), {}
+        if not keys:
             self.release(block)
         elif block not in self._in_ram and not self._immediate:
             buffer = staged.buffer.result()
             written = self._scratch.scratch_write(("gradient", block), buffer.view[: self._images[block].nbytes])
-            staged.targets = {}
             self._ring.give(buffer, after=written)
         else:
             staged.ready = done(None)
-        return squares
 
     def prefetch(self, block: int) -> None:
         """Begins to bring a staged gradient back from scratch; does nothing if it is in memory or there is none."""
@@ -205,30 +234,37 @@ class Staging:
 
     def ready(self, block: int) -> "Future[Any]":
         """Done when `gradients(block)` may be called. Does not wait for buffers of gradients that were loaded ahead."""
-        staged = self._staged[block]
+        staged = self._staged.get(block)
+        if staged is None:  # none of what this rank owns of it got a gradient
+            return done(None)
         if staged.ready is None:
             self._bring_back(block, staged, done(self._ring.take_or(lambda: AlignedBuffer(self._largest))))
         ready = staged.ready
         assert ready is not None
         return ready
 
-    def gradients(self, block: int) -> Mapping[str, Tensor]:
-        """`{name: fp32 gradient}` of the parameters that got one; may be changed in place."""
-        staged = self._staged[block]
-        if not staged.targets:
-            staged.targets = self._tensors(block, staged.buffer.result())
-        return {name: staged.targets[name] for name in staged.names}
+    def gradients(self, block: int) -> dict[Key, Tensor]:
+        """The fp32 gradients of the tensors and panels that got one; may be changed in place."""
+        staged = self._staged.get(block)
+        if staged is None:
+            return {}
+        buffer, keys = staged.buffer.result(), set(staged.keys)
+        return {
+            (spec.name, spec.row): buffer.tensor(spec.dtype, spec.offset, spec.shape)
+            for spec in self._images[block].pieces
+            if (spec.name, spec.row) in keys
+        }
 
     def recall(self) -> None:
         """Gives back the buffers of gradients that were brought back ahead, in an order that no longer holds."""
         for block, staged in self._staged.items():
             if self._passes_through_ring(block, staged) and staged.ready is not None:
                 self._give_after(staged)
-                staged.ready, staged.targets = None, {}
+                staged.ready = None
 
     def _passes_through_ring(self, block: int, staged: _Staged) -> bool:
         """Whether a gradient is in scratch, or on its way back from there."""
-        return block not in self._in_ram and not self._immediate and staged.total is None and bool(staged.names)
+        return block not in self._in_ram and not self._immediate and not staged.open and bool(staged.keys)
 
     def _give_after(self, staged: _Staged) -> None:
         """Returns a ring buffer once nothing moves in it; it may not even have been given yet."""
@@ -250,12 +286,12 @@ class Staging:
 
     def staged(self) -> frozenset[int]:
         """Blocks that have a gradient waiting."""
-        return frozenset(block for block, staged in self._staged.items() if staged.names)
+        return frozenset(block for block, staged in self._staged.items() if staged.keys)
 
     def abort(self) -> None:
         """Drops the sums that were never closed."""
         for block, staged in list(self._staged.items()):
-            if staged.total is not None:
+            if staged.open:
                 self.release(block)
 
     def clear(self) -> None:

@@ -113,16 +113,11 @@ class Piece:
     unit: int
     name: str
     row: int
-    whole: bool
     trainable: bool
     count: int
     master: Tensor
     states: Mapping[str, Tensor]
     copy: Tensor | None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor of the whole parameter's shape."""
-        return tensor if self.whole else tensor[self.row : self.row + self.master.shape[0]]
 
 
 class Holding:
@@ -218,7 +213,7 @@ class Holding:
                 name = parameter.name
                 own = {part: tensors[name] for part, tensors in states.items() if name in tensors}
                 yield Piece(
-                    unit, name, parameter.row, parameter.rows is None, parameter.trainable, count,
+                    unit, name, parameter.row, parameter.trainable, count,
                     masters[name], own, copies.get(name),
                 )  # fmt: skip
 
