@@ -375,8 +375,8 @@ class TestCommitEvery:
         with open_engine(tmp_path / "store", **settings) as engine:
             for step in range(1, 9):
                 engine.step(tokens(step), loss_fn)
-                if engine.runtime.committing is not None:
-                    engine.runtime.committing.result()
+                if engine.runtime.keeper.committing is not None:
+                    engine.runtime.keeper.committing.result()
                 shutil.copytree(tmp_path / "store", tmp_path / "crashed")  # what a crash would find
                 found, digest = step_and_digest(tmp_path / "crashed")
                 # the plan of the second step begins with a commit; with clipping a step is applied during the next one

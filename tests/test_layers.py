@@ -19,7 +19,7 @@ LAYERS = (
     ("fabric",),
     ("worker",),
     ("trace",),
-    ("runtime", "simulator", "streaming"),
+    ("runtime", "keeping", "improvising", "simulator", "streaming"),
     ("captures", "planning", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report"),
     ("config", "architectures", "run", "transfer", "demo", "cli"),

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from weightstream.blocks import PANEL_ELEMENTS, Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.errors import ConfigError, NonFiniteError, StoreMismatchError
+from weightstream.fabric.peers import Alone
+from weightstream.fabric.staging import Staging
+from weightstream.keeping import Keeper
 from weightstream.planning import (
     Budgets,
     Measured,
@@ -296,7 +299,19 @@ class Engine:
         self.store.before_look, self.store.attached = self.commit, True
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
-        return Runtime(self.holding, self.worker, self.parameters, facts, allotment, self._ceiling, self._interval)
+        """The buffers of an allotment, and what works in them."""
+        staging = Staging(
+            self.store, self.holding.gradients, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
+            partial_sums=allotment.partial_sums, held_gradients=allotment.held_gradients, device=self.device,
+            immediate=not facts.deferred,
+        )  # fmt: skip
+        keeper = Keeper(
+            self.holding, facts, allotment, staging, self._interval, wait=lambda future: self.runtime.wait(future)
+        )
+        peers = Alone(staging, facts.reduction_groups)
+        return Runtime(
+            keeper, self.worker, self.parameters, facts, allotment, self._ceiling, scratch=self.store, peers=peers
+        )
 
     def _gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
         self.runtime.gradient(block, name, use, micro_batch, grad)
@@ -322,9 +337,10 @@ class Engine:
                 give_back()  # activations of other sizes come
                 self.runtime.close()
                 self.runtime = self._runtime(facts, allotment)
-        pending = self.runtime.pending
-        loaded = tuple(block for block in self._next_loads if block in pending and self.runtime.is_loaded(block))
-        self.runtime.keep_loaded(loaded)
+        keeper = self.runtime.keeper
+        pending = keeper.pending
+        loaded = tuple(block for block in self._next_loads if block in pending and keeper.is_loaded(block))
+        keeper.keep_loaded(loaded)
         key = (pending, loaded)
         schedule = self._schedules.get(key)
         if schedule is None:
@@ -371,7 +387,7 @@ class Engine:
             weights = [count / whole for count in tokens]
         elif len(weights) != len(micro_batches):
             raise ConfigError(f"engine.step: {len(micro_batches)} micro-batches, but {len(weights)} weights")
-        if self.runtime.broken:
+        if self.runtime.keeper.broken:
             self.commit()  # says why it cannot
         start = time.perf_counter()
         if self.device.type != "cpu":
@@ -380,17 +396,18 @@ class Engine:
         number = self.step_count + 1
         measuring = self.worker.measuring = self._measured is None
         outcome = self.runtime.step(
-            schedule, micro_batches, weights, loss_fn, seed=self.seed, step=number, progress=self._progress_after
-        )
+            schedule, dict(enumerate(micro_batches)), dict(enumerate(weights)), loss_fn,
+            count=len(micro_batches), seed=self.seed, step=number, progress=self._progress_after,
+        )  # fmt: skip
         self._next_loads = schedule.loads_next
         self._learn(outcome, measuring)
         self.step_count = number
         norm = outcome.norm
         if self.clip_norm is not None:
             coefficient = self.clip_norm / (norm + 1e-6) if math.isfinite(norm) else 1.0
-            self.runtime.coefficient = min(1.0, coefficient)
+            self.runtime.keeper.coefficient = min(1.0, coefficient)
         self._count_skipped(outcome, number)
-        loss = sum(weight * value for weight, value in zip(weights, outcome.losses, strict=True))
+        loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         elapsed = time.perf_counter() - start
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
@@ -413,7 +430,7 @@ class Engine:
         schedule = self._plan(1)
         self.worker.measuring = True
         outcome = self.runtime.step(
-            schedule, [micro_batch], [1.0], loss_fn, seed=self.seed, step=self.step_count + 1,
+            schedule, {0: micro_batch}, {0: 1.0}, loss_fn, count=1, seed=self.seed, step=self.step_count + 1,
             progress=self._progress_after, rehearsal=True,
         )  # fmt: skip
         self._learn(outcome, measuring=True)
@@ -487,8 +504,9 @@ class Engine:
         """The model for evaluation and generation: weights stream, no gradients, eval mode, caches allowed."""
         self.commit()
         streamed = StreamedModel(
-            self.holding, self.worker, self.parameters, self.runtime.slabs, self.runtime.allotment.slabs
-        )
+            self.holding, self.runtime.peers, self.worker, self.parameters,
+            self.runtime.slabs, self.runtime.allotment.slabs,
+        )  # fmt: skip
         self._restore_cache()
         self.model.eval()
         self.worker.outside = streamed.call

@@ -43,3 +43,7 @@ class DataError(WeightstreamError):
 
 class NonFiniteError(WeightstreamError):
     """Too many steps in a row had a gradient that is not finite."""
+
+
+class FabricError(RuntimeError):
+    """Ranks that cannot go on together: one is gone, silent, or does something else. The last commit is whole."""

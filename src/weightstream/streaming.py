@@ -1,11 +1,11 @@
 """A model without training: each block is fetched when it is called, the next one meanwhile; no gradients."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from torch import nn
 
+from weightstream.fabric.peers import Arrival, Peers
 from weightstream.store.owned import Holding
 from weightstream.worker.slabs import Parameters, Slabs
 from weightstream.worker.worker import Worker
@@ -17,10 +17,13 @@ class StreamedModel:
     Which block comes next is learned from the calls themselves: the one that followed last time is fetched ahead.
     """
 
-    def __init__(self, holding: Holding, worker: Worker, parameters: Parameters, slabs: Slabs, streaming: int) -> None:
-        self._holding, self._worker, self._parameters, self._slabs = holding, worker, parameters, slabs
+    def __init__(
+        self, holding: Holding, peers: Peers, worker: Worker, parameters: Parameters, slabs: Slabs, streaming: int
+    ) -> None:
+        self._holding, self._peers = holding, peers
+        self._worker, self._parameters, self._slabs = worker, parameters, slabs
         self._free = list(range(streaming))
-        self._fetches: dict[int, Future[Any]] = {}
+        self._arrivals: dict[int, Arrival] = {}
         self._followed_by: dict[int, int] = {}
         self._recent: list[int] = []  # blocks in slabs, least recently used first
         self._last: int | None = None
@@ -33,12 +36,11 @@ class StreamedModel:
     def _fetch(self, block: int, slab: int) -> None:
         target = self._slabs[slab]
         self._slabs.hold(block, slab)
-        self._fetches[block] = self._holding.fetch(block, target.landing)
+        self._arrivals[block] = self._peers.fetch(block, target.landing, self._holding.fetch(block, target.landing))
 
     def _present(self, block: int) -> None:
-        fetch = self._fetches.pop(block, None)
-        if fetch is not None:
-            fetch.result()
+        if not self._parameters.present(block):
+            self._arrivals[block].here.result()
             slab = self._slabs.slab_of(block)
             assert slab is not None
             self._slabs[slab].upload()
@@ -61,9 +63,9 @@ class StreamedModel:
         return True
 
     def _evict(self, block: int) -> None:
-        fetch = self._fetches.pop(block, None)
-        if fetch is not None:
-            fetch.result()
+        arrival = self._arrivals.pop(block)
+        arrival.here.result()
+        arrival.passed.result()
         if block in self._recent:
             self._recent.remove(block)
         self._parameters.unbind(block)

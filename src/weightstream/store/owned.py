@@ -156,21 +156,21 @@ class Holding:
 
     # bytes
 
-    def fetch(self, block: int, view: memoryview) -> "Future[Any]":
-        """Read what is streamed of the owned units to their places in a slab; see `Store.fetch`."""
+    def fetch(self, block: int, view: memoryview) -> "dict[int, Future[Any]]":
+        """Read what is streamed of the owned units to their places in a slab; unit by unit, see `Store.fetch`."""
         return self._fetch(block, self._held[block], view)
 
-    def serve(self, block: int, buffer: WorkingBuffer, view: memoryview) -> "Future[Any]":
+    def serve(self, block: int, buffer: WorkingBuffer, view: memoryview) -> "dict[int, Future[Any]]":
         """The same, with the units that have just been updated taken from their working buffer, here and now."""
-        image = self.slabs[block]
+        image, served = self.slabs[block], dict[int, Future[Any]]()
         for unit, record in zip(self._updated[block], buffer.records, strict=True):
             _copy(record.view(record.layout.streamed.name), view[self.span(image, unit)])
-        return self._fetch(block, [unit for unit in self._held[block] if unit not in self._updated[block]], view)
+            served[unit] = done(None)
+        return served | self._fetch(block, [unit for unit in self._held[block] if unit not in served], view)
 
-    def _fetch(self, block: int, units: Sequence[int], view: memoryview) -> "Future[Any]":
+    def _fetch(self, block: int, units: Sequence[int], view: memoryview) -> "dict[int, Future[Any]]":
         image, view = self.slabs[block], view.cast("B")
-        fetches = [self.store.fetch(unit, view[self.span(image, unit)]) for unit in units]
-        return _together(fetches)
+        return {unit: self.store.fetch(unit, view[self.span(image, unit)]) for unit in units}
 
     def load(self, block: int, buffer: WorkingBuffer, *, check: bool = True) -> "Future[Any]":
         """Bind a buffer to a block and fill it with masters and states; see `Store.load`."""
