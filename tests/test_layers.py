@@ -20,7 +20,7 @@ LAYERS = (
     ("worker",),
     ("trace",),
     ("runtime", "keeping", "improvising", "simulator", "streaming"),
-    ("captures", "planning", "engine", "nn", "plan_text"),
+    ("captures", "planning", "opening", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report"),
     ("config", "architectures", "run", "transfer", "demo", "cli"),
 )

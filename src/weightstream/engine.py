@@ -1,16 +1,12 @@
 """The public API: an engine that trains a model out of a store, within the memory that it is given."""
 
 import gc
-import hashlib
-import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,31 +14,27 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import PANEL_ELEMENTS, Rule, call_order
+from weightstream.blocks import Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
-from weightstream.errors import ConfigError, NonFiniteError, StoreMismatchError
-from weightstream.fabric.peers import Alone
+from weightstream.cluster import Cluster, owners
+from weightstream.errors import ConfigError, NonFiniteError, StoreError
+from weightstream.fabric.links import Links
+from weightstream.fabric.peers import Alone, Peers
+from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
+from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
-from weightstream.planning import (
-    Budgets,
-    Measured,
-    check_blocks,
-    check_disk,
-    facts_of,
-    same_buffers,
-    split_within,
-)
+from weightstream.opening import Wanted, contract_of, opened
+from weightstream.planning import Budgets, Measured, divide, facts_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
 from weightstream.schedule.cost import StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
-from weightstream.store.given import fill
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.owned import Holding, bytes_of_blocks
+from weightstream.store.owned import Holding
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, without_cache
@@ -134,6 +126,9 @@ class Engine:
         commit_every: steps from one commit to the next, or a time such as `"30s"`; meanwhile the last commit stays whole.
         initial: values by parameter name for a new store, asked for one at a time; what it lacks begins as the model's
             code says. Of no effect on a store that is whole.
+        cluster: who computes and who owns records, where this process is one rank of several; every rank makes the same
+            calls of an engine. The result has the same bits for any number of ranks.
+        links: this rank's connections to the others (`fabric.distributed.connect`).
 
     Raises:
         PlanError: a budget is too small; the message names the smallest that works.
@@ -166,6 +161,8 @@ class Engine:
         allow_other_numerics: bool = False,
         log: Callable[[str], None] | None = None,
         initial: Mapping[str, Tensor] | None = None,
+        cluster: Cluster | None = None,
+        links: Links | None = None,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -188,14 +185,11 @@ class Engine:
             reduction_groups=reduction_groups, deferred=clip_norm is not None,
             host_is_device=self.device.type == "cpu", activations=activations, prefetch=prefetch, ram_tier=ram_tier,
         )  # fmt: skip
+        self.ranks = Ranks(cluster, links)
         path = Path(store)
-        exists = Store.exists(path)
-        wanted: dict[str, Any] = {
-            "element_bytes": DTYPES[precision].itemsize,
-            "max_block_bytes": None if max_block_bytes is None else parse_bytes(max_block_bytes),
-            "rules": block_rules,
-        }
-        self.model, recipes = record(model, seed, given=EVERY_NAME if exists else initial or ())
+        exists = self.ranks.gather(Store.exists(path))[0]
+        with self.ranks.computing():
+            self.model, recipes = record(model, seed, given=EVERY_NAME if exists else initial or ())
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
         if self.device.type == "cpu":
             keep_memory()
@@ -203,76 +197,18 @@ class Engine:
         self._ceiling = Ceiling(self._budgets.host_memory + on_host)
         self.model.train()
         check_model(self.model)
-        if exists:
-            self.store = self._reopen(path, allow_other_numerics, wanted, panel_elements)
-        else:
-            panel_elements = PANEL_ELEMENTS if panel_elements is None else panel_elements
-            sizes = partial(bytes_of_blocks, precision=precision, optimizer=optimizer, panel_elements=panel_elements)
-            blocks = split_within(self.model, self._budgets, sizes, **wanted)
-            contract = self._contract()
-            check_disk(path, sizes(blocks), deferred=self._budgets.deferred)
-            self.store = Store.create(
-                path, blocks=blocks, recipes=recipes, optimizer=optimizer, precision=precision, contract=contract,
-                panel_elements=panel_elements,
-            )  # fmt: skip
-        try:
-            fill(self.store, initial or {})
+        contract = contract_of(
+            self.model, optimizer=optimizer, device=self.device, precision=precision, seed=seed,
+            reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
+        )  # fmt: skip
+        wanted = Wanted(
+            path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
+            element_bytes=DTYPES[precision].itemsize,
+            max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
+            panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
+        )  # fmt: skip
+        with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             self._start()
-        except BaseException:
-            self.store.close()
-            if not exists:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-
-    # opening
-
-    def _contract(self) -> dict[str, Any]:
-        """What a resumed run may not change. Learning rate, decay, budgets, device memory and logging may."""
-        shapes = [(n, list(p.shape), p.requires_grad) for n, p in sorted(self.model.named_parameters())]
-        return {
-            "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "precision": self.precision,
-            "seed": self.seed,
-            "reduction_groups": self._budgets.reduction_groups,
-            "clip_norm": self.clip_norm,
-            "optimizer": self.optimizer.fixed(),
-            "numerics": {
-                "torch": torch.__version__.split("+")[0],
-                "device": self.device.type,
-                "threads_per_worker": self.threads,
-            },
-        }
-
-    def _reopen(
-        self, path: Path, allow_other_numerics: bool, blocks: dict[str, Any], panel_elements: int | None
-    ) -> Store:
-        store = Store.open(path)
-        try:
-            contract = self._contract()
-            if allow_other_numerics:
-                contract["numerics"] = store.contract.get("numerics")
-            store.check_contract(contract)
-            found = {p.name: p.shape for block in store.blocks for p in block.parameters}
-            wanted = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-            for name in sorted(found.keys() ^ wanted.keys()):
-                raise StoreMismatchError(
-                    f"store '{path}' {'has' if name in found else 'lacks'} parameter '{name}', the model "
-                    f"{'lacks' if name in found else 'has'} it; give another store or the same model"
-                )
-            if panel_elements not in (None, store.panel_elements):
-                raise StoreMismatchError(
-                    f"store '{path}' was cut into units with panel_elements={store.panel_elements}, this run has "
-                    f"panel_elements={panel_elements}; it is fixed when a store is made: leave it out to use the store's, "
-                    f"or give another store"
-                )
-            if blocks["max_block_bytes"] is not None or blocks["rules"]:
-                check_blocks(store, self.model, **blocks)
-            store.optimizer = self.optimizer  # learning rate, decay and groups are this run's
-        except BaseException:
-            store.close()
-            raise
-        return store
 
     def _start(self) -> None:
         self.parameters = Parameters(self.model, self.store.blocks, self.device, DTYPES[self.precision])
@@ -289,29 +225,62 @@ class Engine:
                        if m in self.worker.block_of_module)  # fmt: skip
         self._visits = visits
         self._measured: Measured | None = None
-        self._uniform = True
+        self._known = self.ranks.alone  # whether the model's calls are known: guessed ones are tried on one rank only
+        self._used_in: tuple[tuple[Visit, ...], dict[str, list[int]]] = ((), {})
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
         self._counted = (0, 0)
-        self.holding = Holding(self.store)
-        facts = self._facts(1)
+        cluster = self.ranks.cluster
+        sizes = [self.store.layout(unit.index).image_nbytes for unit in self.store.units]
+        self.owner = owners(sizes, len(cluster.memory_ranks))
+        owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
+        self.holding = Holding(self.store, owned)
+        self._division = divide(self.store, cluster, self.owner, self._budgets.reduction_groups)
+        facts = self._facts(cluster.workers)
         self.runtime = self._runtime(facts, allot(facts))
-        self.store.before_look, self.store.attached = self.commit, True
+        self.store.before_look, self.store.attached = self._before_look, True
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
+        store: Any = self.store
+        common: dict[str, Any] = {
+            "partial_sums": allotment.partial_sums, "held_gradients": allotment.held_gradients, "device": self.device,
+        }  # fmt: skip
         staging = Staging(
-            self.store, self.holding.gradients, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
-            partial_sums=allotment.partial_sums, held_gradients=allotment.held_gradients, device=self.device,
-            immediate=not facts.deferred,
+            store, self.holding.staged, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
+            immediate=not facts.deferred, **common,
         )  # fmt: skip
         keeper = Keeper(
             self.holding, facts, allotment, staging, self._interval, wait=lambda future: self.runtime.wait(future)
         )
-        peers = Alone(staging, facts.reduction_groups)
+        peers: Peers = Alone(staging, facts.reduction_groups)
+        if self.ranks.links is not None:
+            ring = SUMS_TRAVELLING if self.ranks.computes else 0
+            sums = Staging(store, self.holding.gradients, in_ram=frozenset(), ring=ring, immediate=True, **common)
+            peers = Together(
+                self.ranks.links, self.ranks.cluster, self.holding, self.owner,
+                sums=sums, staging=staging, groups=facts.reduction_groups, uses=self._uses,
+            )  # fmt: skip
         return Runtime(
-            keeper, self.worker, self.parameters, facts, allotment, self._ceiling, scratch=self.store, peers=peers
-        )
+            keeper, self.worker, self.parameters, facts, allotment, self._ceiling,
+            scratch=store, peers=peers, computing=self.ranks.computing,
+        )  # fmt: skip
+
+    def _uses(self, block: int, name: str) -> list[int]:
+        """The visits of this step that use a parameter."""
+        visits = tuple(self.runtime.visits)
+        if visits != self._used_in[0]:
+            self._used_in = visits, self.worker.uses(visits)
+        return self._used_in[1].get(name, [])
+
+    def _before_look(self) -> None:
+        """Whoever looks at the store sees it at `step_count`."""
+        if self.ranks.alone:
+            self.commit()
+        elif self.runtime.keeper.pending:
+            raise StoreError(
+                f"store '{self.store.path}': the last step is not committed yet; call engine.commit() on every rank first"
+            )
 
     def _gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Tensor) -> None:
         self.runtime.gradient(block, name, use, micro_batch, grad)
@@ -320,8 +289,9 @@ class Engine:
 
     def _facts(self, micro_batches: int) -> Facts:
         return facts_of(
-            self.store.blocks, self.holding.bytes, self._budgets, visits=self._visits, uses=self.worker.uses(self._visits),
-            micro_batches=micro_batches, measured=self._measured,
+            self.store.blocks, self._division.records, self._budgets, visits=self._visits,
+            uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
+            division=self._division,
         )  # fmt: skip
 
     def _plan(self, micro_batches: int) -> Schedule:
@@ -376,30 +346,32 @@ class Engine:
         """
         if not micro_batches:
             raise ConfigError("engine.step: expected at least one micro-batch, found none")
-        causal = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        tokens = [target_tokens(micro_batch, causal=causal) for micro_batch in micro_batches]
+        count = len(micro_batches)
+        self.ranks.cluster.check(count, self._budgets.reduction_groups)
+        own = {index: micro_batches[index] for index in self.share(count)}
+        tokens = self._tokens(own)
         if weights is None:
             whole = sum(tokens)
             if not whole:
                 raise ConfigError(
                     "engine.step: no micro-batch has a target token; give weights, or labels other than -100"
                 )
-            weights = [count / whole for count in tokens]
-        elif len(weights) != len(micro_batches):
-            raise ConfigError(f"engine.step: {len(micro_batches)} micro-batches, but {len(weights)} weights")
+            weights = [each / whole for each in tokens]
+        elif len(weights) != count:
+            raise ConfigError(f"engine.step: {count} micro-batches, but {len(weights)} weights")
         if self.runtime.keeper.broken:
             self.commit()  # says why it cannot
         start = time.perf_counter()
         if self.device.type != "cpu":
-            micro_batches = [_to_device(micro_batch, self.device) for micro_batch in micro_batches]
-        schedule = self._plan(len(micro_batches))
+            own = {index: _to_device(micro_batch, self.device) for index, micro_batch in own.items()}
+        schedule = self._plan(count)
         number = self.step_count + 1
         measuring = self.worker.measuring = self._measured is None
         outcome = self.runtime.step(
-            schedule, dict(enumerate(micro_batches)), dict(enumerate(weights)), loss_fn,
-            count=len(micro_batches), seed=self.seed, step=number, progress=self._progress_after,
+            schedule if self._known else None, own, dict(enumerate(weights)), loss_fn,
+            count=count, seed=self.seed, step=number, progress=self._progress_after,
         )  # fmt: skip
-        self._next_loads = schedule.loads_next
+        self._next_loads = schedule.loads_next if self._known else ()
         self._learn(outcome, measuring)
         self.step_count = number
         norm = outcome.norm
@@ -414,6 +386,19 @@ class Engine:
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=self._moved(), skipped=not outcome.finite,
             seconds=dict(outcome.seconds),
         )  # fmt: skip
+
+    def share(self, count: int) -> range:
+        """Which of a step's `count` micro-batches this rank computes: all of them, if it is alone."""
+        if self.ranks.alone:
+            return range(count)
+        return self.ranks.cluster.share(self.ranks.rank, count, self._budgets.reduction_groups)
+
+    def _tokens(self, own: Mapping[int, Any]) -> list[int]:
+        """The target tokens of every micro-batch of a step."""
+        causal = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        counted = [(index, target_tokens(micro_batch, causal=causal)) for index, micro_batch in own.items()]
+        found = dict(map(tuple, (pair for counts in self.ranks.gather(counted) for pair in counts)))
+        return [found[index] for index in range(len(found))]
 
     def rehearse(self, micro_batch: Any, loss_fn: LossFunction = default_loss, *, micro_batches: int = 1) -> None:
         """Runs one micro-batch without any update, learns what it needs, and plans steps of `micro_batches` like it.
@@ -462,15 +447,27 @@ class Engine:
         """Takes what the step has shown into the facts of the next one."""
         if outcome.uniform and outcome.visits != self._visits:
             self._visits, self._measured = outcome.visits, None
+        self._known |= outcome.uniform
         if measuring and outcome.uniform:
-            measured = self.worker.measured
-            count = len(outcome.visits)
-            boundary = [measured.boundary_bytes.get(visit, 0) for visit in range(count)]
-            boundary[-1] = max(boundary)
-            kept = tuple(measured.kept_bytes.get(visit, 0) for visit in range(count))
-            workspace = max(2 * max(kept), kept[-1] + measured.loss_bytes)
-            self._measured = Measured(tuple(boundary), kept, measured.lasting_bytes, workspace)
+            self._measured = self._most_measured(len(outcome.visits))
             self.worker.measuring = False
+
+    def _most_measured(self, visits: int) -> Measured | None:
+        """What the step has shown of activations, of the rank that needed most of each."""
+        own: list[Any] | None = None
+        if self.ranks.computes:
+            measured = self.worker.measured
+            boundary = [measured.boundary_bytes.get(visit, 0) for visit in range(visits)]
+            boundary[-1] = max(boundary)
+            kept = [measured.kept_bytes.get(visit, 0) for visit in range(visits)]
+            workspace = max(2 * max(kept), kept[-1] + measured.loss_bytes)
+            own = [boundary, kept, measured.lasting_bytes, workspace]
+        found = [each for each in self.ranks.gather(own) if each is not None]
+        boundaries, kepts, lasting, workspaces = zip(*found, strict=True)
+        return Measured(
+            tuple(map(max, zip(*boundaries, strict=True))), tuple(map(max, zip(*kepts, strict=True))),
+            max(lasting), max(workspaces),
+        )  # fmt: skip
 
     def _moved(self) -> MovedBytes:
         read = written = 0
@@ -521,7 +518,7 @@ class Engine:
             self._forget_moved()
 
     def commit(self) -> None:
-        """Applies what waits and commits; afterwards the store is at `step_count`."""
+        """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""
         self.runtime.drain()
         self._next_loads = ()
 
@@ -549,7 +546,17 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is not None and not self.ranks.alone:
+            self.abandon()
+        else:
+            self.close()
+
+    def abandon(self) -> None:
+        """Leaves at the last commit, without waiting for other ranks: one of them, or this one, cannot go on."""
+        if not self._closed:
+            self._closed = True
+            self.store.before_look, self.store.attached = lambda: None, False
+            self.store.close()
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -8,11 +8,15 @@ from pathlib import Path
 from torch import nn
 
 from weightstream.blocks import Block, Rule, split
+from weightstream.cluster import Cluster
 from weightstream.errors import PlanError, StoreMismatchError
+from weightstream.fabric.together import SUMS_TRAVELLING, fabric_bytes
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot
-from weightstream.store.owned import BlockBytes
+from weightstream.schedule.reduction import subtrees
+from weightstream.store.images import gradient_image
+from weightstream.store.owned import BlockBytes, block_bytes, largest
 from weightstream.store.store import Store
 from weightstream.units import format_bytes
 
@@ -41,30 +45,63 @@ class Measured:
     workspace_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Division:
+    """What the division of work between ranks adds to the facts: see `Facts`. The same on every rank.
+
+    `records` are bytes by block, of what is owned the most that any memory rank has; `gradients` are of whole blocks.
+    """
+
+    cluster: Cluster
+    records: tuple[BlockBytes, ...]
+    gradients: tuple[int, ...]
+    sum_buffers: int = 0
+    fabric_bytes: int = 0
+
+
+def divide(catalogue: Store, cluster: Cluster, owner: Sequence[int], groups: int) -> Division:
+    """The division of a store's records among the memory ranks that own them (`owner`, by unit)."""
+    owned = [{unit for unit, rank in enumerate(owner) if rank == memory} for memory in cluster.memory_ranks]
+    records, gradients = [], []
+    for block in catalogue.blocks:
+        units = [catalogue.units[index] for index in catalogue.units_of(block.index)]
+        layouts = [catalogue.layout(unit.index) for unit in units]
+        records.append(largest([block_bytes(units, layouts, own) for own in owned]))
+        gradients.append(gradient_image(units).nbytes)
+    if cluster.size == 1:
+        return Division(cluster, tuple(records), tuple(gradients))
+    images = max(len(subtrees(groups, cluster.groups_of(rank, groups))) for rank in cluster.compute_ranks)
+    return Division(cluster, tuple(records), tuple(gradients), SUMS_TRAVELLING * images, fabric_bytes(cluster))
+
+
 def facts_of(
     blocks: Sequence[Block],
     records: Sequence[BlockBytes],
     budgets: Budgets,
     *,
     visits: tuple[Visit, ...] = (),
-    uses: Mapping[str, int] | None = None,
+    uses: Mapping[str, Sequence[int]] | None = None,
     micro_batches: int = 1,
     measured: Measured | None = None,
+    division: Division | None = None,
 ) -> Facts:
     """The facts of a step; before the calls of the model are known every block is visited once, in order.
 
     Args:
-        uses: in how many visits each parameter is used; more than one means that it is tied.
+        uses: the visits that use each parameter; more than one means that it is tied.
         measured: left out of account where it is of other visits.
+        division: with several ranks, who does what.
     """
-    counts = uses or {}
+    counts = {name: len(visits) for name, visits in (uses or {}).items()}
+    gradients = division.gradients if division else [record.gradients for record in records]
     block_facts = tuple(
         BlockFacts(
-            block.index, block.name, record.streamed, record.loaded, record.written, record.gradients,
+            block.index, block.name, record.streamed, record.loaded, record.written, whole,
             block.trainable, block.resident,
             sum(4 * p.numel * counts[p.name] for p in block.parameters if p.trainable and counts.get(p.name, 0) > 1),
+            record.gradients,
         )
-        for block, record in zip(blocks, records, strict=True)
+        for block, record, whole in zip(blocks, records, gradients, strict=True)
     )  # fmt: skip
     if not visits:
         visits = tuple(Visit(block.index, block.name) for block in blocks if not block.resident)
@@ -79,7 +116,20 @@ def facts_of(
         kept_bytes=measured.kept_bytes if measured else None,
         lasting_bytes=measured.lasting_bytes if measured else 0,
         workspace_bytes=measured.workspace_bytes if measured else 0,
+        **_share(division, micro_batches, budgets.reduction_groups),
     )  # fmt: skip
+
+
+def _share(division: Division | None, micro_batches: int, groups: int) -> dict[str, int]:
+    if division is None or division.cluster.size == 1:
+        return {}
+    cluster = division.cluster
+    return {
+        "share": cluster.largest_share(micro_batches, groups),
+        "share_groups": max(len(cluster.groups_of(rank, groups)) for rank in cluster.compute_ranks),
+        "sum_buffers": division.sum_buffers,
+        "fabric_bytes": division.fabric_bytes,
+    }
 
 
 def splits(

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, assert_never
 
 from weightstream.errors import FabricError
-from weightstream.fabric.peers import Arrival, Peers, Reduced
+from weightstream.fabric.peers import Arrival, Peers
 from weightstream.fabric.reduction import Squares
+from weightstream.fabric.together import SUMS_TRAVELLING
 from weightstream.improvising import DivergedError, improvise
 from weightstream.keeping import Keeper
 from weightstream.schedule.cost import BlockFacts
@@ -111,7 +112,7 @@ class Runtime:
         self.own: tuple[int, ...] = ()
         self._ceiling, self._computing = ceiling, computing
         self._arrivals: dict[int, Arrival] = {}
-        self._reducing: dict[int, Future[Reduced]] = {}
+        self._reducing: dict[int, Future[Any]] = {}  # in order of issue
         self._rehearsal = False
         self._step = 0
         self._progress: Callable[[bool], dict[str, Any]] = lambda finite: {}
@@ -246,10 +247,12 @@ class Runtime:
     def _compute(self, operation: Turn | Backward | Spill | Restore) -> None:
         match operation:
             case Turn(micro_batch):
+                self._make_room_for_sums()
                 with self._computing():
                     self.outcome.losses[micro_batch] = self.worker.turn(micro_batch)
             case Backward(visit, block, micro_batch):
                 self._need(block)
+                self._make_room_for_sums()
                 with self._computing():
                     self.worker.backward(visit, micro_batch)
             case Spill(visit, micro_batch):
@@ -371,15 +374,24 @@ class Runtime:
     def _reduce(self, block: int) -> None:
         with self._computing():
             self._reducing[block] = self.peers.reduce(block)
-        if self._reducing[block].done():
-            self.settle(block)
+        for earlier in list(self._reducing):
+            if not self._reducing[earlier].done():
+                break
+            self.settle(earlier)
+
+    def _make_room_for_sums(self) -> None:
+        """Before gradients come that need memory: waits for sums that are on their way to other ranks."""
+        while len(self._reducing) >= SUMS_TRAVELLING:
+            self.settle(next(iter(self._reducing)))
 
     def settle(self, block: int) -> None:
         """Takes in what a block's sum came to, once it is complete."""
         future = self._reducing.pop(block, None)
         if future is None:
             return
-        reduced = self.wait(future)
+        total = self.wait(future)
+        with self._computing():
+            reduced = self.peers.finish(block, total)
         self.outcome.squares.update(reduced.squares)
         for (name, _), value in reduced.squares.items():
             if not math.isfinite(value) and self.outcome.first_bad is None:

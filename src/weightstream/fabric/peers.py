@@ -49,8 +49,11 @@ class Peers(Protocol):
     def sum_of(self, block: int) -> BlockSum | None:
         """The sum of a block, if it is open."""
 
-    def reduce(self, block: int) -> "Future[Reduced]":
-        """Closes a block's sum and adds those of all ranks; what this rank owns of it is staged."""
+    def reduce(self, block: int) -> "Future[Any]":
+        """Closes a block's sum and begins to add those of all ranks."""
+
+    def finish(self, block: int, total: Any) -> Reduced:
+        """Stages what this rank owns of the whole sum, which `reduce` gave."""
 
     def gather(self, value: Any) -> list[Any]:
         """A small value of every rank, in order of rank."""
@@ -83,6 +86,9 @@ class Alone:
     def reduce(self, block: int) -> "Future[Reduced]":
         squares = self._staging.close(block)
         return done(Reduced(squares, block in self._staging.staged()))
+
+    def finish(self, block: int, total: Reduced) -> Reduced:
+        return total
 
     def gather(self, value: Any) -> list[Any]:
         return [value]

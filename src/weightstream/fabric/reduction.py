@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from weightstream.schedule.reduction import group_of, tree
+from weightstream.schedule.reduction import group_of, subtrees, tree
 from weightstream.store.images import Panel
 
 NORM_PIECE = 65_536
@@ -115,6 +115,8 @@ class BlockSum:
             beside the leftmost one; slots count from 0. Not called when all gradients of a parameter may be held.
         held: how many gradients of a parameter may be kept until they are added, at least one.
         panels: those of the parameters that are cut: their squares are summed apart.
+        share: the groups whose micro-batches are added here, all by default; `close_partly` then gives partial sums.
+        present: how many micro-batches that are, all by default.
     """
 
     def __init__(
@@ -126,9 +128,18 @@ class BlockSum:
         groups: int,
         held: int = 1,
         panels: Mapping[str, Sequence[Panel]] | None = None,
+        share: range | None = None,
+        present: int | None = None,
     ) -> None:
         self._targets, self._partial = targets, partial
         self._micro_batches, self._groups, self._held = micro_batches, groups, held
+        self._share = range(groups) if share is None else share
+        self._present = micro_batches if present is None else present
+        self._nodes = tree(groups)
+        if share is not None:
+            self._nodes = tuple(node for node in self._nodes if share.start <= node[0] and node[2] <= share.stop)
+            if len(subtrees(groups, share)) > 1:
+                self._held = 1  # partial sums remain, so that each needs a place of its own
         self._sums: dict[str, dict[int, _TreeSum]] = {name: {} for name in targets}
         self._programs: dict[str, _Program] = {name: _Program() for name in targets}
         self._panels = panels or {}
@@ -158,7 +169,7 @@ class BlockSum:
         else:
             entry.partials[leaf] = _Partial(self._place(entry, name, leaf), grad.reshape(-1))
         program.gradients += 1
-        if program.gradients >= self._held and self._held < self._micro_batches:
+        if program.gradients >= self._held and self._held < self._present:
             self._flush(name)
 
     def _place(self, entry: _TreeSum, name: str, leaf: tuple[int, int]) -> Place:
@@ -168,7 +179,7 @@ class BlockSum:
         slot = next(i for i in range(len(entry.used) + 1) if i not in entry.used)
         entry.used.add(slot)
         entry.slots[leaf] = slot
-        if self._held >= self._micro_batches and entry.first:
+        if self._held >= self._present and len(self._nodes) == len(self._share) - 1 and entry.first:
             return slot  # it is gone when the only run of the program ends
         return (self._partial(slot, name) if entry.first else torch.empty_like(entry.target)).view(-1)
 
@@ -180,7 +191,7 @@ class BlockSum:
 
     def _merge(self, entry: _TreeSum, name: str, below: int) -> None:
         """Closes every inner node whose groups are all complete, that is, below group `below`."""
-        nodes, program = tree(self._groups), self._programs[name]
+        nodes, program = self._nodes, self._programs[name]
         while entry.merged < len(nodes) and nodes[entry.merged][2] <= below:
             low, middle, high = nodes[entry.merged]
             entry.merged += 1
@@ -208,6 +219,24 @@ class BlockSum:
         while slot >= len(self._scratch):
             self._scratch.append(torch.empty(SUM_PIECE, dtype=like.dtype, device=like.device))
         return self._scratch[slot]
+
+    def close_partly(self) -> dict[str, dict[int, dict[tuple[int, int], Tensor]]]:
+        """Flat partial sums by parameter, use and node of the tree: of the largest subtrees within the share."""
+        result: dict[str, dict[int, dict[tuple[int, int], Tensor]]] = {}
+        for name, uses in self._sums.items():
+            for entry in uses.values():
+                self._merge(entry, name, self._share.stop)
+            self._flush(name)
+            found: dict[int, dict[tuple[int, int], Tensor]] = {}
+            for use, entry in uses.items():
+                found[use] = {}
+                for node, partial in entry.partials.items():
+                    assert isinstance(partial.place, Tensor)
+                    found[use][node] = partial.place
+            if found:
+                result[name] = found
+        self._sums.clear()
+        return result
 
     def close(self) -> dict[str, Tensor]:
         """`{name: fp32 sum}`, in the targets. A parameter that got no gradient is absent: "none", never zeros."""

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -64,10 +65,11 @@ class Pool(Generic[T]):
             waiting = self._waiting.popleft()
         waiting.set_result(buffer)  # not under the lock: what waits for it begins here
 
-    def take_or(self, make: Callable[[], T]) -> T:
-        """A buffer at once: waits only for one that is on its way back; where none is, the pool grows by a new one."""
+    def take_or(self, make: Callable[[], T], *, patient: bool = True) -> T:
+        """A buffer at once: waits only for one that is on its way back, and if not `patient` not even for that; where
+        none is, the pool grows by a new one."""
         with self._lock:
-            grows = not self._free and self._returning <= len(self._waiting)
+            grows = not self._free and (not patient or self._returning <= len(self._waiting))
             if grows:
                 self.buffers.append(make())
                 return self.buffers[-1]
@@ -125,17 +127,29 @@ class Staging:
         self._staged: dict[int, _Staged] = {}
         self._places = [{spec.name: spec for spec in image.tensors} for image in images]
 
-    def open(self, block: int, *, micro_batches: int, groups: int, brief: bool) -> BlockSum:
+    def open(
+        self,
+        block: int,
+        *,
+        micro_batches: int,
+        groups: int,
+        brief: bool,
+        share: range | None = None,
+        present: int | None = None,
+    ) -> BlockSum:
         """Makes room for a block's sum; waits for a buffer of the ring if it has none of its own.
 
         Args:
+            share, present: with several ranks, what is added here; see `BlockSum`.
             brief: the sum is closed before that of another block is opened, so that it may use the shared partial sums
                 and hold gradients.
         """
         # more sums than planned are open at once only in a first step that finds other calls than were guessed
         own = self._own.get(block)
-        buffer = done(own if own is not None else self._ring.take_or(lambda: AlignedBuffer(self._largest)))
-        staged = _Staged(buffer)
+        patient = share is None  # with several ranks the runtime waits, outside of what it computes
+        make = partial(AlignedBuffer, self._largest)
+        staged = _Staged(done(own if own is not None else self._ring.take_or(make, patient=patient)))
+        buffer = staged.buffer
         if self._device.type == "cpu":
             staged.targets = self._tensors(block, buffer.result())
         else:  # sums are made where the gradients are, and leave the device once
@@ -145,7 +159,7 @@ class Staging:
         staged.total = BlockSum(
             staged.targets, lambda slot, name: self._partial(block, slot, name, brief),
             micro_batches=micro_batches, groups=groups, held=self._held if brief else 1,
-            panels=self._images[block].panels,
+            panels=self._images[block].panels, share=share, present=present,
         )  # fmt: skip
         self._staged[block] = staged
         return staged.total
@@ -184,6 +198,16 @@ class Staging:
         staged.total = None
         self._settle(block, staged, [(spec.name, spec.row) for spec in self._images[block].pieces if spec.name in sums])
         return squares
+
+    def buffer_of(self, block: int) -> AlignedBuffer:
+        """The memory of a sum that is open."""
+        return self._staged[block].buffer.result()
+
+    def lend(self, block: int, until: "Future[Any]") -> None:
+        """The sum was closed partly and is used elsewhere; its memory comes back when that is over."""
+        staged = self._staged.pop(block)
+        if block not in self._own:
+            self._ring.give(staged.buffer.result(), after=until)
 
     def room(self, block: int) -> AlignedBuffer:
         """Memory for a block's gradient that is summed elsewhere; `settle` stages it."""

@@ -14,7 +14,8 @@ class BlockFacts:
 
     `streamed_bytes` go to a slab; `load_bytes` are masters and optimizer state, read for an update; `record_bytes` the
     whole image that an update writes; `gradient_bytes` the fp32 gradients of its trained parameters; `tied_bytes` the
-    fp32 gradients of parameters used by more than one visit, which are summed per use.
+    fp32 gradients of parameters used by more than one visit, which are summed per use. With several memory ranks
+    `load_bytes`, `record_bytes` and `owned_gradient_bytes` are of what one rank owns, the most that any does.
     """
 
     index: int
@@ -26,6 +27,12 @@ class BlockFacts:
     trainable: bool = True
     resident: bool = False
     tied_bytes: int = 0
+    owned_gradient_bytes: int | None = None
+
+    @property
+    def staged_bytes(self) -> int:
+        """The part of its gradient that waits at the store of one rank."""
+        return self.gradient_bytes if self.owned_gradient_bytes is None else self.owned_gradient_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,6 @@ def lower_bound(
             if block.index not in pinned_states:
                 read += block.load_bytes
             if block.index in staged_on_disk:
-                read += block.gradient_bytes
-                written += block.gradient_bytes
+                read += block.staged_bytes
+                written += block.staged_bytes
     return StepBytes(read, written)

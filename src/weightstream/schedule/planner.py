@@ -47,6 +47,10 @@ class Facts:
     `boundary_bytes` and `kept_bytes` are per visit and micro-batch: the inputs that backward needs again, and what a
     block's forward saves if it is not recomputed. They are None until a first step has measured them. `lasting_bytes`
     per micro-batch are what lies between blocks and cannot be spilled (the model itself still refers to it).
+
+    With several ranks `share` is the most micro-batches that one of them computes, of `share_groups` reduction groups at
+    most, `sum_buffers` how many blocks'
+    gradients it holds on their way to their owners, and `fabric_bytes` what moving bytes between ranks takes besides.
     """
 
     blocks: tuple[BlockFacts, ...]
@@ -64,6 +68,15 @@ class Facts:
     kept_bytes: tuple[int, ...] | None = None
     lasting_bytes: int = 0
     workspace_bytes: int = 0
+    share: int | None = None
+    share_groups: int | None = None
+    sum_buffers: int = 0
+    fabric_bytes: int = 0
+
+    @property
+    def present(self) -> int:
+        """Micro-batches that are in one rank's memory at once."""
+        return self.micro_batches if self.share is None else self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +115,19 @@ def allot(facts: Facts) -> Allotment:
     resident_bytes = sum(block.streamed_bytes for block in facts.blocks if block.resident)
     slab_bytes = max((block.streamed_bytes for block in streaming), default=0)
     gradient_bytes = max((block.gradient_bytes for block in trained), default=0)
+    staged_bytes = max((block.staged_bytes for block in trained), default=0)
     shared = [block for block in trained if not block.resident]
     record_bytes = max((block.record_bytes for block in shared), default=0)
-    partials = max(0, partial_sums(facts.micro_batches, facts.reduction_groups) - (1 if facts.host_is_device else 0))
+    partials = max(
+        0,
+        partial_sums(facts.present, facts.share_groups or facts.reduction_groups) - (1 if facts.host_is_device else 0),
+    )
     stations = _stations(facts.visits)
     # sums that stay open while other blocks' come and go cannot share room for partial sums
     often = {b for b, count in Counter(s.block for s in stations).items() if count > 1}
     lasting = [block for block in trained if block.resident or block.index in often]
     tied_bytes = sum(block.tied_bytes for block in facts.blocks) + partials * sum(b.gradient_bytes for b in lasting)
-    visits, micro_batches = len(facts.visits), facts.micro_batches
+    visits, micro_batches = len(facts.visits), facts.present
     boundary = facts.boundary_bytes or (0,) * visits
     largest_boundary = max(boundary, default=0)
 
@@ -158,13 +175,15 @@ def allot(facts: Facts) -> Allotment:
     # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
     buffers = min(2, len(shared))
     ring = min(2 + len(often), len(trained))
-    host = buffers * record_bytes + ring * gradient_bytes + 2 * largest_boundary
-    host += sum(block.gradient_bytes + block.record_bytes for block in trained if block.resident)
+    host = buffers * record_bytes + ring * staged_bytes + 2 * largest_boundary
+    host += sum(block.staged_bytes + block.record_bytes for block in trained if block.resident)
+    travelling = facts.sum_buffers * gradient_bytes + facts.fabric_bytes
+    host += travelling
     if host > facts.host_memory:
         raise PlanError(
             f"host_memory={format_bytes(facts.host_memory)} is too small: {buffers} record buffers of "
-            f"{format_bytes(record_bytes)}, {ring} gradient buffers of {format_bytes(gradient_bytes)} and those of "
-            f"resident blocks need {format_bytes(host)}; the smallest value that works is "
+            f"{format_bytes(record_bytes)}, {ring} gradient buffers of {format_bytes(staged_bytes)}, those of resident "
+            f"blocks{_between_ranks(travelling)} need {format_bytes(host)}; the smallest value that works is "
             f"host_memory={-(-host // MIB)}MiB (or a smaller max_block_bytes)"
         )
     for visit in reversed(range(visits)):
@@ -176,11 +195,11 @@ def allot(facts: Facts) -> Allotment:
     staged = {block.index for block in trained if block.resident}
     if facts.deferred:
         for block in trained:
-            if not block.resident and host + block.gradient_bytes <= facts.host_memory:
+            if not block.resident and host + block.staged_bytes <= facts.host_memory:
                 staged.add(block.index)
-                host += block.gradient_bytes
+                host += block.staged_bytes
         if len(staged) == len(trained):
-            host -= ring * gradient_bytes
+            host -= ring * staged_bytes
             ring = 0
     pins = _choose_pins(facts, slabs, facts.host_memory - host) if facts.ram_tier else set()
     pinned_copies = {index for kind, index in pins if kind == "copy"}
@@ -203,6 +222,10 @@ def allot(facts: Facts) -> Allotment:
         keep=keep, boundaries=tuple(tiers),
         device_bytes=device, host_bytes=host,
     )  # fmt: skip
+
+
+def _between_ranks(nbytes: int) -> str:
+    return f" and {format_bytes(nbytes)} on their way between ranks" if nbytes else ""
 
 
 def _choose_pins(facts: Facts, slabs: int, room: int) -> set[tuple[str, int]]:
@@ -230,13 +253,13 @@ def _choose_kept(facts: Facts, tiers: list[Tier], device: int, spare: int) -> tu
     room = facts.device_memory if keeps_all else spare
     for visit in reversed(range(len(facts.visits) - 1)):
         inputs = 0 if tiers[visit] == "device" and not keeps_all else facts.boundary_bytes[visit]
-        size = (facts.kept_bytes[visit] + inputs) * facts.micro_batches
+        size = (facts.kept_bytes[visit] + inputs) * facts.present
         if device + size <= room:
             kept.add(visit)
             device += size
         elif keeps_all:
             each = sum(facts.kept_bytes[: visit + 1]) + sum(facts.boundary_bytes[: visit + 1])
-            missing = device + each * facts.micro_batches
+            missing = device + each * facts.present
             raise PlanError(
                 f"activations='keep' does not fit in device_memory={format_bytes(facts.device_memory)}: the smallest "
                 f"value that works is device_memory={-(-missing // MIB)}MiB; or give activations='auto'"

@@ -49,3 +49,20 @@ def partial_sums(micro_batches: int, groups: int) -> int:
         alive[group, group + 1] = True
         most = max(most, len(alive))
     return most
+
+
+@lru_cache
+def subtrees(groups: int, share: range) -> tuple[tuple[int, int], ...]:
+    """The fewest nodes of the tree over `[0, groups)` that together are the groups of `share`, in order."""
+    if not share:
+        return ()
+
+    def within(low: int, high: int) -> tuple[tuple[int, int], ...]:
+        if high <= share.start or low >= share.stop:
+            return ()
+        if share.start <= low and high <= share.stop:
+            return ((low, high),)
+        middle = (low + high) // 2
+        return within(low, middle) + within(middle, high)
+
+    return within(0, groups)

@@ -6,7 +6,7 @@ that this rank owns; of some blocks that may be none. A rank that owns everythin
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightstream.blocks import Block, Unit, cut
 from weightstream.store.futures import done, gather
-from weightstream.store.images import Image, gradient_image, slab_image
+from weightstream.store.images import Image, gradient_image, owned_gradients, slab_image
 from weightstream.store.layout import Precision, RecordLayout, record_layout
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
@@ -37,6 +37,11 @@ class BlockBytes:
     written: int
     gradients: int
     stored: int
+
+
+def largest(parts: Sequence[BlockBytes]) -> BlockBytes:
+    """The most that any of these is, kind by kind: of one block, of what several ranks own of it."""
+    return BlockBytes(*(max(values) for values in zip(*map(astuple, parts), strict=True)))
 
 
 def block_bytes(
@@ -134,10 +139,18 @@ class Holding:
         self.slabs: tuple[Image, ...] = tuple(slab_image(found) for found in layouts)
         """Where each block's tensors lie in a slab."""
         self.gradients: tuple[Image, ...] = tuple(gradient_image(units) for units in members)
-        """Where each block's gradients lie when they are summed and staged."""
+        """Where each block's gradients lie when they are summed."""
         self.bytes: tuple[BlockBytes, ...] = tuple(
             block_bytes(units, found, self.owned) for units, found in zip(members, layouts, strict=True)
         )
+        self.staged: tuple[Image, ...] = tuple(
+            image if len(held) == len(units) else owned_gradients(held)
+            for image, units, held in (
+                (image, units, [unit for unit in units if unit.index in self.owned])
+                for image, units in zip(self.gradients, members, strict=True)
+            )
+        )
+        """Where the owned part of them lies when it is staged, unit after unit."""
         self._held = [tuple(unit.index for unit in units if unit.index in self.owned) for units in members]
         self._updated = [tuple(index for index in held if store.units[index].trainable) for held in self._held]
 

@@ -24,7 +24,10 @@ class Generators:
         self._module = None if device.type == "cpu" else torch.get_device_module(device)
 
     def seed(self, value: int) -> None:
-        torch.manual_seed(value)  # seeds accelerators too
+        # torch.manual_seed would queue a call, with its stack, for each kind of accelerator that is not there
+        torch.default_generator.manual_seed(value)
+        if self._module is not None:
+            self._module.manual_seed_all(value)
         random.seed(value)
         np.random.seed(value % 2**32)
 

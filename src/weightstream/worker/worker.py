@@ -341,15 +341,15 @@ class Worker:
                 parameter.grad = None
         pages.trim()
 
-    def uses(self, visits: Sequence[Visit]) -> dict[str, int]:
-        """How many visits use each parameter; more than one means that it is tied."""
-        counts: dict[str, int] = defaultdict(int)
+    def uses(self, visits: Sequence[Visit]) -> dict[str, list[int]]:
+        """The visits that use each parameter, in order; more than one means that it is tied."""
+        found: dict[str, list[int]] = defaultdict(list)
         names = {id(p): name for block in self.blocks for name, p in self.parameters.of(block.index)}
-        for visit in visits:
+        for number, visit in enumerate(visits):
             for parameter in self._modules[visit.module].parameters():
                 if self.block_of_module[visit.module] == visit.block:
-                    counts[names[id(parameter)]] += 1
-        return counts
+                    found[names[id(parameter)]].append(number)
+        return found
 
 
 def _references(entries: Sequence[tape.Call | tape.Glue]) -> tuple[Counter[int], Counter[int]]:

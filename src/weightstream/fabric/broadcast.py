@@ -1,0 +1,152 @@
+"""Blocks on their way down: from the ranks that own their units through a chain or tree into every slab.
+
+One thread carries out one rank's part, block by block in order of issue. Bytes go on as soon as they are there, chunk by
+chunk, and straight from one slab to the next: nothing is copied on the way.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weightstream.cluster import Cluster
+from weightstream.fabric.links import Channel, Handle
+from weightstream.fabric.trees import Route, broadcast_route
+from weightstream.store.futures import new_future
+
+CHUNK_BYTES = 1 << 20
+AHEAD = 32  # receives that are posted before their bytes come
+JOBS, UNITS, CHUNKS = 1 << 7, 1 << 7, 1 << 14
+
+
+def tag(job: int, unit: int, chunk: int, layer: int = 0) -> int:
+    """Tells the messages apart that are under way at once between two ranks, in 31 bits."""
+    return (((job % JOBS) * UNITS + unit % UNITS) * 8 + layer) * CHUNKS + chunk % CHUNKS
+
+
+def bytes_tensor(view: memoryview) -> Tensor:
+    """Writable memory as a tensor of bytes."""
+    return torch.frombuffer(view, dtype=torch.uint8) if view.nbytes else torch.empty(0, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One unit of a block: its bytes in the slab, who owns it, and what number it has in the store."""
+
+    unit: int
+    start: int
+    stop: int
+    owner: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    data: Tensor
+    route: Route
+    tag: int
+    unit: int
+
+
+class Broadcast:
+    """One rank's part in bringing blocks to slabs."""
+
+    def __init__(self, channel: Channel, cluster: Cluster) -> None:
+        self._channel, self._cluster = channel, cluster
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-down")
+        self._job = 0
+
+    def start(
+        self, view: memoryview, spans: Sequence[Span], local: "Mapping[int, Future[object]]"
+    ) -> "tuple[Future[None], Future[None]]":
+        """Begins with the next block.
+
+        Args:
+            view: the slab; bytes of units of this rank are there when their future in `local` is done.
+
+        Returns:
+            Futures: all bytes are here; and all that this rank passes on has left.
+        """
+        here: Future[None] = new_future()
+        passed: Future[None] = new_future()
+        job, self._job = self._job, self._job + 1
+        self._thread.submit(self._run, job, view, spans, local, here, passed)
+        return here, passed
+
+    def close(self) -> None:
+        """Ends the thread once what was begun is done."""
+        self._thread.shutdown(wait=True)
+
+    def _run(
+        self,
+        job: int,
+        view: memoryview,
+        spans: Sequence[Span],
+        local: "Mapping[int, Future[object]]",
+        here: "Future[None]",
+        passed: "Future[None]",
+    ) -> None:
+        sends: list[Handle] = []
+        try:
+            self._move(job, view, spans, local, sends)
+        except BaseException as error:
+            here.set_exception(error)
+            passed.set_exception(error)
+            return
+        here.set_result(None)
+        try:
+            for handle in sends:
+                handle.wait()
+        except BaseException as error:
+            passed.set_exception(error)
+        else:
+            passed.set_result(None)
+
+    def _move(
+        self,
+        job: int,
+        view: memoryview,
+        spans: Sequence[Span],
+        local: "Mapping[int, Future[object]]",
+        sends: list[Handle],
+    ) -> None:
+        channel = self._channel
+        pieces = self._pieces(job, view, spans)
+        expected = (piece for piece in pieces if piece.route.source is not None)
+        posted: deque[Handle] = deque()
+
+        def post() -> None:
+            piece = next(expected, None)
+            if piece is not None:
+                assert piece.route.source is not None
+                posted.append(channel.receive(piece.data, piece.route.source, piece.tag, f"unit {piece.unit}"))
+
+        for _ in range(AHEAD):
+            post()
+        ready: int | None = None
+        for piece in pieces:
+            if piece.route.source is not None:
+                posted.popleft().wait()
+                post()
+            elif ready != piece.unit:
+                local[piece.unit].result()
+                ready = piece.unit
+            for target in piece.route.targets:
+                sends.append(channel.send(piece.data, target, piece.tag, f"unit {piece.unit}"))
+        for unit, future in local.items():
+            if unit != ready:
+                future.result()
+
+    def _pieces(self, job: int, view: memoryview, spans: Sequence[Span]) -> list[_Piece]:
+        found = []
+        data = bytes_tensor(view)
+        for number, span in enumerate(spans):
+            route = broadcast_route(self._cluster, self._channel.rank, span.owner, span.unit)
+            if route.source is None and not route.targets:
+                continue  # nothing of it comes by here
+            for chunk, start in enumerate(range(span.start, span.stop, CHUNK_BYTES)):
+                piece = data[start : min(start + CHUNK_BYTES, span.stop)]
+                found.append(_Piece(piece, route, tag(job, number, chunk), span.unit))
+        return found

@@ -1,0 +1,93 @@
+"""Messages between ranks: what trees of broadcasts and sums are made of.
+
+Four channels are independent of each other, so that weights on their way down do not wait for gradients on their way
+up. Within one channel every rank issues its messages in the same order. `local.py` connects ranks of one process,
+`distributed.py` processes by `torch.distributed`.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Handle(Protocol):
+    """A message under way."""
+
+    def wait(self) -> None:
+        """Until the memory may be used again (sent), or holds the bytes (received).
+
+        Raises:
+            FabricError: the other rank is gone or silent.
+        """
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes by the rank that they went to or came from."""
+
+    sent: Counter[int] = field(default_factory=Counter)
+    received: Counter[int] = field(default_factory=Counter)
+
+
+class Channel(ABC):
+    """One order of messages between the ranks of `members`."""
+
+    def __init__(self, name: str, rank: int, members: range) -> None:
+        self.name, self.rank, self.members = name, rank, members
+        self.traffic = Traffic()
+
+    def send(self, data: Tensor, to: int, tag: int, what: str) -> Handle:
+        """Sends a contiguous CPU tensor, which must be left alone until `wait`.
+
+        Args:
+            tag: the receiver names the same one.
+            what: for messages, such as "unit 7".
+        """
+        self.traffic.sent[to] += data.nbytes
+        return self._send(data, to, tag, what)
+
+    def receive(self, data: Tensor, source: int, tag: int, what: str) -> Handle:
+        """Fills a contiguous CPU tensor of the size that is sent."""
+        self.traffic.received[source] += data.nbytes
+        return self._receive(data, source, tag, what)
+
+    @abstractmethod
+    def _send(self, data: Tensor, to: int, tag: int, what: str) -> Handle: ...
+
+    @abstractmethod
+    def _receive(self, data: Tensor, source: int, tag: int, what: str) -> Handle: ...
+
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """A small JSON value of every member, in order of rank. All members call it.
+
+        Raises:
+            FabricError: a rank is gone or silent.
+        """
+
+
+class Links(ABC):
+    """One rank's channels.
+
+    `down` is for blocks, `up` for gradients, `control` for what ranks tell each other in the scheduler's thread, and
+    `commits` for what memory ranks tell each other in their commit threads.
+    """
+
+    rank: int
+    size: int
+    down: Channel
+    up: Channel
+    control: Channel
+    commits: Channel
+
+    def computing(self) -> AbstractContextManager[object]:
+        """Entered while this rank computes; ranks that share a process take turns."""
+        return nullcontext()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets the others go. After an error nobody is waited for."""

@@ -1,0 +1,318 @@
+"""Gradients on their way up: partial sums of ranks meet in the contract's tree, and the whole sum at its owner.
+
+One thread carries out one rank's part, block by block in order of issue, unit by unit. A small head goes ahead of each
+sum: which pieces of it there are at all, since a parameter without a gradient has none, never zeros. Sums are added
+chunk by chunk in the memory of one of the two, so that a rank needs no more than a few chunks besides its own sums.
+
+A parameter that several visits use is summed use by use, each through the whole tree (a *layer* for each use), and over
+uses at the owner.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from weightstream.cluster import Cluster
+from weightstream.errors import FabricError
+from weightstream.fabric.broadcast import tag
+from weightstream.fabric.links import Channel, Handle
+from weightstream.fabric.trees import Hand, Join, Merge, Node, Step, Take, reduce_plan
+from weightstream.store.futures import new_future
+
+CHUNK = 1 << 18  # elements
+AHEAD = 2  # chunks of a sibling's sum that are under way at once
+MOST_LAYERS = 6
+_HEAD_LAYER, _HEAD_CHUNK = 7, (1 << 14) - 1
+
+Range = tuple[int, int]
+Sums = dict[tuple[int, Node], Tensor]
+"""Layer and node → flat fp32 sum over a block's gradient image."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitGradient:
+    """One unit in a block's gradient image, in elements: its span, its pieces (a tensor or a panel
+    each), and the length of the whole image."""
+
+    unit: int
+    owner: int
+    span: Range
+    pieces: tuple[Range, ...]
+    image: int
+
+
+@dataclass(slots=True)
+class Head:
+    """Which pieces of a sum are there, by layer; `found`: some rank had a gradient of this block, of whatever unit."""
+
+    found: bool = False
+    layers: dict[int, bytearray] = field(default_factory=dict)
+
+    def merged(self, other: "Head") -> "Head":
+        """Of the sum of both."""
+        layers = {layer: bytearray(flags) for layer, flags in self.layers.items()}
+        for layer, flags in other.layers.items():
+            own = layers.setdefault(layer, bytearray(len(flags)))
+            for index, flag in enumerate(flags):
+                own[index] |= flag
+        return Head(self.found or other.found, dict(sorted(layers.items())))
+
+    def packed(self, pieces: int) -> Tensor:
+        """As bytes of a size that both sides know: `found`, number of layers, then each with its number."""
+        data = bytearray([self.found, len(self.layers)])
+        for layer, flags in self.layers.items():
+            data += bytes([layer]) + flags
+        return torch.frombuffer(data.ljust(head_bytes(pieces), b"\0"), dtype=torch.uint8)
+
+    @classmethod
+    def unpacked(cls, data: Tensor, pieces: int) -> "Head":
+        values = bytes(data.tolist())
+        head = cls(bool(values[0]))
+        for number in range(values[1]):
+            start = 2 + number * (1 + pieces)
+            head.layers[values[start]] = bytearray(values[start + 1 : start + 1 + pieces])
+        return head
+
+
+def head_bytes(pieces: int) -> int:
+    return 2 + MOST_LAYERS * (1 + pieces)
+
+
+@dataclass(slots=True)
+class Total:
+    """What came of a block: by unit of this rank, which of its pieces are gradients; and whether any rank had any."""
+
+    found: bool
+    present: dict[int, tuple[bool, ...]] = field(default_factory=dict)
+
+
+class Reduction:
+    """One rank's part in summing gradients over ranks."""
+
+    def __init__(self, channel: Channel, cluster: Cluster, groups: int) -> None:
+        self._channel, self._cluster, self._groups = channel, cluster, groups
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-up")
+        self._job = 0
+
+    def start(
+        self,
+        units: Sequence[UnitGradient],
+        heads: Mapping[Node, Mapping[int, Head]],
+        sums: Sums,
+        targets: Mapping[int, Tensor],
+    ) -> "Future[Total]":
+        """Begins with the next block; `sums` are changed, and free when the future is done.
+
+        Args:
+            heads: by node of this rank, and by unit, what there is of it.
+            sums: this rank's own, of the largest subtrees within its share.
+            targets: by unit of this rank, where the finished sum goes: flat, as long as the unit's span.
+        """
+        job, self._job = self._job, self._job + 1
+        out: Future[Total] = new_future()
+        self._thread.submit(self._run, job, units, heads, sums, targets, out)
+        return out
+
+    def close(self) -> None:
+        """Ends the thread once what was begun is done."""
+        self._thread.shutdown(wait=True)
+
+    def _run(
+        self,
+        job: int,
+        units: Sequence[UnitGradient],
+        heads: Mapping[Node, Mapping[int, Head]],
+        sums: Sums,
+        targets: Mapping[int, Tensor],
+        out: "Future[Total]",
+    ) -> None:
+        try:
+            total = Total(any(head.found for by_unit in heads.values() for head in by_unit.values()))
+            sends: list[Handle] = []
+            for number, unit in enumerate(units):
+                own = {node: by_unit[unit.unit] for node, by_unit in heads.items()}
+                steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
+                work = _UnitSum(self._channel, steps, (job, number), unit, own, sums, sends)
+                work.run()
+                if unit.unit in targets:
+                    head = work.finish((0, self._groups), targets[unit.unit])
+                    total.found |= head.found
+                    flags = [any(layer[i] for layer in head.layers.values()) for i in range(len(unit.pieces))]
+                    total.present[unit.unit] = tuple(flags)
+            for handle in sends:
+                handle.wait()
+        except BaseException as error:
+            out.set_exception(error)
+        else:
+            out.set_result(total)
+
+
+class _UnitSum:
+    """One unit's way up through this rank."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        steps: Sequence[Step],
+        place: tuple[int, int],
+        unit: UnitGradient,
+        heads: dict[Node, Head],
+        sums: Sums,
+        sends: list[Handle],
+    ) -> None:
+        self._channel, self._unit, self._sends = channel, unit, sends
+        self._job, self._number = place
+        self._steps, self._heads = steps, heads
+        self._others: dict[int, Head] = {}  # by step: of the sum that comes
+        self._memory_of = {node: node for node in heads}  # a sum is made in the memory of one of those it is made of
+        self._sums = sums
+        self._taken: dict[int, Tensor] = {}  # by layer, where this rank computes nothing
+        self._what = f"gradient of unit {unit.unit}"
+
+    def run(self) -> None:
+        """Carries out all steps."""
+        self._exchange_heads()
+        start, stop = self._unit.span
+        chunks = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
+        coming = {
+            number: self._receives(step, self._others[number], chunks)
+            for number, step in enumerate(self._steps)
+            if isinstance(step, Merge | Take)
+        }
+        for index, chunk in enumerate(chunks):
+            for number, step in enumerate(self._steps):
+                match step:
+                    case Merge(own, _, _, _):
+                        for layer, data in next(coming[number]):
+                            self._add(layer, own, self._others[number].layers[layer], data, chunk)
+                    case Join(own, other, _):
+                        for layer, flags in self._heads[other].layers.items():
+                            data = self._sums[layer, self._memory_of[other]][chunk[0] : chunk[1]]
+                            self._add(layer, own, flags, data, chunk)
+                    case Hand(node, to):
+                        for layer in self._heads[node].layers:
+                            data = self._sums[layer, self._memory_of[node]][chunk[0] : chunk[1]]
+                            self._sends.append(self._channel.send(data, to, self._tag(index, layer), self._what))
+                    case Take(_, _):
+                        for layer, data in next(coming[number]):
+                            whole = self._taken.setdefault(layer, torch.empty(stop - start))
+                            whole[chunk[0] - start : chunk[1] - start].copy_(data)
+
+    def _tag(self, chunk: int, layer: int) -> int:
+        return tag(self._job, self._number, chunk, layer)
+
+    def _exchange_heads(self) -> None:
+        """Every rank learns what there is of each sum before the sums themselves come."""
+        pieces = len(self._unit.pieces)
+        where = self._tag(_HEAD_CHUNK, _HEAD_LAYER)
+        coming = {}
+        for number, step in enumerate(self._steps):
+            if isinstance(step, Merge | Take):
+                data = torch.empty(head_bytes(pieces), dtype=torch.uint8)
+                coming[number] = data, self._channel.receive(data, step.source, where, self._what)
+        for number, step in enumerate(self._steps):
+            match step:
+                case Hand(node, to):
+                    data = self._heads[node].packed(pieces)
+                    self._sends.append(self._channel.send(data, to, where, self._what))
+                case Join(own, other, parent):
+                    self._become(own, parent, self._heads[other])
+                case Merge(own, _, _, parent):
+                    data, handle = coming[number]
+                    handle.wait()
+                    self._others[number] = Head.unpacked(data, pieces)
+                    self._become(own, parent, self._others[number])
+                case Take(node, _):
+                    data, handle = coming[number]
+                    handle.wait()
+                    self._others[number] = self._heads[node] = Head.unpacked(data, pieces)
+
+    def _become(self, own: Node, parent: Node, other: Head) -> None:
+        """The parent's sum is made in the memory of `own`."""
+        self._heads[parent] = self._heads[own].merged(other)
+        self._memory_of[parent] = self._memory_of[own]
+        for layer in other.layers:
+            if layer not in self._heads[own].layers:
+                key = layer, self._memory_of[own]
+                if key not in self._sums:
+                    self._sums[key] = torch.empty(self._unit.image)
+
+    def _receives(self, step: Merge | Take, head: Head, chunks: Sequence[Range]) -> Iterator[list[tuple[int, Tensor]]]:
+        """Chunk by chunk what comes of every layer; a few are under way at once."""
+        layers = list(head.layers)
+        buffers = [{layer: torch.empty(CHUNK) for layer in layers} for _ in range(min(AHEAD, len(chunks)))]
+        posted: deque[list[tuple[int, Tensor, Handle]]] = deque()
+
+        def post(index: int) -> None:
+            if index < len(chunks):
+                length = chunks[index][1] - chunks[index][0]
+                found = []
+                for layer in layers:
+                    data = buffers[index % AHEAD][layer][:length]
+                    handle = self._channel.receive(data, step.source, self._tag(index, layer), self._what)
+                    found.append((layer, data, handle))
+                posted.append(found)
+
+        for index in range(AHEAD):
+            post(index)
+        for index in range(len(chunks)):
+            arrived = []
+            for layer, data, handle in posted.popleft():
+                handle.wait()
+                arrived.append((layer, data))
+            yield arrived
+            post(index + AHEAD)
+
+    def _add(self, layer: int, own: Node, other: bytearray, data: Tensor, chunk: Range) -> None:
+        """`own + other` for pieces of both, what there is for pieces of one, on one chunk."""
+        target = self._sums[layer, self._memory_of[own]]
+        flags = self._heads[own].layers.get(layer)
+        if flags is not None and all(flags) and all(other):
+            target[chunk[0] : chunk[1]].add_(data)
+            return
+        for index, (start, stop) in enumerate(self._unit.pieces):
+            low, high = max(start, chunk[0]), min(stop, chunk[1])
+            if low >= high or not other[index]:
+                continue
+            piece = data[low - chunk[0] : high - chunk[0]]
+            if flags is not None and flags[index]:
+                target[low:high].add_(piece)
+            else:
+                target[low:high].copy_(piece)
+
+    def finish(self, root: Node, target: Tensor) -> Head:
+        """Over uses, in order: what there is of each piece goes to the target, or is added to it."""
+        start, stop = self._unit.span
+        head = self._heads[root]
+        for index, (low, high) in enumerate(self._unit.pieces):
+            place = target[low - start : high - start]
+            begun = False
+            for layer, flags in head.layers.items():
+                if not flags[index]:
+                    continue
+                whole = self._taken[layer] if self._taken else self._sums[layer, self._memory_of[root]][start:stop]
+                piece = whole[low - start : high - start]
+                if begun:
+                    place.add_(piece)
+                else:
+                    place.copy_(piece)
+                begun = True
+        return head
+
+
+def layer_of(uses: Sequence[int], use: int, name: str) -> int:
+    """The layer of a parameter's use: its place among the visits that use it.
+
+    Raises:
+        FabricError: more uses than a head has room for.
+    """
+    layer = uses.index(use)
+    if layer >= MOST_LAYERS:
+        raise FabricError(
+            f"parameter '{name}' is used by {len(uses)} visits: with several ranks at most {MOST_LAYERS} are possible"
+        )
+    return layer

@@ -1,0 +1,209 @@
+"""Several ranks in one step: blocks go down trees into every slab, gradients come back up and are summed on the way."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightstream.cluster import Cluster
+from weightstream.fabric.broadcast import Broadcast, Span
+from weightstream.fabric.links import Links
+from weightstream.fabric.peers import Arrival, Reduced
+from weightstream.fabric.reduce import AHEAD, CHUNK, Head, Reduction, Sums, Total, UnitGradient, layer_of
+from weightstream.fabric.reduction import BlockSum
+from weightstream.fabric.staging import Staging
+from weightstream.fabric.trees import Node
+from weightstream.schedule.reduction import subtrees
+from weightstream.store.owned import Holding
+
+SUMS_TRAVELLING = 2
+"""Blocks whose gradient is on its way while the next one is summed."""
+
+Uses = Callable[[int, str], Sequence[int]]
+"""Block and parameter → the visits that use it, in order."""
+
+
+def fabric_bytes(cluster: Cluster) -> int:
+    """Memory for chunks of sums on their way, at most: those of one unit's siblings."""
+    return ceil(log2(max(cluster.workers, 2)) + 1) * AHEAD * CHUNK * 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What of a block moves: spans in the slab on the way down, units of its gradient on the way up."""
+
+    spans: tuple[Span, ...]
+    gradients: tuple[UnitGradient, ...]
+
+
+class Together:
+    """One rank of several; see `Peers`.
+
+    Args:
+        owner: the memory rank that owns each unit.
+        sums: where this rank sums what it computes; whole blocks.
+        staging: where the gradients of the units that it owns wait.
+        uses: of parameters in blocks; others are used once.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        cluster: Cluster,
+        holding: Holding,
+        owner: Sequence[int],
+        *,
+        sums: Staging,
+        staging: Staging,
+        groups: int,
+        uses: Uses,
+    ) -> None:
+        self.cluster, self.rank = cluster, links.rank
+        self._links, self._holding, self._groups = links, holding, groups
+        self._sums, self._staging, self._uses = sums, staging, uses
+        self._share = cluster.groups_of(links.rank, groups)
+        self._subtrees: tuple[Node, ...] = subtrees(groups, self._share)
+        self._down = Broadcast(links.down, cluster)
+        self._up = Reduction(links.up, cluster, groups)
+        self._blocks = [self._facts(block.index, owner) for block in holding.blocks]
+
+    def _facts(self, block: int, owner: Sequence[int]) -> _Block:
+        holding = self._holding
+        slab, image = holding.slabs[block], holding.gradients[block]
+        units = holding.store.units_of(block)
+        spans = tuple(
+            Span(unit, start, stop, owner[unit]) for unit, (start, stop) in zip(units, slab.spans, strict=True)
+        )
+        gradients = []
+        for unit, (start, stop) in zip(units, image.spans, strict=True):
+            pieces = tuple(
+                (spec.offset // 4, (spec.offset + spec.nbytes) // 4)
+                for spec in image.pieces
+                if start <= spec.offset < stop
+            )
+            if pieces:
+                span = (start // 4, stop // 4)
+                gradients.append(UnitGradient(unit, owner[unit], span, pieces, image.nbytes // 4))
+        return _Block(spans, tuple(gradients))
+
+    # down
+
+    def fetch(self, block: int, view: memoryview, local: "Mapping[int, Future[Any]]") -> Arrival:
+        here, passed = self._down.start(view, self._blocks[block].spans, local)
+        return Arrival(here, passed)
+
+    # up
+
+    def open(self, block: int, *, micro_batches: int, brief: bool) -> BlockSum:
+        present = len(self.cluster.share(self.rank, micro_batches, self._groups))
+        return self._sums.open(
+            block, micro_batches=micro_batches, groups=self._groups, brief=brief, share=self._share, present=present
+        )
+
+    def sum_of(self, block: int) -> BlockSum | None:
+        return self._sums.sum_of(block)
+
+    def reduce(self, block: int) -> "Future[Total]":
+        units = self._blocks[block].gradients
+        total = self._sums.sum_of(block)
+        sums: Sums = {}
+        heads = {node: {unit.unit: Head() for unit in units} for node in self._subtrees}
+        if total is not None:
+            self._lay_out(block, total, units, heads, sums)
+        targets = self._targets(block, units)
+        reducing = self._up.start(units, heads, sums, targets)
+        if total is not None:
+            self._sums.lend(block, reducing)
+        return reducing
+
+    def finish(self, block: int, total: Total) -> Reduced:
+        owned = self._targets_of(block)
+        if not owned:
+            return Reduced({}, total.found)
+        image = self._holding.staged[block]
+        keys, first = [], 0
+        for unit in owned:
+            pieces = image.pieces[first : first + len(unit.pieces)]
+            first += len(unit.pieces)
+            flags = total.present[unit.unit]
+            keys += [(spec.name, spec.row) for spec, flag in zip(pieces, flags, strict=True) if flag]
+        return Reduced(self._staging.settle(block, keys), total.found)
+
+    def _targets_of(self, block: int) -> list[UnitGradient]:
+        return [unit for unit in self._blocks[block].gradients if unit.owner == self.rank]
+
+    def _targets(self, block: int, units: Sequence[UnitGradient]) -> dict[int, Tensor]:
+        """Where the finished sums of this rank's units go: one after another in what is staged."""
+        owned = self._targets_of(block)
+        if not owned:
+            return {}
+        memory, found, at = self._staging.room(block), {}, 0
+        for unit in owned:
+            length = unit.span[1] - unit.span[0]
+            found[unit.unit] = memory.tensor(torch.float32, at * 4, (length,))
+            at += length
+        return found
+
+    def _lay_out(
+        self,
+        block: int,
+        total: BlockSum,
+        units: Sequence[UnitGradient],
+        heads: dict[Node, dict[int, Head]],
+        sums: Sums,
+    ) -> None:
+        """Puts the partial sums into images of the whole block, and notes what there is.
+
+        The first subtree's sum of a parameter that is used once lies in its place already; others are copied.
+        """
+        image, memory = self._holding.gradients[block], self._sums.buffer_of(block)
+        first = self._subtrees[0]
+        sums[0, first] = memory.tensor(torch.float32, 0, (image.nbytes // 4,))
+        places = {spec.name: (spec.offset // 4, (spec.offset + spec.nbytes) // 4) for spec in image.tensors}
+        pieces: dict[str, list[tuple[int, int]]] = {}
+        names = iter(image.pieces)
+        for unit in units:
+            for index in range(len(unit.pieces)):
+                pieces.setdefault(next(names).name, []).append((unit.unit, index))
+        count = {unit.unit: len(unit.pieces) for unit in units}
+        for name, by_use in total.close_partly().items():
+            uses = self._uses(block, name) or sorted(by_use)
+            parts = [
+                (layer_of(uses, use, name), node, part) for use, nodes in by_use.items() for node, part in nodes.items()
+            ]
+            low, high = places[name]
+            # what lies in the place of another goes first
+            home = sums[0, first][low:high].data_ptr()
+            parts.sort(key=lambda part: part[2].data_ptr() != home)
+            for layer, node, part in parts:
+                if (layer, node) not in sums:
+                    sums[layer, node] = torch.empty(image.nbytes // 4)
+                target = sums[layer, node][low:high]
+                if target.data_ptr() != part.data_ptr():
+                    target.copy_(part)
+                for unit_index, piece in pieces[name]:
+                    head = heads[node][unit_index]
+                    head.found = True
+                    head.layers.setdefault(layer, bytearray(count[unit_index]))[piece] = 1
+        found = any(head.found for by_unit in heads.values() for head in by_unit.values())
+        for by_unit in heads.values():
+            for head in by_unit.values():
+                head.found = found
+                head.layers = dict(sorted(head.layers.items()))
+
+    # all ranks
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._links.control.gather(value)
+
+    def abort(self) -> None:
+        self._sums.abort()
+
+    def close(self) -> None:
+        self._down.close()
+        self._up.close()
+        self._sums.close_buffers()

@@ -1,0 +1,175 @@
+"""From a model and its settings to the store that it is trained in: made, or reopened under the same settings."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from weightstream.blocks import PANEL_ELEMENTS, Rule
+from weightstream.errors import StoreMismatchError
+from weightstream.fabric.ranks import Ranks
+from weightstream.planning import Budgets, check_blocks, check_disk, split_within
+from weightstream.store.elsewhere import Elsewhere, catalogue_of
+from weightstream.store.given import fill
+from weightstream.store.initial import Recipe
+from weightstream.store.layout import Precision
+from weightstream.store.optimizers import Optimizer
+from weightstream.store.owned import bytes_of_blocks
+from weightstream.store.store import Store
+
+WORKERS = "workers"
+"""The folder in a store's in which ranks that own none of it have their scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a run asks of its store."""
+
+    path: Path
+    optimizer: Optimizer
+    precision: Precision
+    budgets: Budgets
+    contract: Mapping[str, Any]
+    element_bytes: int
+    max_block_bytes: int | None
+    rules: Mapping[str, Rule] | None
+    panel_elements: int | None
+    allow_other_numerics: bool
+
+    @property
+    def splitting(self) -> dict[str, Any]:
+        return {"element_bytes": self.element_bytes, "max_block_bytes": self.max_block_bytes, "rules": self.rules}
+
+
+def contract_of(model: nn.Module, *, optimizer: Optimizer, device: torch.device, **fixed: Any) -> dict[str, Any]:
+    """What a resumed run may not change. Learning rate, decay, budgets, device memory, ranks and logging may."""
+    shapes = [(n, list(p.shape), p.requires_grad) for n, p in sorted(model.named_parameters())]
+    threads = fixed.pop("threads")
+    return {
+        "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **fixed,
+        "optimizer": optimizer.fixed(),
+        "numerics": {
+            "torch": torch.__version__.split("+")[0],
+            "device": device.type,
+            "threads_per_worker": threads,
+        },
+    }
+
+
+@contextmanager
+def opened(
+    wanted: Wanted,
+    model: nn.Module,
+    recipes: Mapping[str, Recipe],
+    initial: Mapping[str, Tensor],
+    ranks: Ranks,
+    *,
+    exists: bool,
+) -> Iterator[Store]:
+    """The store, for what else may fail before a run begins: then it is closed again, and removed if it was made here.
+
+    A rank that owns nothing has `Elsewhere` in its place.
+
+    Raises:
+        StoreMismatchError: it holds another model, or was made under other settings.
+        PlanError: the budgets, or the disk, are too small.
+    """
+    store: Store | Elsewhere | None = None
+    try:
+        store = ranks.agreed(lambda: _memory(wanted, model, recipes, initial, ranks, exists=exists))
+        if ranks.alone:
+            yield cast(Store, store)
+            return
+        facts = _catalogue(store) if isinstance(store, Store) and ranks.rank == 0 else None
+        catalogue = ranks.gather(facts)[0]
+        if store is None:
+            scratch = wanted.path / WORKERS / f"{ranks.rank}"
+            store = Elsewhere(wanted.path, catalogue, scratch)
+            store.optimizer = wanted.optimizer
+        yield cast(Store, store)
+    except BaseException:
+        if store is not None:
+            store.close()
+        if not exists and ranks.rank == 0:
+            shutil.rmtree(wanted.path, ignore_errors=True)
+        raise
+
+
+def _memory(
+    wanted: Wanted,
+    model: nn.Module,
+    recipes: Mapping[str, Recipe],
+    initial: Mapping[str, Tensor],
+    ranks: Ranks,
+    *,
+    exists: bool,
+) -> Store | None:
+    """The store of a memory rank."""
+    if not ranks.owns:
+        return None
+    store = _reopen(wanted, model) if exists else _create(wanted, model, recipes)
+    try:
+        fill(store, initial)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> Store:
+    panel_elements = PANEL_ELEMENTS if wanted.panel_elements is None else wanted.panel_elements
+    sizes = partial(
+        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements
+    )
+    blocks = split_within(model, wanted.budgets, sizes, **wanted.splitting)
+    check_disk(wanted.path, sizes(blocks), deferred=wanted.budgets.deferred)
+    return Store.create(
+        wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
+        contract=wanted.contract, panel_elements=panel_elements,
+    )  # fmt: skip
+
+
+def _reopen(wanted: Wanted, model: nn.Module) -> Store:
+    path, store = wanted.path, Store.open(wanted.path)
+    try:
+        contract = dict(wanted.contract)
+        if wanted.allow_other_numerics:
+            contract["numerics"] = store.contract.get("numerics")
+        store.check_contract(contract)
+        found = {p.name: p.shape for block in store.blocks for p in block.parameters}
+        needed = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name in sorted(found.keys() ^ needed.keys()):
+            raise StoreMismatchError(
+                f"store '{path}' {'has' if name in found else 'lacks'} parameter '{name}', the model "
+                f"{'lacks' if name in found else 'has'} it; give another store or the same model"
+            )
+        if wanted.panel_elements not in (None, store.panel_elements):
+            raise StoreMismatchError(
+                f"store '{path}' was cut into units with panel_elements={store.panel_elements}, this run has "
+                f"panel_elements={wanted.panel_elements}; it is fixed when a store is made: leave it out to use the store's, "
+                f"or give another store"
+            )
+        if wanted.max_block_bytes is not None or wanted.rules:
+            check_blocks(store, model, **wanted.splitting)
+        store.optimizer = wanted.optimizer  # learning rate, decay and groups are this run's
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _catalogue(store: Store) -> dict[str, Any]:
+    return catalogue_of(
+        store.manifest.blocks(), precision=store.precision, optimizer=store.optimizer.to_json(),
+        panel_elements=store.panel_elements, contract=store.contract, step=store.step, progress=store.progress,
+    )  # fmt: skip
