@@ -37,7 +37,7 @@ from weightstream.store.optimizers import Optimizer
 from weightstream.store.owned import Holding
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
-from weightstream.streaming import StreamedModel, without_cache
+from weightstream.streaming import StreamedModel, follow, without_cache
 from weightstream.units import parse_bytes
 from weightstream.worker.allocator import Ceiling, give_back, keep_memory
 from weightstream.worker.audit import check_model
@@ -387,6 +387,25 @@ class Engine:
             seconds=dict(outcome.seconds),
         )  # fmt: skip
 
+    @property
+    def rank(self) -> int:
+        """This process among those of the cluster; 0 if it is alone."""
+        return self.ranks.rank
+
+    @property
+    def cluster(self) -> Cluster:
+        """Who computes, and who owns records."""
+        return self.ranks.cluster
+
+    @property
+    def computes(self) -> bool:
+        """Whether this rank computes micro-batches."""
+        return self.ranks.computes
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small JSON value of every rank, in order of rank; every rank calls it."""
+        return self.ranks.gather(value)
+
     def share(self, count: int) -> range:
         """Which of a step's `count` micro-batches this rank computes: all of them, if it is alone."""
         if self.ranks.alone:
@@ -498,8 +517,17 @@ class Engine:
 
     @contextmanager
     def module(self) -> Iterator[nn.Module]:
-        """The model for evaluation and generation: weights stream, no gradients, eval mode, caches allowed."""
+        """The model for evaluation and generation: weights stream, no gradients, eval mode, caches allowed.
+
+        With several ranks every one of them enters, and those that compute (`computes`) make the same calls; a rank that
+        only owns records serves them before it gets the model, and must not call it.
+        """
         self.commit()
+        if not self.ranks.computes:
+            follow(self.holding, self.runtime.peers, self.runtime.slabs)
+            self._forget_moved()
+            yield self.model
+            return
         streamed = StreamedModel(
             self.holding, self.runtime.peers, self.worker, self.parameters,
             self.runtime.slabs, self.runtime.allotment.slabs,

@@ -1,10 +1,15 @@
-"""A model without training: each block is fetched when it is called, the next one meanwhile; no gradients."""
+"""A model without training: each block is fetched when it is called, the next one meanwhile; no gradients.
+
+With several ranks all that compute make the same calls, and each fetch is announced, so that ranks that only own records
+can follow.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from weightstream.errors import FabricError
 from weightstream.fabric.peers import Arrival, Peers
 from weightstream.store.owned import Holding
 from weightstream.worker.slabs import Parameters, Slabs
@@ -34,6 +39,7 @@ class StreamedModel:
         self._residents = residents
 
     def _fetch(self, block: int, slab: int) -> None:
+        _announce(self._peers, [block, slab])
         target = self._slabs[slab]
         self._slabs.hold(block, slab)
         self._arrivals[block] = self._peers.fetch(block, target.landing, self._holding.fetch(block, target.landing))
@@ -87,8 +93,48 @@ class StreamedModel:
         return self._worker.own_forward(module)(*args, **kwargs)
 
     def close(self) -> None:
+        _announce(self._peers, None)
         for block in [*self._recent, *self._residents]:
             self._evict(block)
+
+
+def follow(holding: Holding, peers: Peers, slabs: Slabs) -> None:
+    """What a rank that computes nothing does meanwhile: it sends what it owns of each block that is announced."""
+    arrivals: dict[int, Arrival] = {}
+    while (announced := _announce(peers, _FOLLOWS)) is not None:
+        block, slab = announced
+        if slab in arrivals:
+            arrivals[slab].passed.result()
+        view = slabs[slab].landing
+        arrivals[slab] = peers.fetch(block, view, holding.fetch(block, view))
+    for arrival in arrivals.values():
+        arrival.passed.result()
+
+
+_FOLLOWS = "follows"
+
+
+def _announce(peers: Peers, fetch: list[int] | str | None) -> list[int] | None:
+    """What all ranks do next: the block and slab that the computing ones fetch, or None at the end.
+
+    Raises:
+        FabricError: they do not agree.
+    """
+    if peers.cluster.size == 1:
+        return None
+    found = [(rank, each) for rank, each in enumerate(peers.gather(fetch)) if each != _FOLLOWS]
+    (first, agreed), *others = found
+    for rank, each in others:
+        if each != agreed:
+            raise FabricError(
+                f"rank {first} came to {_described(agreed)}, rank {rank} to {_described(each)}: with several ranks all must "
+                f"make the same calls of the model"
+            )
+    return agreed
+
+
+def _described(fetch: list[int] | None) -> str:
+    return "the end" if fetch is None else f"block {fetch[0]}"
 
 
 def without_cache(model: nn.Module) -> Callable[[], None]:

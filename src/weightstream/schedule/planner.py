@@ -312,6 +312,7 @@ class _Builder:
         self.slab_of: dict[int, int] = {}
         self.updated: set[int] = set()
         self.to_load: list[int] = []
+        self.reduced: list[int] = []
         self.residents = [block.index for block in facts.blocks if block.resident]
         self.loaded_streaming = [index for index in loaded if index not in self.residents]
 
@@ -477,6 +478,7 @@ class _Builder:
         for block in facts.blocks:
             if block.resident and block.trainable:
                 self._reduce(block.index)
+        self._update_reduced(0)
         for index in waiting:
             emit(Load(index))
         return next_loads
@@ -484,5 +486,13 @@ class _Builder:
     def _reduce(self, block: int) -> None:
         self.operations.append(Reduce(block))
         if not self.facts.deferred:
+            self.reduced.append(block)
+            # a sum over ranks takes its time: meanwhile the next block goes back
+            self._update_reduced(0 if self.facts.share is None else 1)
+
+    def _update_reduced(self, left: int) -> None:
+        """Without clipping: the updates of blocks whose gradient is complete, but for the last ones."""
+        while len(self.reduced) > left:
+            block = self.reduced.pop(0)
             self.operations += [Update(block), Write(block)]
             self._load_after(block)
