@@ -59,7 +59,7 @@ def block_bytes(
         streamed=sum(layout.streamed.nbytes for layout in layouts),
         loaded=sum(part.nbytes for layout in updated for part in layout.states),
         written=sum(layout.image_nbytes for layout in updated),
-        gradients=sum(gradient_image([unit]).nbytes for unit, _ in held),
+        gradients=sum(owned_gradients([unit]).nbytes for unit, _ in held),
         stored=sum(layout.image_nbytes for _, layout in held),
     )
 
