@@ -17,16 +17,15 @@ from weightstream.blocks import PANEL_ELEMENTS, Rule
 from weightstream.errors import StoreMismatchError
 from weightstream.fabric.ranks import Ranks
 from weightstream.planning import Budgets, check_blocks, check_disk, split_within
+from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
 from weightstream.store.given import fill
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision
+from weightstream.store.members import Members
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.owned import bytes_of_blocks
 from weightstream.store.store import Store
-
-WORKERS = "workers"
-"""The folder in a store's in which ranks that own none of it have their scratch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +85,17 @@ def opened(
     """
     store: Store | Elsewhere | None = None
     try:
-        store = ranks.agreed(lambda: _memory(wanted, model, recipes, initial, ranks, exists=exists))
+        if not exists and not ranks.alone:
+            ranks.agreed(lambda: _create_for_all(wanted, model, recipes, initial, ranks))
+        there = exists or not ranks.alone
+        store = ranks.agreed(lambda: _memory(wanted, model, recipes, initial, ranks, exists=there))
         if ranks.alone:
             yield cast(Store, store)
             return
         facts = _catalogue(store) if isinstance(store, Store) and ranks.rank == 0 else None
         catalogue = ranks.gather(facts)[0]
         if store is None:
-            scratch = wanted.path / WORKERS / f"{ranks.rank}"
-            store = Elsewhere(wanted.path, catalogue, scratch)
+            store = Elsewhere(wanted.path, catalogue, wanted.path / WORKERS / f"{ranks.rank}")
             store.optimizer = wanted.optimizer
         yield cast(Store, store)
     except BaseException:
@@ -103,6 +104,15 @@ def opened(
         if not exists and ranks.rank == 0:
             shutil.rmtree(wanted.path, ignore_errors=True)
         raise
+
+
+def _create_for_all(
+    wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], initial: Mapping[str, Tensor], ranks: Ranks
+) -> None:
+    """With several ranks the first one makes the store, and then all memory ranks open it."""
+    if ranks.rank == 0:
+        with _create(wanted, model, recipes) as store:
+            fill(store, initial)
 
 
 def _memory(
@@ -117,9 +127,10 @@ def _memory(
     """The store of a memory rank."""
     if not ranks.owns:
         return None
-    store = _reopen(wanted, model) if exists else _create(wanted, model, recipes)
+    store = _reopen(wanted, model, ranks) if exists else _create(wanted, model, recipes)
     try:
-        fill(store, initial)
+        if ranks.alone:
+            fill(store, initial)
     except BaseException:
         store.close()
         raise
@@ -139,8 +150,10 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> 
     )  # fmt: skip
 
 
-def _reopen(wanted: Wanted, model: nn.Module) -> Store:
-    path, store = wanted.path, Store.open(wanted.path)
+def _reopen(wanted: Wanted, model: nn.Module, ranks: Ranks) -> Store:
+    path = wanted.path
+    members = Members(ranks.rank, len(ranks.cluster.memory_ranks), ranks.exchange)
+    store = Store.open(path, members=members)
     try:
         contract = dict(wanted.contract)
         if wanted.allow_other_numerics:

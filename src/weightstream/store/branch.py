@@ -44,13 +44,18 @@ def branch(store: "Store", name: str, path: Path) -> None:
         if families:
             (segments / MEMBERS).mkdir()
         for file in sorted({row.file for row in rows}):
+            (segments / file).parent.mkdir(exist_ok=True)  # of another memory rank
             _share(store.path / directory.SEGMENTS / file, segments / file)
         if manifest.snapshots().get(name) != commit.number:  # its files were free to be used again
             raise StoreError(
                 f"store '{store.path}': snapshot {name!r} was deleted while it was branched; nothing was made"
             )
         for extra in store.path.iterdir():
-            if extra.is_dir() and extra.name not in (directory.SEGMENTS, directory.SCRATCH):
+            if (
+                extra.is_dir()
+                and extra.name not in (directory.SEGMENTS, directory.SCRATCH)
+                and not directory.is_rank(extra)
+            ):
                 shutil.copytree(extra, partial / extra.name)  # config.json and the like of an import
         if families:
             store.disk.device.sync_directory(segments / MEMBERS)

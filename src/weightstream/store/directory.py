@@ -4,6 +4,8 @@ manifest.sqlite     the catalogue; where it exists the store is whole
 segments/           one safetensors file per record and version; members/ has those of families
 scratch/            bytes of the running process only
 lock                held by the process that writes
+memory-1/ …         manifest, scratch and lock of other memory ranks (`members.py`); their segments are in segments/rank-1/ …
+workers/            scratch of ranks that own no records
 """
 
 import fcntl
@@ -22,6 +24,7 @@ MANIFEST = "manifest.sqlite"
 SEGMENTS = "segments"
 SCRATCH = "scratch"
 LOCK = "lock"
+WORKERS = "workers"
 
 
 def make(path: Path) -> int:
@@ -89,6 +92,17 @@ def require_store(path: Path) -> None:
     raise StoreError(f"'{path}': expected a store (a directory with {MANIFEST}), found {found}; give a store's path")
 
 
+def make_place(path: Path, place: Path, folder: str) -> None:
+    """The directories of another memory rank than the first; they may be there."""
+    try:
+        (place / SCRATCH).mkdir(parents=True, exist_ok=True)
+        (path / SEGMENTS / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"store '{path}' cannot be written on this host: {error.strerror}; see to the path and its permissions"
+        ) from error
+
+
 def lock(path: Path) -> int:
     """Become the store's only writer; the lock goes with the process, however it ends.
 
@@ -141,6 +155,9 @@ def records(
     *,
     keep_dead: bool,
     accept_damage: bool = False,
+    folder: str = "",
+    owned: Collection[int] | None = None,
+    active: Collection[str] = ("",),
 ) -> list[Record]:
     """The state of every block's record as of the last commit.
 
@@ -148,17 +165,20 @@ def records(
     removed where they are too many or of another size; for a reader they do not exist. With `accept_damage`, files that
     the manifest names need not be there.
 
+    With several memory ranks `folder` is this rank's own, `active` those of all that take part, and files of records that
+    this one does not own need not be on its host.
+
     Raises:
         StoreError: a file is missing.
         DamagedRecordError: a file was cut short.
     """
-    sizes: dict[str, int] = {}
-    for entry in os.scandir(path / SEGMENTS) if (path / SEGMENTS).is_dir() else ():
-        if entry.name != MEMBERS:
-            sizes[entry.name] = entry.stat().st_size
+    sizes = _sizes(path / SEGMENTS)
     by_block: list[list[RecordRow]] = [[] for _ in layouts]
     for row in rows:
         expected = layouts[row.block].image_nbytes
+        if owned is not None and row.block not in owned:
+            by_block[row.block].append(row)
+            continue
         if row.file not in sizes and not accept_damage:
             raise StoreError(
                 f"store '{path}': version {row.version} of block {row.block} should be in {SEGMENTS}/{row.file}, which "
@@ -170,26 +190,50 @@ def records(
                 "restore the file from a copy of the store"
             )
         by_block[row.block].append(row)
-    found = [Record.load(own, held) for own in by_block]
+    found = [Record.load(own, held, folder) for own in by_block]
     if keep_dead:
-        _adopt_dead(path, layouts, found, sizes, {row.file for row in rows})
+        _adopt_dead(path, layouts, found, sizes, {row.file for row in rows}, folder, owned, active)
     return found
 
 
-def _adopt_dead(
-    path: Path, layouts: Sequence[RecordLayout], found: list[Record], sizes: dict[str, int], live: set[str]
-) -> None:
-    for name, nbytes in sorted(sizes.items()):
-        if name in live:
+def _sizes(segments: Path) -> dict[str, int]:
+    """Bytes of every segment, by name; those of other memory ranks' folders with the folder."""
+    sizes: dict[str, int] = {}
+    for entry in os.scandir(segments) if segments.is_dir() else ():
+        if entry.name == MEMBERS:
             continue
-        index = int(name.split(".")[0]) if name.count(".") == 2 and name.split(".")[0].isdigit() else len(layouts)
-        record = found[index] if index < len(layouts) else None
+        if entry.is_dir():
+            sizes |= {f"{entry.name}/{inner.name}": inner.stat().st_size for inner in os.scandir(entry)}
+        else:
+            sizes[entry.name] = entry.stat().st_size
+    return sizes
+
+
+def _adopt_dead(
+    path: Path,
+    layouts: Sequence[RecordLayout],
+    found: list[Record],
+    sizes: dict[str, int],
+    live: set[str],
+    folder: str,
+    owned: Collection[int] | None,
+    active: Collection[str],
+) -> None:
+    """Files that nothing points to: own ones are used again or removed, those of ranks that are no more are removed by the
+    first rank; those of the others are theirs."""
+    for name, nbytes in sorted(sizes.items()):
+        place, _, bare = name.rpartition("/")
+        if name in live or (place != folder and (folder or place in active)):
+            continue
+        index = int(bare.split(".")[0]) if bare.count(".") == 2 and bare.split(".")[0].isdigit() else len(layouts)
+        record = found[index] if index < len(layouts) and (owned is None or index in owned) else None
         if (
             record is not None
+            and place == folder
             and nbytes == layouts[index].image_nbytes
-            and len(record.slots) - len(record.held) < FILES_PER_RECORD
+            and len(record.slots.keys() - record.held) < FILES_PER_RECORD
         ):
-            record.slots[slot_of(name)] = None
+            record.slots[slot_of(name, folder)] = None
         else:
             (path / SEGMENTS / name).unlink()
 
@@ -204,6 +248,11 @@ def adopt_dead_of_member(path: Path, index: int, record: Record, image_nbytes: i
             record.slots[slot] = None
         else:
             file.unlink()
+
+
+def is_rank(entry: Path) -> bool:
+    """Whether a folder in a store is that of another memory rank, or of workers."""
+    return entry.name == WORKERS or (entry.name.startswith("memory-") and entry.name[7:].isdigit())
 
 
 def _is_strange(entry: Path, ours: Collection[str]) -> bool:

@@ -104,6 +104,7 @@ def _hold(store: Store, links: Path) -> Held:
             if found.families:
                 (links / MEMBERS).mkdir()
             for row in found.records:
+                (links / row.file).parent.mkdir(exist_ok=True)
                 os.link(segments / row.file, links / row.file)
         except FileNotFoundError:
             pass  # replaced and removed since the manifest was read

@@ -61,7 +61,11 @@ def find(store: "Store") -> list[Damage]:
     """
     with store.manifest.at_one_moment():
         store.manifest.check()
-        rows = store.manifest.records()
+        held = set(store.manifest.snapshots().values())
+        # a row that is kept to go back one commit may name a file that is used again
+        rows = [
+            row for row in store.manifest.records() if row.died is None or any(row.lives_at(number) for number in held)
+        ]
     found: list[Damage] = []
     buffer = RecordBuffer(largest_record(store))
     header = AlignedBuffer(largest_header(store))
@@ -109,7 +113,7 @@ def repair(store: "Store") -> list[str]:
 def _find_in(store: "Store", row: RecordRow, buffer: RecordBuffer, header: AlignedBuffer) -> list[Damage]:
     layout = store.layout(row.block)
     buffer.bind(layout)
-    entry = Entry(row.version, row.optimizer_steps, slot_of(row.file), row.checksums)
+    entry = Entry(row.version, row.optimizer_steps, slot_of(row.file, store.members.folder), row.checksums)
     path = store.versions.segment_path(row.block, entry)
     what = f"store '{store.path}': block {row.block} {layout.block!r} at version {row.version}"
     found: list[Damage] = []

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ CREATE TABLE commits (
 );
 CREATE TABLE snapshots (name TEXT PRIMARY KEY, number INTEGER NOT NULL, checksum TEXT NOT NULL) WITHOUT ROWID;
 """
+_TOGETHER = "(together)"
+"""In a commit's progress: how many memory ranks made it, and its name."""
 _OF_THE_SYSTEM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN}
 """Errors of SQLite that say nothing about the file's contents."""
 
@@ -67,6 +69,20 @@ class RecordRow:
     born: int = 0
     died: int | None = None
 
+    def to_json(self) -> list[Any]:
+        """What another rank needs to publish it, too."""
+        checksums = {part: f"{value:016x}" for part, value in self.checksums.items()}
+        return [self.block, self.version, self.file, checksums, self.optimizer_steps]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> "RecordRow":
+        block, version, file, checksums, steps = data
+        return cls(block, version, file, {part: int(value, 16) for part, value in checksums.items()}, steps)
+
+    def at(self, number: int) -> "RecordRow":
+        """The row as it was at an earlier commit, at or after its birth."""
+        return replace(self, died=None) if self.died is not None and self.died > number else self
+
     def lives_at(self, number: int) -> bool:
         """Whether the commit of that number holds it."""
         return self.born <= number and (self.died is None or number < self.died)
@@ -74,11 +90,27 @@ class RecordRow:
 
 @dataclass(frozen=True, slots=True)
 class CommitRow:
-    """One commit: its own number, the training step it published, and what the caller keeps with it."""
+    """One commit: its own number, the training step it published, and what the caller keeps with it.
+
+    `ranks` are the memory ranks that made it together, under a `name` of its own.
+    """
 
     number: int
     step: int
     progress: dict[str, Any]
+    ranks: int = 1
+    name: str = ""
+
+    def packed(self) -> dict[str, Any]:
+        """Its progress as it is kept."""
+        return self.progress | ({_TOGETHER: [self.ranks, self.name]} if self.ranks > 1 else {})
+
+    @classmethod
+    def of(cls, number: int, step: int, progress: str) -> "CommitRow":
+        """From the row that holds it."""
+        kept = json.loads(progress)
+        ranks, name = kept.pop(_TOGETHER, (1, ""))
+        return cls(number, step, kept, ranks, name)
 
 
 class Manifest:
@@ -225,8 +257,12 @@ class Manifest:
             raise DamagedRecordError(
                 f"manifest '{self.path}': expected a commit, found none; restore the manifest from a copy"
             )
-        number, step, progress = rows[0]
-        return CommitRow(number, step, json.loads(progress))
+        return CommitRow.of(*rows[0])
+
+    def commit_before(self, number: int) -> CommitRow | None:
+        """The commit before the one of that number, if it is kept."""
+        rows = self._rows("commits", "WHERE number = ?", (number - 1,))
+        return CommitRow.of(*rows[0]) if rows else None
 
     def commit_row(self, number: int) -> CommitRow:
         """One commit by its number; the last one and those that snapshots name are kept."""
@@ -236,8 +272,7 @@ class Manifest:
                 f"manifest '{self.path}': expected commit {number}, which a snapshot holds, found none; restore the "
                 f"manifest from a copy"
             )
-        _, step, progress = rows[0]
-        return CommitRow(number, step, json.loads(progress))
+        return CommitRow.of(*rows[0])
 
     def check(self) -> None:
         """Have SQLite check its own structure, and compare every row with its checksum.
@@ -287,14 +322,55 @@ class Manifest:
             )
         ]
 
-    def publish(self, step: int, progress: dict[str, Any], records: Sequence[RecordRow]) -> CommitRow:
-        """Make a commit of these new versions: everything or, if this fails, nothing."""
+    def publish(
+        self,
+        step: int,
+        progress: dict[str, Any],
+        records: Sequence[RecordRow],
+        *,
+        ranks: int = 1,
+        name: str = "",
+        keep_before: bool = False,
+    ) -> CommitRow:
+        """Make a commit of these new versions: everything or, if this fails, nothing.
+
+        Args:
+            keep_before: the commit before it can still be gone back to (`undo_last`), until the next one.
+        """
         with self._transaction():
+            last = self.last_commit().number
             number, held = self._next()
+            self._forget_rows(last, held)
+            kept = [*held, last] if keep_before else held
             for record in records:
-                self._retire(record.block, number, held)
+                self._retire(record.block, number, kept)
                 _insert_record(self._connection, record, number)
-            return self._seal(CommitRow(number, step, progress), held)
+            return self._seal(CommitRow(number, step, progress, ranks, name), kept)
+
+    def undo_last(self) -> CommitRow:
+        """Go back to the commit before the last one, which was published with `keep_before`."""
+        with self._transaction():
+            number = self.last_commit().number
+            before = self.commit_before(number)
+            assert before is not None, "only a commit that kept the one before can be undone"
+            for row in self._records("born = ?", (number,)):
+                self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
+            for row in self._records("died = ?", (number,)):
+                self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
+                _insert_record(self._connection, row, row.born)
+            self._connection.execute("DELETE FROM commits WHERE number = ?", (number,))
+            return before
+
+    def copied(self) -> bytes:
+        """The whole manifest, as it may be written to another file."""
+        with self._lock:
+            return self._connection.serialize()
+
+    def _forget_rows(self, died: int, held: Sequence[int]) -> None:
+        """Rows that were kept only to go back before the commit at which they died."""
+        for row in self._records("died = ?", (died,)):
+            if not any(row.lives_at(number) for number in held):
+                self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
 
     def restore(self, name: str) -> CommitRow:
         """Make a commit that holds what a snapshot holds; what only the last commit held is forgotten.
@@ -373,7 +449,7 @@ class Manifest:
 
     def _seal(self, commit: CommitRow, held: Sequence[int]) -> CommitRow:
         """Writes the commit's own row and forgets those that nothing holds any more."""
-        _insert(self._connection, "commits", (commit.number, commit.step, _json(commit.progress)))
+        _insert(self._connection, "commits", (commit.number, commit.step, _json(commit.packed())))
         self._forget_commits((commit.number, *held))
         return commit
 

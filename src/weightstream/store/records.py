@@ -16,6 +16,7 @@ FILES_PER_RECORD = 3
 """The last commit, one that is being committed, and one that is being written; snapshots come on top."""
 MEMBERS_KEPT, FORGOTTEN_AT_ONCE = 1024, 8
 MEMBERS = "members"
+_ELSEWHERE = "./"
 
 
 @dataclass(eq=False)
@@ -87,6 +88,7 @@ class Record:
     doubtful: set[str] = field(default_factory=set)  # files of commits that failed, which may be found after a crash
     pinned: dict[str, PinnedPart] = field(default_factory=dict)
     claimed: "Future[None]" = field(default_factory=lambda: done(None))  # of the version written last
+    folder: str = ""  # that this rank's segments are in
 
     @property
     def pending(self) -> bool:
@@ -99,15 +101,16 @@ class Record:
         return cls(committed=entry, newest=entry, accepted=entry)
 
     @classmethod
-    def load(cls, rows: Iterable[RecordRow], held: Collection[int]) -> "Record":
+    def load(cls, rows: Iterable[RecordRow], held: Collection[int], folder: str = "") -> "Record":
         """What the rows of one record say; `held` are the commits that snapshots name."""
         record = cls.of(Entry(version=0, optimizer_steps=0))
+        record.folder = folder
         for row in rows:
             entry = record.entry_of(row)
             if row.died is None:
                 record.go_to(entry)
             if any(row.lives_at(number) for number in held):
-                record.held.add(slot_of(row.file))
+                record.held.add(slot_of(row.file, folder))
         return record
 
     def go_to(self, entry: Entry) -> None:
@@ -153,7 +156,7 @@ class Record:
         if dead:
             slot = min(dead, key=lambda name: (len(self.users(name)), name))
             waits = self.users(slot)
-        elif len(self.slots) - len(self.held | self.doubtful) < FILES_PER_RECORD:
+        elif len(self.slots.keys() - self.held - self.doubtful) < FILES_PER_RECORD:
             slot = next(name for name in slot_names() if name not in self.slots)
             waits = []
         else:
@@ -171,12 +174,13 @@ class Record:
         """The version that a row of the manifest stands for; without one, what the generator makes."""
         if row is None:
             return Entry(version=0, optimizer_steps=0)
-        slot = slot_of(row.file)
+        slot = slot_of(row.file, self.folder)
         known = self.slots.get(slot)
         if known is not None and (known.version, known.checksums) == (row.version, row.checksums):
             return known
         entry = Entry(row.version, row.optimizer_steps, slot, row.checksums)
-        self.slots[slot] = entry
+        if not is_elsewhere(slot):
+            self.slots[slot] = entry
         return entry
 
     def users(self, slot: str) -> "list[Future[Any]]":
@@ -233,14 +237,25 @@ def slot_names() -> Iterator[str]:
         yield from (prefix + letter for letter in letters)
 
 
-def file_name(block: int, slot: str, *, member: bool = False) -> str:
+def file_name(block: int, slot: str, *, member: bool = False, folder: str = "") -> str:
     """The name of a segment file; those of families' records have a folder of their own, which nobody ever lists."""
-    return f"{MEMBERS}/{block}.{slot}.safetensors" if member else f"{block:05d}.{slot}.safetensors"
+    if is_elsewhere(slot):
+        return slot.removeprefix(_ELSEWHERE)
+    name = f"{MEMBERS}/{block}.{slot}.safetensors" if member else f"{block:05d}.{slot}.safetensors"
+    return f"{folder}/{name}" if folder else name
 
 
-def slot_of(name: str) -> str:
-    """The slot in the name of a segment file."""
-    return name.split(".")[-2]
+def slot_of(name: str, folder: str = "") -> str:
+    """The slot in the name of a segment file; the whole name, marked, of one that another memory rank wrote."""
+    own = name.removeprefix(f"{folder}/") if folder else name
+    if (folder and own == name) or own.removeprefix(f"{MEMBERS}/").count("/"):
+        return _ELSEWHERE + name
+    return own.split(".")[-2]
+
+
+def is_elsewhere(slot: str) -> bool:
+    """Whether it names a file in the folder of another memory rank, which this one only reads."""
+    return slot.startswith(_ELSEWHERE)
 
 
 def pin_parts(record: Record, parts: Iterable[tuple[str, int]]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from weightstream.blocks import PANEL_ELEMENTS, Block, Parameter, Unit, cut
+from weightstream.cluster import owners
 from weightstream.errors import StoreError, StoreMismatchError
 from weightstream.store import audit, directory, integrity
 from weightstream.store.branch import branch
@@ -26,7 +27,8 @@ from weightstream.store.facts import block_rows, blocks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout
-from weightstream.store.manifest import Manifest
+from weightstream.store.manifest import CommitRow, Manifest
+from weightstream.store.members import ALONE, Members, common_commit, folder_of, level, place_of
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.records import MEMBERS, Record, Records
 from weightstream.store.scratch import Scratch
@@ -44,10 +46,18 @@ class Store:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, disk: Disk, lock_handle: int | None, accept_damage: bool = False
+        self,
+        path: Path,
+        manifest: Manifest,
+        disk: Disk,
+        lock_handle: int | None,
+        accept_damage: bool = False,
+        members: Members = ALONE,
+        common: CommitRow | None = None,
     ) -> None:
         """Use `Store.create` or `Store.open`."""
         self.path = path
+        self.members = members
         self.writable = lock_handle is not None
         self.disk = disk
         self.memory = Memory(chunk_bytes=disk.chunk_bytes)
@@ -58,8 +68,11 @@ class Store:
             blocks = manifest.blocks()
             families = manifest.families()
             self.blocks, self.units = blocks_of(blocks), units_of(blocks)
-            rows = manifest.records(stop=len(self.units))
             last = manifest.last_commit()
+            rows = manifest.records(stop=len(self.units))
+            if common is not None and common.number != last.number:  # a reader: not all ranks have the last one yet
+                last = manifest.commit_row(common.number)
+                rows = [row.at(last.number) for row in rows if row.born <= last.number]
             held = set(manifest.snapshots().values())
         self.contract: dict[str, Any] = meta["contract"]
         self.precision: Precision = meta["precision"]
@@ -75,10 +88,15 @@ class Store:
         own = {name: Recipe.from_json(recipe) for _, _, facts in blocks for name, recipe in facts["recipes"].items()}
         self.recipes: Mapping[str, Recipe] = Recipes(own, self.families)
         self._layouts = Layouts(self.units, self.families, self.precision, self.optimizer)
+        self.owner = owners([layout.image_nbytes for layout in self._layouts.units], members.count)
+        """The memory rank that owns each unit."""
         records = directory.records(
-            self.path, self._layouts.units, rows, held, keep_dead=self.writable, accept_damage=accept_damage
-        )
-        self._scratch = Scratch(disk, path / directory.SCRATCH)
+            self.path, self._layouts.units, rows, held, keep_dead=self.writable, accept_damage=accept_damage,
+            folder=members.folder, active={folder_of(rank) for rank in range(members.count)},
+            owned=None if members.count == 1 else {u for u, rank in enumerate(self.owner) if rank == members.rank},
+        )  # fmt: skip
+        self._place = place_of(path, members.rank)
+        self._scratch = Scratch(disk, self._place / directory.SCRATCH)
         self._closed = False
         # called before anything looks at the whole store: an engine applies the updates that still wait
         self.before_look: Callable[[], None] = lambda: None
@@ -94,6 +112,7 @@ class Store:
             recipes=self.recipes,
             seed=self.seed,
             writable=self.writable,
+            members=members,
         )
 
     @classmethod
@@ -168,10 +187,12 @@ class Store:
         writable: bool = True,
         disk: Disk | None = None,
         accept_damage: bool = False,
+        members: Members = ALONE,
     ) -> Self:
         """Open a store at its last commit; what was written after it is gone.
 
-        With `accept_damage`, files that are missing or cut short are left for `verify` and `repair` to find.
+        With `accept_damage`, files that are missing or cut short are left for `verify` and `repair` to find. `members` are
+        the memory ranks that open it together; it may have been written by another number of them.
 
         Raises:
             StoreError: there is no store, or files are missing.
@@ -179,11 +200,17 @@ class Store:
             DamagedRecordError: the manifest was damaged or a file was cut short.
         """
         store_path = Path(path)
-        directory.require_store(store_path)
-        lock_handle = directory.lock(store_path) if writable else None
+        place = place_of(store_path, members.rank)
+        lock_handle: int | None = None
         try:
-            manifest = Manifest.open(store_path / directory.MANIFEST, writable=writable)
+            lock_handle, manifest = _first_look(store_path, place, members, writable=writable)
             try:
+                common = None
+                if members.count > 1 or (manifest is not None and manifest.last_commit().ranks > 1):
+                    common = common_commit(store_path, manifest, members)
+                    if writable:
+                        manifest = level(store_path, manifest, common, members)
+                assert manifest is not None
                 chunk_bytes = int(manifest.meta()["chunk_bytes"])
                 disk = disk or Disk(chunk_bytes=chunk_bytes)
                 if disk.chunk_bytes != chunk_bytes:
@@ -192,11 +219,12 @@ class Store:
                         f"uses {disk.chunk_bytes}; give Disk(chunk_bytes={chunk_bytes})"
                     )
                 if writable:
-                    directory.clear_scratch(store_path)
-                    disk.device.probe(store_path / directory.SCRATCH)
-                store = cls(store_path, manifest, disk, lock_handle, accept_damage)
+                    directory.clear_scratch(place)
+                    disk.device.probe(place / directory.SCRATCH)
+                store = cls(store_path, manifest, disk, lock_handle, accept_damage, members, common)
             except BaseException:
-                manifest.close()
+                if manifest is not None:
+                    manifest.close()
                 raise
         except BaseException as error:
             if lock_handle is not None:
@@ -207,7 +235,7 @@ class Store:
                     "try again"
                 ) from error
             raise
-        if writable and not accept_damage:
+        if writable and not accept_damage and members.count == 1:
             try:
                 store._materialise_frozen()  # a creation that was cut short may not have come to it
             except BaseException:
@@ -282,7 +310,7 @@ class Store:
         """What the manifest and the directory say of a family's record."""
         with self.manifest.at_one_moment():
             held = set(self.manifest.snapshots().values())
-            record = Record.load(self.manifest.records(index, index + 1), held)
+            record = Record.load(self.manifest.records(index, index + 1), held, self.members.folder)
         if self.writable:
             directory.adopt_dead_of_member(self.path, index, record, self.layout(index).image_nbytes)
         return record
@@ -378,6 +406,7 @@ class Store:
             ValueError: a version older than the newest, or a buffer bound to another layout.
         """
         self._require_writable()
+        self._require_own(index)
         return self.versions.write(index, record, version, optimizer_steps, checksums)
 
     def commit(self, step: int, progress: Mapping[str, Any]) -> "Future[None]":
@@ -542,7 +571,7 @@ class Store:
         self.manifest.close()
         if self._lock_handle is not None:
             try:
-                directory.clear_scratch(self.path)
+                directory.clear_scratch(self._place)
             finally:
                 directory.unlock(self._lock_handle)
 
@@ -567,11 +596,48 @@ class Store:
         if self.versions.changed:
             self.commit(self.step, self.progress).result()
 
+    def _require_own(self, index: int) -> None:
+        if index < len(self.owner) and self.owner[index] != self.members.rank:
+            raise ValueError(
+                f"store '{self.path}': unit {index} is owned by memory rank {self.owner[index]}, not {self.members.rank}"
+            )
+
     def _require_writable(self) -> None:
         if not self.writable:
             raise StoreError(f"store '{self.path}' was opened for reading; open it with writable=True")
         if self._closed:
             raise StoreError(f"store '{self.path}' is closed; open it again")
+
+
+def _first_look(path: Path, place: Path, members: Members, *, writable: bool) -> tuple[int | None, Manifest | None]:
+    """The lock, and the manifest if this rank has one; where one of several ranks is refused, all of them are."""
+    handle: int | None = None
+    manifest: Manifest | None = None
+    refused: StoreError | None = None
+    try:
+        if members.rank == 0:
+            directory.require_store(path)
+        else:
+            directory.make_place(path, place, members.folder)
+        handle = directory.lock(place) if writable else None
+        file = place / directory.MANIFEST
+        manifest = Manifest.open(file, writable=writable) if members.rank == 0 or file.is_file() else None
+    except StoreError as error:
+        refused = error
+    reasons = [None if refused is None else str(refused)] if members.count == 1 else None
+    try:
+        if reasons is None:
+            reasons = members.exchange(None if refused is None else str(refused))
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is not None:
+            raise refused if refused is not None else StoreError(reason)
+    except BaseException:
+        if manifest is not None:
+            manifest.close()
+        if handle is not None:
+            directory.unlock(handle)
+        raise
+    return handle, manifest
 
 
 def _sync_names_above(path: Path, device: Device) -> None:

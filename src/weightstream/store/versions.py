@@ -11,6 +11,7 @@ readers.
 
 import sqlite3
 import threading
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +27,17 @@ from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Part
 from weightstream.store.manifest import CommitRow, Manifest, RecordRow
-from weightstream.store.records import Entry, PinnedPart, Records, file_name, pin_parts, slot_of, unpin_parts
+from weightstream.store.members import ALONE, Members, folder_of
+from weightstream.store.records import (
+    Entry,
+    PinnedPart,
+    Records,
+    file_name,
+    is_elsewhere,
+    pin_parts,
+    slot_of,
+    unpin_parts,
+)
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.tiers import Disk, Extent, Memory
 
@@ -51,8 +62,10 @@ class Versions:
         recipes: Mapping[str, Recipe],
         seed: int,
         writable: bool,
+        members: Members = ALONE,
     ) -> None:
         self.path = path
+        self._members = members
         self.layouts = layouts
         self.records = records
         self.step, self.progress = last.step, last.progress
@@ -317,7 +330,8 @@ class Versions:
 
     def file_name(self, block_index: int, slot: str) -> str:
         """The name of a segment, from the folder of segments."""
-        return file_name(block_index, slot, member=self.layouts.is_member(block_index))
+        member = self.layouts.is_member(block_index)
+        return file_name(block_index, slot, member=member, folder=self._members.folder)
 
     def _check(self, block_index: int, entry: Entry, parts: Sequence[Part], found: Sequence[int]) -> None:
         for part, checksum in zip(parts, found, strict=True):
@@ -417,19 +431,62 @@ class Versions:
         """Everything that the transaction will point to is on the medium before it begins."""
         if self._failure is not None:
             raise StoreError(f"store '{self.path}': step {step} follows a commit that failed") from self._failure
+        if self._members.count == 1:
+            rows = self._rows(published)
+            with self._committing(step):
+                self._sync_names(published)
+                self._publish_rows(step, progress, rows, published)
+            return
+        together = self._members
+        rows, name = [], uuid.uuid4().hex
+        with _Noted() as ready:
+            rows = self._rows(published)
+            with self._committing(step):
+                self._sync_names(published)
+        told = together.exchange([ready.reason, name, [row.to_json() for row in rows]])
+        self._check_all(step, [reason for reason, *_ in told])
+        rows = [RecordRow.from_json(row) for _, _, own in told for row in own]
+        with _Noted() as done_here, self._committing(step):
+            self._publish_rows(step, progress, rows, published, ranks=together.count, name=told[0][1])
+        # until all have it, the files of the commit before are left alone
+        self._check_all(step, together.exchange(done_here.reason))
+
+    def _check_all(self, step: int, reasons: Sequence[str | None]) -> None:
+        """Refuses a commit that a rank could not make."""
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise StoreError(f"memory rank {rank}: {reason}" if rank != self._members.rank else reason)
+
+    def _rows(self, published: Mapping[int, Entry]) -> list[RecordRow]:
+        """What the manifest will say of these versions, once they are written."""
         rows = []
         for index, entry in published.items():
             entry.ready.result()
             assert entry.slot is not None
             name = self.file_name(index, entry.slot)
             rows.append(RecordRow(index, entry.version, name, entry.checksums, entry.optimizer_steps))
+        return rows
+
+    def _publish_rows(
+        self,
+        step: int,
+        progress: dict[str, Any],
+        rows: Sequence[RecordRow],
+        published: Mapping[int, Entry],
+        *,
+        ranks: int = 1,
+        name: str = "",
+    ) -> None:
         try:
-            self._sync_names(published)
-            try:
-                self._manifest.publish(step, progress, rows)
-            except BaseException:
-                self._doubt(published)
-                raise
+            self._manifest.publish(step, progress, rows, ranks=ranks, name=name, keep_before=ranks > 1)
+        except BaseException:
+            self._doubt(published)
+            raise
+
+    @contextmanager
+    def _committing(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
                 f"store '{self.path}': the commit of step {step} failed: {error}; the commit of step {self.step} is "
@@ -450,7 +507,7 @@ class Versions:
             unsynced = [(index, e.slot) for index, e in published.items() if e.slot in self.records[index].unsynced]
         folders = {self._slot_path(index, slot).parent for index, slot in unsynced if slot is not None}
         if not self._names_synced:
-            folders.add(self.path / directory.SEGMENTS)
+            folders |= {self.path / directory.SEGMENTS, self.path / directory.SEGMENTS / self._members.folder}
         for folder in sorted(folders):
             self._disk.device.sync_directory(folder)
         self._names_synced = True
@@ -482,14 +539,23 @@ class Versions:
             rows = self._manifest.remove_snapshot(name)
         for row in rows:
             path = self.path / directory.SEGMENTS / row.file
+            if not self._is_ours(row.file) or not path.exists():
+                continue
             nbytes += path.stat().st_size
             folders.add(path.parent)
-            while (users := self._unlink(row.block, slot_of(row.file), path)) is not None:
+            while (users := self._unlink(row.block, slot_of(row.file, self._members.folder), path)) is not None:
                 users.exception()  # a reader that began before still has its file
         for folder in folders:
             self._disk.device.sync_directory(folder)
         self._hold(set(self._manifest.snapshots().values()))
         return nbytes
+
+    def _is_ours(self, file: str) -> bool:
+        """Whether this rank removes a file that nothing points to: its own, and the first one those of ranks that are no
+        more."""
+        slot = slot_of(file, self._members.folder)
+        active = {folder_of(rank) for rank in range(self._members.count)}
+        return not is_elsewhere(slot) or (self._members.rank == 0 and file.rpartition("/")[0] not in active)
 
     def _unlink(self, index: int, slot: str, path: Path) -> "Future[Any] | None":
         """Removes a file that nothing points to; gives what still uses it instead, if anything does."""
@@ -508,7 +574,9 @@ class Versions:
             for index, state in self.records.in_memory():
                 if state.held:
                     rows = self._manifest.records(index, index + 1)
-                    state.held = {slot_of(row.file) for row in rows if any(row.lives_at(n) for n in numbers)}
+                    state.held = {
+                        slot_of(row.file, self._members.folder) for row in rows if any(row.lives_at(n) for n in numbers)
+                    }
 
     def _restore(self, name: str) -> None:
         with self._changing(f"going back to snapshot {name!r}"):
@@ -527,3 +595,18 @@ class Versions:
             raise StoreError(
                 f"store '{self.path}': a commit failed ({self._failure}); discard() goes back to step {self.step}"
             ) from self._failure
+
+
+class _Noted:
+    """Notes a refusal instead of raising it: the other ranks must hear of it first."""
+
+    reason: str | None = None
+
+    def __enter__(self) -> "_Noted":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, StoreError):
+            self.reason = str(error)
+            return True
+        return False
