@@ -550,6 +550,24 @@ class Engine:
         self.runtime.drain()
         self._next_loads = ()
 
+    def snapshot(self, name: str) -> None:
+        """Holds the present state under a name: commits, then one row. With several ranks all of them call it."""
+        self.commit()
+        if self.ranks.owns:
+            self.store.snapshot(name)
+        self.gather(None)  # nobody goes on before all have it
+
+    def remove_snapshot(self, name: str) -> None:
+        """Gives up a snapshot; with several ranks all of them call it."""
+        if self.ranks.owns:
+            self.store.remove_snapshot(name)
+        self.gather(None)
+
+    def snapshots(self) -> dict[str, int]:
+        """Name of each snapshot → training step that it holds; with several ranks all of them call it."""
+        found: dict[str, int] = self.gather(self.store.snapshots() if self.ranks.rank == 0 else None)[0]
+        return found
+
     @property
     def plan(self) -> str:
         """The plan as text: blocks, memory, bytes."""

@@ -388,9 +388,9 @@ def test_everything_a_commit_points_to_is_synced_before_it(tmp_path: Path, monke
     with make(tmp_path / "store", device=device) as store:
         publish = store.manifest.publish
 
-        def logged_publish(*arguments: Any) -> Any:
+        def logged_publish(*arguments: Any, **settings: Any) -> Any:
             device.events.append("publish")
-            return publish(*arguments)
+            return publish(*arguments, **settings)
 
         monkeypatch.setattr(store.manifest, "publish", logged_publish)
         for value in range(1, 6):

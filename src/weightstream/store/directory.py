@@ -198,14 +198,19 @@ def records(
 
 def _sizes(segments: Path) -> dict[str, int]:
     """Bytes of every segment, by name; those of other memory ranks' folders with the folder."""
+    if not segments.is_dir():
+        return {}
     sizes: dict[str, int] = {}
-    for entry in os.scandir(segments) if segments.is_dir() else ():
-        if entry.name == MEMBERS:
-            continue
-        if entry.is_dir():
-            sizes |= {f"{entry.name}/{inner.name}": inner.stat().st_size for inner in os.scandir(entry)}
-        else:
-            sizes[entry.name] = entry.stat().st_size
+    with os.scandir(segments) as entries:
+        folders = [entry.name for entry in entries if entry.is_dir() and entry.name != MEMBERS]
+    for folder in ("", *folders):
+        with os.scandir(segments / folder) as entries:
+            for entry in entries:
+                try:
+                    if entry.is_file():
+                        sizes[f"{folder}/{entry.name}" if folder else entry.name] = entry.stat().st_size
+                except FileNotFoundError:
+                    pass  # another rank has just removed what nothing points to
     return sizes
 
 

@@ -151,18 +151,17 @@ class Trainer:
 
     def _keep_if_best(self, step: int, loss: float) -> None:
         # The name holds the loss, so that the snapshot itself says what the best so far is, whatever was killed when.
-        losses = [float(name.rpartition("-")[2]) for name in self.engine.store.snapshots() if name.startswith("best-")]
+        losses = [float(name.rpartition("-")[2]) for name in self.engine.snapshots() if name.startswith("best-")]
         if loss < min(losses, default=float("inf")):
             self._snapshot("best", f"best-{step:08}-{loss:.6f}", keep=1)
 
     def _snapshot(self, kind: str, name: str, *, keep: int) -> None:
-        self.engine.commit()
-        store = self.engine.store
+        engine = self.engine
         # A run that was killed may have taken it and then lost the steps after it.
-        if name not in store.snapshots():
-            store.snapshot(name)
-        for older in sorted(name for name in store.snapshots() if name.startswith(f"{kind}-"))[:-keep]:
-            store.remove_snapshot(older)
+        if name not in engine.snapshots():
+            engine.snapshot(name)
+        for older in sorted(name for name in engine.snapshots() if name.startswith(f"{kind}-"))[:-keep]:
+            engine.remove_snapshot(older)
 
     def _before(self) -> Evaluation:
         """Validation before the first step, measured once in the life of a store."""
