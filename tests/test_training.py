@@ -100,6 +100,16 @@ class FakeEngine:
             new, self._pending = self._pending, None
             self.store.step, self.store.progress, self.store.weights = new.step, new.progress, new.weights
 
+    def snapshot(self, name: str) -> None:
+        self.commit()
+        self.store.snapshot(name)
+
+    def remove_snapshot(self, name: str) -> None:
+        self.store.remove_snapshot(name)
+
+    def snapshots(self) -> dict[str, int]:
+        return self.store.snapshots()
+
     @contextlib.contextmanager
     def module(self) -> Iterator[TinyModel]:
         self.commit()

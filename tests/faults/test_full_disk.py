@@ -366,6 +366,8 @@ def test_an_engine_says_so_and_goes_on_when_there_is_room(clip_norm: float | Non
         with mock.patch.object(tiers, "Device", lambda device=device: device):
             engine = open_engine(store, **settings)
         engine.step(tokens(1), loss_fn)
+        for moving in list(engine.store.versions._in_flight):
+            moving.exception()  # what this step stages has room
         device.room_bytes = room_bytes
         refused = [_refused(None, engine.step, tokens(step), loss_fn) for step in (2, 3, 4)]
         assert refused[-1]
@@ -392,6 +394,8 @@ def test_an_engine_without_room_for_a_staged_gradient(tmp_path: Path) -> None:
         with mock.patch.object(tiers, "Device", lambda device=device: device):
             engine = open_engine(store, **settings)
         engine.step(tokens(1), loss_fn)
+        for moving in list(engine.store.versions._in_flight):
+            moving.exception()  # what this step stages has room
         device.room_bytes = room_bytes
         refused = [_refused(None, engine.step, tokens(step), loss_fn) for step in (2, 3, 4)]
         assert refused == [False, True, True]
