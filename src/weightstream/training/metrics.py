@@ -1,6 +1,7 @@
 """Metrics on disk: one JSON object per line, and the same numbers as TensorBoard events."""
 
 import json
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,8 +26,9 @@ class MetricsLog:
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, **values: float | int | bool) -> None:
-        """One line `{"kind": kind, "step": step, …}`; on disk as soon as this returns, as far as the system goes."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        """One line `{"kind": kind, "step": step, "time": seconds since 1970, …}`; on disk as soon as this returns, as far as
+        the system goes."""
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **values}) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():
