@@ -45,5 +45,12 @@ class NonFiniteError(WeightstreamError):
     """Too many steps in a row had a gradient that is not finite."""
 
 
-class FabricError(RuntimeError):
-    """Ranks that cannot go on together: one is gone, silent, or does something else. The last commit is whole."""
+class RefusedError(WeightstreamError):
+    """What one rank refuses, all ranks refuse, with the same message."""
+
+
+class FabricError(ConnectionError):
+    """Ranks that cannot go on together: one is gone, silent, or does something else. The last commit is whole.
+
+    Nothing that a person has to put right: the same command goes on, and so it ends one with another exit code than 2.
+    """

@@ -6,15 +6,16 @@ by one thread. Bytes move between host memory; on an accelerator slabs are uploa
 Traffic is neither encrypted nor authenticated: see docs/cluster.md for what to put around it.
 """
 
+import fcntl
 import ipaddress
 import json
 import os
 import socket
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from weightstream.fabric.links import Channel, Handle, Links
 
 TIMEOUT_S = 120.0
 _INTERFACE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
 @dataclass(slots=True)
@@ -83,63 +85,66 @@ class _GroupChannel(Channel):
 class GroupLinks(Links):
     """The channels of this process; made by `connect`."""
 
-    def __init__(self, cluster: Cluster, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, interface: str | None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        timeout = timedelta(seconds=timeout_s)
-
-        def channel(name: str, members: range) -> _GroupChannel:
-            group = dist.new_group(list(members), timeout=timeout, backend="gloo")
-            return _GroupChannel(name, self.rank, members, group, timeout_s)
-
+        self._timeout_s, self._interface = timeout_s, interface
         every = range(self.size)
-        self.down, self.up, self.control = (channel(name, every) for name in ("down", "up", "control"))
-        self.commits = channel("commits", cluster.memory_ranks)
+        self.down, self.up, self.control = (self._channel(name, every) for name in ("down", "up", "control"))
+
+    def _channel(self, name: str, members: range) -> _GroupChannel:
+        with _listening_on(self._interface):
+            group = dist.new_group(list(members), timeout=timedelta(seconds=self._timeout_s), backend="gloo")
+        return _GroupChannel(name, self.rank, members, group, self._timeout_s)
+
+    def divide(self, cluster: Cluster) -> None:
+        super().divide(cluster)
+        self.commits = self._channel("commits", cluster.memory_ranks)
 
     def close(self) -> None:
         dist.destroy_process_group()
 
 
-def connect(cluster: Cluster, facts: Mapping[str, Any] | None = None, *, timeout_s: float = TIMEOUT_S) -> GroupLinks:
-    """Meets the other ranks, as torchrun's environment says, and compares with them what has to be equal.
+def connect(*, timeout_s: float = TIMEOUT_S, address: str | None = None) -> GroupLinks:
+    """Meets the other ranks, as torchrun's environment says.
 
     Args:
-        facts: JSON that must be the same on every rank, such as the digest of the configuration.
         timeout_s: after which a rank that says nothing counts as lost.
+        address: one of this host's, on which this rank listens; default: loopback where the ranks meet on loopback, else
+            the one that the host's name stands for.
 
     Raises:
-        ConfigError: this process is no rank, there are more or fewer than the cluster needs, or ranks differ.
+        ConfigError: this process is no rank, or has no such address.
         FabricError: not all ranks came within `timeout_s`.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"this process is no rank: {', '.join(missing)} not set; start it with torchrun, or with "
-            f"`weightstream fit … cluster.workers={cluster.workers}`, which does so"
+            f"this process is no rank: {', '.join(missing)} not set; start it with torchrun, or with `weightstream fit … "
+            f"cluster.workers=N`, which does so"
         )
-    world = int(os.environ["WORLD_SIZE"])
-    if world != cluster.size:
-        raise ConfigError(
-            f"cluster.workers={cluster.workers} with cluster.memory={cluster.memory} is {cluster.size} ranks, torchrun "
-            f"started {world}; give it --nproc-per-node {cluster.size} in all, or change cluster.workers"
-        )
+    if address is None and _is_loopback(os.environ["MASTER_ADDR"]):
+        address = "127.0.0.1"
+    interface = None if address is None else _interface_of(address)
     try:
-        with _interface(os.environ["MASTER_ADDR"]):
+        with _listening_on(interface):
             dist.init_process_group("gloo", init_method="env://", timeout=timedelta(seconds=timeout_s))
-            links = GroupLinks(cluster, timeout_s)
+        return GroupLinks(timeout_s, interface)
     except (RuntimeError, ValueError) as error:
         raise FabricError(f"rank {os.environ['RANK']}: {_reason(error, timeout_s)}") from error
-    versions = {name: metadata.version(name) for name in ("weightstream", "torch")}
-    _compare(links.control.gather(versions | dict(facts or {})))
-    return links
 
 
-def _compare(found: list[dict[str, Any]]) -> None:
-    """Refuses ranks that differ from rank 0; every rank raises the same."""
+def compare(links: Links, facts: Mapping[str, Any]) -> None:
+    """Refuses ranks that have other facts (JSON) than rank 0; every rank raises the same.
+
+    Raises:
+        ConfigError: naming each difference.
+    """
+    found = links.gather(dict(facts))
     differing = [
-        f"{key}: rank 0 has {found[0].get(key)!r}, rank {rank} has {facts.get(key)!r}"
-        for rank, facts in enumerate(found)
-        for key in sorted(found[0].keys() | facts.keys())
-        if facts.get(key) != found[0].get(key)
+        f"{key}: rank 0 has {found[0].get(key)!r}, rank {rank} has {other.get(key)!r}"
+        for rank, other in enumerate(found)
+        for key in sorted(found[0].keys() | other.keys())
+        if other.get(key) != found[0].get(key)
     ]
     if differing:
         raise ConfigError(
@@ -151,16 +156,31 @@ def _compare(found: list[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def _interface(master: str) -> Iterator[None]:
-    """Where the ranks meet on loopback, Gloo listens there and nowhere else."""
-    if os.environ.get(_INTERFACE) or not _is_loopback(master):
+def _listening_on(interface: str | None) -> Iterator[None]:
+    """Gloo listens on this network interface and nowhere else. It asks the environment which, and no other way."""
+    if interface is None or os.environ.get(_INTERFACE):
         yield
         return
-    os.environ[_INTERFACE] = "lo"
+    os.environ[_INTERFACE] = interface
     try:
         yield
     finally:
         del os.environ[_INTERFACE]
+
+
+def _interface_of(address: str) -> str:
+    """The network interface that has an IPv4 address."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
+            except OSError:
+                continue  # it has none
+        if socket.inet_ntoa(found[20:24]) == address:
+            return name
+    if _is_loopback(address):
+        return "lo"  # all of 127.0.0.0/8 is there
+    raise ConfigError(f"this host has no network interface with the address {address}; give one of its own")
 
 
 def _is_loopback(host: str) -> bool:

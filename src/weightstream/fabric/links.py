@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from weightstream.cluster import Cluster
+from weightstream.errors import ConfigError
+
 
 class Handle(Protocol):
     """A message under way."""
@@ -83,6 +86,22 @@ class Links(ABC):
     up: Channel
     control: Channel
     commits: Channel
+
+    def divide(self, cluster: Cluster) -> None:
+        """Connects the memory ranks of a cluster (`commits`). All ranks call it, once.
+
+        Raises:
+            ConfigError: there are more or fewer ranks than it needs.
+        """
+        if cluster.size != self.size:
+            raise ConfigError(
+                f"cluster.workers={cluster.workers} with cluster.memory={cluster.memory} is {cluster.size} ranks, there are "
+                f"{self.size}; start as many as the cluster needs, or change it"
+            )
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small JSON value of every rank, in order of rank; every rank calls it."""
+        return self.control.gather(value)
 
     def computing(self) -> AbstractContextManager[object]:
         """Entered while this rank computes; ranks that share a process take turns."""

@@ -22,10 +22,12 @@ class Ranks:
     def __init__(self, cluster: Cluster | None = None, links: Links | None = None) -> None:
         self.cluster, self.links = cluster or Cluster(), links
         self.rank = links.rank if links is not None else 0
-        if self.cluster.size != (links.size if links is not None else 1):
+        if links is not None:
+            links.divide(self.cluster)
+        elif self.cluster.size > 1:
             raise ConfigError(
-                f"cluster of {self.cluster.workers} workers, memory {self.cluster.memory}: expected {self.cluster.size} "
-                f"ranks, found {links.size if links is not None else 1}; start as many with torchrun, or change cluster.workers"
+                f"cluster of {self.cluster.workers} workers, memory {self.cluster.memory}: this process has no links to the "
+                f"other {self.cluster.size - 1} ranks; give `links`, or run `weightstream fit`, which makes them"
             )
 
     @property
@@ -48,7 +50,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """A small JSON value of every rank, in order of rank; every rank calls it."""
-        return [value] if self.links is None else self.links.control.gather(value)
+        return [value] if self.links is None else self.links.gather(value)
 
     def exchange(self, value: Any) -> list[Any]:
         """The same among memory ranks, in their commit threads and while the store is opened."""
