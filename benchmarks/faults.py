@@ -114,7 +114,7 @@ class Run:
         width = self.arguments.width
         values = {
             "model": {
-                "architecture": "llama", "hidden_size": width, "intermediate_size": 2 * width,
+                "model_type": "llama", "hidden_size": width, "intermediate_size": 2 * width,
                 "num_hidden_layers": self.arguments.layers, "num_attention_heads": 2,
             },
             "data": {"tokenizer": {"size": 512}},

@@ -22,7 +22,8 @@ LAYERS = (
     ("runtime", "keeping", "improvising", "simulator", "streaming"),
     ("captures", "planning", "opening", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report"),
-    ("config", "architectures", "run", "transfer", "demo", "cli"),
+    ("config", "architectures", "presets", "board", "processes", "hosts", "launcher", "agent", "ranks"),
+    ("run", "commands", "transfer", "demo", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PUBLIC = {"__init__", "__main__"}  # the face of the package: may import anything, and nothing may import it

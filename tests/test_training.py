@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from weightstream.cluster import Cluster
 from weightstream.data.dataset import DataConfig, Dataset, TokenizerConfig, prepare
 from weightstream.errors import DataError, StoreMismatchError
 from weightstream.training.display import Display, StepFacts
@@ -66,7 +67,12 @@ class FakeStore:
 
 
 class FakeEngine:
-    """Commits one step late, as the real one does when it clips."""
+    """Commits one step late, as the real one does when it clips. Alone."""
+
+    cluster, rank, computes = Cluster(), 0, True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
     def __init__(self, store: FakeStore) -> None:
         torch.manual_seed(0)

@@ -34,19 +34,62 @@ StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A store's fold
 
 
 @app.command()
-def fit(source: Source, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Train; the same command again goes on where the last one stopped."""
-    config, console = _config(source, overrides), _stderr()
-    from weightstream.run import fit as run_fit
-    from weightstream.run import summary
+def fit(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG|RUN]", help="A YAML file, or the folder that a run left.")
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead of a file: a size such as llama-60m, or a model's folder.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many ranks compute, with --model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder, with --model.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="How many, with --model.")] = None,
+    launched: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train; the same command again goes on where the last one stopped. With cluster.workers=N, on so many ranks."""
+    from weightstream.ranks import place
 
-    report = run_fit(config, console)
-    _print(report, summary, as_json)
-    if report["stopped_by"]:
-        import signal
+    def read() -> "RunConfig":
+        from weightstream.presets import push_button
 
-        console.print(f"stopped at step {report['step']}; go on with: weightstream {_command_again()}", markup=False)
-        raise typer.Exit(128 + signal.Signals[report["stopped_by"]].value)
+        if model is not None:
+            given = [str(source)] if source is not None else []
+            return push_button(
+                model, workers=workers or 1, out=out, steps=steps, overrides=[*given, *(overrides or ())]
+            )
+        if source is None or workers is not None or out is not None or steps is not None:
+            from weightstream.errors import ConfigError
+
+            raise ConfigError("fit: give a YAML file or a run's folder, or --model with --workers, --out and --steps")
+        return _config(source, overrides)
+
+    own = place()
+    if own is not None:
+        from weightstream.commands import fit_as_rank
+
+        raise typer.Exit(fit_as_rank(own, read, launched, as_json=as_json))
+    config = read()
+    if model is not None:
+        _say(config.to_yaml())
+    if config.cluster.roles.size > 1:
+        from weightstream.commands import launch
+
+        raise typer.Exit(launch(config, _without_button(sys.argv[1:], config)))
+    from weightstream.commands import fit_alone
+
+    raise typer.Exit(fit_alone(config, _stderr(), _command_again(), as_json=as_json))
+
+
+def _without_button(arguments: list[str], config: "RunConfig") -> list[str]:
+    """What ranks are started with: with --model the configuration that it stands for, as a file."""
+    if "--model" not in arguments and not any(argument.startswith("--model=") for argument in arguments):
+        return arguments[1:]
+    config.out.mkdir(parents=True, exist_ok=True)
+    planned = config.out / "planned.yaml"
+    planned.write_text(config.to_yaml(), encoding="utf-8")
+    return [str(planned), *(["--json"] if "--json" in arguments else [])]
 
 
 @app.command()

@@ -10,11 +10,12 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from weightstream.cluster import Cluster
 from weightstream.data.dataset import DataConfig
 from weightstream.errors import ConfigError
 from weightstream.section import Bytes, Section
@@ -131,6 +132,34 @@ class EngineConfig(Section):
     allow_other_numerics: bool = False
 
 
+def _memory(value: Any) -> Any:
+    if value == "colocated" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"expected 'colocated', or how many ranks own the records, at least 1; found {value!r}")
+
+
+class ClusterConfig(Section):
+    """`cluster`: how many processes work together, and how they find each other. A resumed run may change all of it."""
+
+    workers: int = Field(default=1, ge=1)
+    """Ranks that compute."""
+    memory: Annotated[int | Literal["colocated"], BeforeValidator(_memory)] = "colocated"
+    """Every worker owns its part of the records; or that many ranks own them, which do not compute."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """How long a rank waits for another one before it takes it to be lost."""
+    restarts: int = Field(default=3, ge=0)
+    """How many times in a row, without a step committed in between, ranks are started anew after one was lost."""
+    address: str = Field(default="127.0.0.1", min_length=1)
+    """This host's address, or the name of its network interface, on which ranks listen."""
+    port: int = Field(default=0, ge=0, lt=1 << 16)
+    """The rendezvous's port on one host; 0 takes a free one."""
+
+    @property
+    def roles(self) -> Cluster:
+        """Who computes, and who owns records."""
+        return Cluster(self.workers, self.memory)
+
+
 class RunConfig(Section):
     """Everything that `weightstream fit` needs."""
 
@@ -139,6 +168,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     out: Path = Path("runs/run")
     """The run's folder: the store, prepared text, metrics, and the configuration itself."""
@@ -169,9 +199,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected sections such as model: and data:, found {type(values).__name__}")
+    return check_config(with_overrides(values, overrides), source=str(file))
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values, changed by `key=value` texts.
+
+    Raises:
+        ConfigError: an override that is none.
+    """
     for override in overrides:
         _override(values, override)
-    return check_config(values, source=str(file))
+    return values
 
 
 def check_config(values: Mapping[str, Any], *, source: str) -> RunConfig:

@@ -402,6 +402,11 @@ class Engine:
         """Whether this rank computes micro-batches."""
         return self.ranks.computes
 
+    def sent_bytes(self) -> tuple[int, int]:
+        """What this rank has sent to others so far: of weights, of gradients."""
+        links = self.ranks.links
+        return (0, 0) if links is None else (links.down.traffic.sent.total(), links.up.traffic.sent.total())
+
     def gather(self, value: Any) -> list[Any]:
         """A small JSON value of every rank, in order of rank; every rank calls it."""
         return self.ranks.gather(value)

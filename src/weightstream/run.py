@@ -23,6 +23,8 @@ from weightstream.data.tokenizer import Tokenizer
 from weightstream.engine import Engine
 from weightstream.errors import StoreError
 from weightstream.hub import initial_values
+from weightstream.ranks import ALONE, Ranks
+from weightstream.store.glance import glance
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
 from weightstream.training.display import Display
@@ -44,8 +46,8 @@ class Run:
 
 
 @contextmanager
-def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
-    """Prepare the text, make or reopen the store, and close it in the end.
+def opened(config: RunConfig, say: Say, *, create: bool, ranks: Ranks = ALONE) -> Iterator[Run]:
+    """Prepare the text, make or reopen the store, and close it in the end. With several ranks, on each of them.
 
     What can be refused is refused before anything is kept: first the optimizer, the model's keys and the budgets, then
     the text and its tokens.
@@ -59,8 +61,7 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
             raise StoreError(
                 f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
             )
-        with _temporary(config):
-            pass
+        ranks.first(lambda: _try(config, ranks, rehearse=False))
     weights = _weights(config, say)
     began_s, training = time.monotonic(), config.training
 
@@ -74,17 +75,26 @@ def opened(config: RunConfig, say: Say, *, create: bool) -> Iterator[Run]:
         dataset.train_sequences(training.sequence_length, at_least=training.sequences_per_step)
         dataset.validation_sequences(training.sequence_length)
         if not Store.exists(config.store):
-            with _temporary(config) as engine:
-                _rehearse(engine, config)
+            _try(config, ranks, rehearse=True)
 
-    dataset = prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
+    def prepared(check: Callable[[Dataset], None]) -> Dataset:
+        return prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
+
+    dataset = ranks.first(lambda: prepared(check))
+    if dataset is None:  # another rank of this host has prepared it
+        dataset = prepared(lambda dataset: None)
     say(_describe(dataset, time.monotonic() - began_s))
     _, build = model_of(dataset.tokenizer)
-    engine = _engine(config, config.store, build, say, weights)
-    try:
+    with _engine(config, config.store, build, say, weights, ranks) as engine:
         yield Run(config, engine, dataset)
-    finally:
-        engine.close()
+
+
+def _try(config: RunConfig, ranks: Ranks, *, rehearse: bool) -> None:
+    """Whether an engine as the run would have it works at all, and has room for what one rank computes."""
+    with _temporary(config) as engine:
+        if rehearse:
+            groups = config.engine.reduction_groups
+            _rehearse(engine, config, ranks.cluster.largest_share(config.training.micro_batches, groups))
 
 
 @contextmanager
@@ -103,11 +113,11 @@ def _temporary(config: RunConfig) -> Iterator[Engine]:
             engine.close()
 
 
-def _rehearse(engine: Engine, config: RunConfig) -> None:
+def _rehearse(engine: Engine, config: RunConfig, micro_batches: int | None = None) -> None:
     """One micro-batch of the run's size, so that the plan knows the activations and refuses what will not fit."""
     training = config.training
     ids = torch.zeros((training.micro_batch_size, training.sequence_length), dtype=torch.long)
-    engine.rehearse({"input_ids": ids, "labels": ids}, micro_batches=training.micro_batches)
+    engine.rehearse({"input_ids": ids, "labels": ids}, micro_batches=micro_batches or training.micro_batches)
 
 
 def _engine(
@@ -116,9 +126,22 @@ def _engine(
     build: Callable[[], nn.Module],
     say: Say | None,
     initial: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Engine:
     optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
-    return Engine(build, store, optimizer, log=say, initial=initial, **engine_settings(config))
+    settings = engine_settings(config)
+    settings["threads_per_worker"] = threads_of(config)
+    return Engine(
+        build, store, optimizer, log=say, initial=initial, cluster=ranks.cluster, links=ranks.links, **settings
+    )
+
+
+def threads_of(config: RunConfig) -> int | None:
+    """Threads of each rank: as configured, else as the store was made with, which decide bits."""
+    if config.engine.threads_per_worker is not None:
+        return config.engine.threads_per_worker
+    found = glance(config.store)
+    return None if found is None else found.contract.get("numerics", {}).get("threads_per_worker")
 
 
 def engine_settings(config: RunConfig) -> dict[str, Any]:
@@ -157,20 +180,26 @@ def _weights(config: RunConfig, say: Say) -> Mapping[str, Tensor] | None:
     return found
 
 
-def fit(config: RunConfig, console: Console) -> dict[str, Any]:
-    """Train to `training.steps`, from wherever the store stands; the result says what happened."""
+def fit(config: RunConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, Any] | None:
+    """Train to `training.steps`, from wherever the store stands; the result says what happened, on the first rank."""
     say = _sayer(console)
-    with opened(config, say, create=True) as run:
+    with opened(config, say, create=True, ranks=ranks) as run:
         engine = run.engine
         trainer = Trainer(engine, run.dataset, config.training, seed=config.seed)
-        (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        if ranks.speaks:
+            (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         if engine.step_count:
             say(f"going on from step {engine.step_count} of {config.training.steps}")
         with (
             Display(first_step=engine.step_count, steps=config.training.steps, console=console) as display,
-            MetricsLog(config.out, resumed_step=engine.step_count, tensorboard=config.training.tensorboard) as metrics,
-        ):
-            outcome = trainer.train(display, metrics)
+            MetricsLog(
+                config.out, resumed_step=engine.step_count, tensorboard=config.training.tensorboard and ranks.speaks,
+                name="metrics.jsonl" if ranks.speaks else f"metrics/rank-{ranks.rank}.jsonl",
+            ) as metrics,
+        ):  # fmt: skip
+            outcome = trainer.train(
+                display, metrics, stop_asked=ranks.stop_asked, stepped=lambda step: ranks.stepped(step, say)
+            )
         sample = config.training.sample
         continued: list[str] = []
         if outcome.stopped_by is None and sample.prompts:
@@ -179,7 +208,7 @@ def fit(config: RunConfig, console: Console) -> dict[str, Any]:
                 tokens=sample.tokens, temperature=sample.temperature, seed=config.seed,
             )  # fmt: skip
         samples = [{"prompt": p, "continued": c} for p, c in zip(sample.prompts, continued, strict=False)]
-        return _report(run, outcome, samples)
+        return _report(run, outcome, samples) if ranks.speaks else None
 
 
 def plan(config: RunConfig) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Micro-batches of a step, by position: the same for everyone who asks for the same position."""
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,10 +31,25 @@ class Batches:
     def sequences_per_step(self) -> int:
         return self.count * self.size
 
-    def at(self, position: int) -> list[MicroBatch]:
+    def at(self, position: int) -> "StepBatches":
         """The micro-batches of a step that begins at this position in the order, counted in sequences."""
         indices = self.order.take(position, self.sequences_per_step)
-        return [micro_batch(self.sequences, indices[i * self.size : (i + 1) * self.size]) for i in range(self.count)]
+        return StepBatches(self.sequences, [indices[i * self.size : (i + 1) * self.size] for i in range(self.count)])
+
+
+class StepBatches(SequenceOf[MicroBatch]):
+    """The micro-batches of one step, each read when it is asked for: of several ranks each reads only its part."""
+
+    def __init__(self, sequences: Sequences, indices: list[list[int]]) -> None:
+        self._sequences, self._indices = sequences, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [micro_batch(self._sequences, indices) for indices in self._indices[index]]
+        return micro_batch(self._sequences, self._indices[index])
 
 
 def in_portions(sequences: Sequences, limit: int, size: int) -> list[list[int]]:

@@ -34,9 +34,10 @@ class StepFacts:
     bound_bytes: int
     rss_bytes: int
     skipped: bool
+    ranks: str = ""
 
     def describe(self) -> str:
-        return f"{self.describe_learning()}  {self.describe_machine()}"
+        return "  ".join(text for text in (self.describe_learning(), self.describe_machine(), self.ranks) if text)
 
     def describe_learning(self) -> str:
         norm = "" if self.grad_norm is None else f"  |grad| {self.grad_norm:.3g}"
@@ -95,5 +96,5 @@ class Display:
         """Three short lines: a terminal of 80 columns shows them whole."""
         bar = Table.grid(padding=(0, 1))
         bar.add_row(f"step {step}/{self._steps}", ProgressBar(self._steps, step, width=40), f"{left} left")
-        lines = [facts.describe_learning(), facts.describe_machine()] if facts else []
-        return Group(bar, *(Text(line) for line in lines))
+        lines = [facts.describe_learning(), facts.describe_machine(), facts.ranks] if facts else []
+        return Group(bar, *(Text(line) for line in lines if line))

@@ -30,15 +30,34 @@ class Evaluation:
 
 
 def evaluate(engine: "Engine", sequences: Sequences, *, limit: int, size: int) -> Evaluation:
-    """The loss on at most `limit` sequences, `size` per forward pass; drains the engine first, as any look does."""
-    total, tokens = 0.0, 0
+    """The loss on at most `limit` sequences, `size` per forward pass; drains the engine first, as any look does.
+
+    Several ranks divide the passes among those that compute, and add what each found in order of pass: the figure does not
+    depend on their number.
+    """
+    portions = in_portions(sequences, limit, size)
+    found: list[tuple[int, float, int]] = []
     with engine.module() as model, torch.no_grad():
-        for indices in in_portions(sequences, limit, size):
-            batch = micro_batch(sequences, indices)
-            targets = batch["labels"][:, 1:].numel()  # the first token of a sequence is nobody's target
-            total += float(model(**batch, use_cache=False).loss) * targets
-            tokens += targets
+        for number in _own(engine, len(portions)):
+            # all make the same calls of the model: who has nothing left in the last round does the first pass again
+            batch = micro_batch(sequences, portions[number if number < len(portions) else 0])
+            loss = float(model(**batch, use_cache=False).loss)
+            if number < len(portions):
+                found.append((number, loss, batch["labels"][:, 1:].numel()))  # the first token is nobody's target
+    total, tokens = 0.0, 0
+    for _, loss, targets in sorted(tuple(each) for own in engine.gather(found) for each in own):
+        total += loss * targets
+        tokens += targets
     return Evaluation(total / tokens, tokens)
+
+
+def _own(engine: "Engine", count: int) -> range:
+    """The passes of this rank, as many as every other one that computes makes."""
+    if not engine.computes:
+        return range(0)
+    workers = len(engine.cluster.compute_ranks)
+    first = engine.rank - engine.cluster.compute_ranks.start
+    return range(first, -(-count // workers) * workers, workers)
 
 
 def generate(
@@ -56,9 +75,13 @@ def generate(
     # Padded on the left, so that all prompts end, and their continuations begin, at the same place.
     ids = torch.tensor([[tokenizer.end_of_text] * (width - len(row)) + row for row in encoded])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+    continued: list[list[int]] = []
     with engine.module() as model, torch.no_grad():
-        continued = _continue(model, ids, mask, tokenizer.end_of_text, tokens, temperature, seed)
-    return [tokenizer.decode(_until(row.tolist(), tokenizer.end_of_text)) for row in continued]
+        if engine.computes:
+            new = _continue(model, ids, mask, tokenizer.end_of_text, tokens, temperature, seed)
+            continued = [_until(row.tolist(), tokenizer.end_of_text) for row in new]
+    found: list[list[int]] = next(rows for rows in engine.gather(continued) if rows)
+    return [tokenizer.decode(row) for row in found]
 
 
 def _continue(

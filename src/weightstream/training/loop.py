@@ -6,6 +6,7 @@ order of the data it is, and what was measured before the first step. So a kille
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from weightstream.training.display import Display, StepFacts
 from weightstream.training.evaluation import Evaluation, evaluate
 from weightstream.training.memory import peak_rss_bytes, rss_bytes
 from weightstream.training.metrics import MetricsLog
+from weightstream.training.ranks import RankTalk, describe
 from weightstream.training.settings import TrainingConfig
 from weightstream.training.stopping import StopRequest
 
@@ -69,27 +71,43 @@ class Trainer:
                     "text and settings, or another `out`"
                 )
 
-    def train(self, display: Display, metrics: MetricsLog) -> Outcome:
-        """Go on to `config.steps`, or until Ctrl-C or SIGTERM; commits before it returns."""
+    def train(
+        self,
+        display: Display,
+        metrics: MetricsLog,
+        *,
+        stop_asked: Callable[[], signal.Signals | None] = lambda: None,
+        stepped: Callable[[int], None] = lambda step: None,
+    ) -> Outcome:
+        """Go on to `config.steps`, or until Ctrl-C or SIGTERM; commits before it returns.
+
+        With several ranks every one of them trains, and all stop after the same step.
+
+        Args:
+            stop_asked: by which signal somebody else was asked to stop this run.
+            stepped: told of each step that was done.
+        """
         self.display, self.metrics = display, metrics
         engine, first_step, began_s = self.engine, self.engine.step_count, time.monotonic()
         stalled_s, read, written, bound, skipped = 0.0, 0, 0, 0, 0
         after = None
         with StopRequest(self.display.note).listening() as stop:
+            self._talk = RankTalk(engine, lambda: stop.signal or stop_asked())
             before = self._before()
-            while engine.step_count < self.config.steps and not stop.requested:
+            while engine.step_count < self.config.steps and self._talk.stop is None:
                 facts = self._step()
+                stepped(facts.step)
                 stalled_s += facts.stalled_s
                 read, written = read + facts.read_bytes, written + facts.written_bytes
                 bound, skipped = bound + facts.bound_bytes, skipped + facts.skipped
                 self._watch(facts.step)
             engine.commit()
-            if not stop.requested:
+            if self._talk.stop is None:
                 after = self._validate("after")
         return Outcome(
             first_step=first_step,
             step=engine.step_count,
-            stopped_by=stop.signal,
+            stopped_by=self._talk.stop,
             before=before,
             after=after,
             tokens=(engine.step_count - first_step) * self.config.tokens_per_step,
@@ -109,19 +127,22 @@ class Trainer:
         progress["sequences"] = position + self.batches.sequences_per_step  # committed with the step that uses them
         began_s = time.monotonic()
         result: StepResult = self.engine.step(micro_batches)
+        seconds, rss = time.monotonic() - began_s, rss_bytes()
+        ranks = self._talk.after_step(result, seconds, rss)
         facts = StepFacts(
             step=result.step,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=result.lr,
-            seconds=time.monotonic() - began_s,
+            seconds=seconds,
             tokens=self.config.tokens_per_step,
             stalled_s=result.stalled_s,
             read_bytes=result.bytes.read,
             written_bytes=result.bytes.written,
             bound_bytes=result.bytes.bound,
-            rss_bytes=rss_bytes(),
+            rss_bytes=rss,
             skipped=result.skipped,
+            ranks=describe(ranks, self.engine.cluster.compute_ranks.start) if ranks else "",
         )
         self.display.step(facts)
         self.metrics.write(
@@ -138,6 +159,8 @@ class Trainer:
             bound_bytes=facts.bound_bytes,
             rss_bytes=facts.rss_bytes,
             skipped=facts.skipped,
+            **({} if not ranks else {"down_bytes": ranks[self.engine.rank].down_bytes}),
+            **({} if not ranks else {"up_bytes": ranks[self.engine.rank].up_bytes}),
         )
         return facts
 

@@ -14,9 +14,9 @@ class MetricsLog:
     step stands there once.
     """
 
-    def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool, name: str = "metrics.jsonl") -> None:
+        self.path = folder / name
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_later_lines(self.path, resumed_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._events: Any = None

@@ -1,0 +1,85 @@
+"""`weightstream fit` on one rank, as one rank of several, and as the launcher of all of them; each gives the exit code."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from weightstream.board import Board
+from weightstream.config import RunConfig
+from weightstream.hosts import require_free_port
+from weightstream.launcher import Launch, Launcher
+from weightstream.ranks import Place, as_rank, joined
+from weightstream.store.glance import glance
+
+
+def fit_alone(config: RunConfig, console: Console, again: str, *, as_json: bool) -> int:
+    """One rank, this process."""
+    from weightstream.run import fit
+
+    report = fit(config, console)
+    assert report is not None
+    return _reported(report, console, again, as_json=as_json)
+
+
+def fit_as_rank(place: Place, read: Callable[[], RunConfig], launched: Path | None, *, as_json: bool) -> int:
+    """One of several ranks; the first one speaks."""
+    board = None if launched is None else Board(launched)
+
+    def work() -> int:
+        from weightstream.run import fit
+
+        with joined(place, read, board) as (ranks, config):
+            console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not ranks.speaks)
+            report = fit(config, console, ranks)
+            code = 0
+            if report is not None:
+                code = _reported(report, console, "fit …", as_json=as_json)
+            codes: list[int] = ranks.gather(code)
+            return codes[0]
+
+    return as_rank(place, board, work)
+
+
+def launch(config: RunConfig, arguments: Sequence[str]) -> int:
+    """Starts the ranks on this host, and starts them anew when one is lost."""
+    cluster, roles = config.cluster, config.cluster.roles
+    roles.check(config.training.micro_batches, config.engine.reduction_groups)
+    require_free_port(cluster.address, cluster.port)
+    found = glance(config.store)
+    threads = config.engine.threads_per_worker
+    if threads is None and found is not None:
+        threads = found.contract.get("numerics", {}).get("threads_per_worker")
+    start = Launch(
+        command=("-m", "weightstream", "fit"), arguments=tuple(arguments), ranks=roles.size, address=cluster.address,
+        port=cluster.port, threads=threads or max(1, len(os.sched_getaffinity(0)) // roles.size),
+        restarts=cluster.restarts,
+    )  # fmt: skip
+
+    def progress() -> int:
+        found = glance(config.store)
+        return 0 if found is None else found.step
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    code = Launcher(start, say, progress).run()
+    if code > 2:
+        say(f"go on with: weightstream fit {shlex.join(arguments)}")
+    return code
+
+
+def _reported(report: dict[str, Any], console: Console, again: str, *, as_json: bool) -> int:
+    from weightstream.run import summary
+
+    print(json.dumps(report, indent=2) if as_json else summary(report), flush=True)
+    if not report["stopped_by"]:
+        return 0
+    console.print(f"stopped at step {report['step']}; go on with: weightstream {again}", markup=False)
+    return 128 + signal.Signals[report["stopped_by"]].value
