@@ -264,7 +264,7 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_a_newer_format_and_another_database_are_refused(tmp_path: Path) -> None:
     make(tmp_path / "store").close()
     for pragma, message in (
-        ("user_version=3", rf"format 3; weightstream {metadata.version('weightstream')} reads it"),
+        ("user_version=9", rf"format 9; weightstream {metadata.version('weightstream')} reads it"),
         ("user_version=1", "format 1; weightstream .* reads it"),
         ("application_id=1", "another program"),
     ):
@@ -388,9 +388,9 @@ def test_everything_a_commit_points_to_is_synced_before_it(tmp_path: Path, monke
     with make(tmp_path / "store", device=device) as store:
         publish = store.manifest.publish
 
-        def logged_publish(*arguments: Any) -> Any:
+        def logged_publish(*arguments: Any, **options: Any) -> Any:
             device.events.append("publish")
-            return publish(*arguments)
+            return publish(*arguments, **options)
 
         monkeypatch.setattr(store.manifest, "publish", logged_publish)
         for value in range(1, 6):

@@ -1,7 +1,7 @@
 """The store as a directory: its names, its lock, making it, and what its files say when it is opened.
 
 manifest.sqlite     the catalogue; where it exists the store is whole
-segments/           one safetensors file per record and version; members/ has those of families
+segments/           one safetensors file per block and version; shared/ has those that records of families share
 scratch/            bytes of the running process only
 lock                held by the process that writes
 """
@@ -10,13 +10,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Sequence
-from itertools import islice
 from pathlib import Path
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
 from weightstream.store.layout import RecordLayout
 from weightstream.store.manifest import RecordRow
-from weightstream.store.records import FILES_PER_RECORD, MEMBERS, Record, file_name, slot_names, slot_of
+from weightstream.store.records import FILES_PER_RECORD, Record, slot_of
+from weightstream.store.shared import SHARED
 
 MANIFEST = "manifest.sqlite"
 SEGMENTS = "segments"
@@ -154,7 +154,7 @@ def records(
     """
     sizes: dict[str, int] = {}
     for entry in os.scandir(path / SEGMENTS) if (path / SEGMENTS).is_dir() else ():
-        if entry.name != MEMBERS:
+        if entry.name != SHARED:
             sizes[entry.name] = entry.stat().st_size
     by_block: list[list[RecordRow]] = [[] for _ in layouts]
     for row in rows:
@@ -192,18 +192,6 @@ def _adopt_dead(
             record.slots[slot_of(name)] = None
         else:
             (path / SEGMENTS / name).unlink()
-
-
-def adopt_dead_of_member(path: Path, index: int, record: Record, image_nbytes: int) -> None:
-    """The same for one record of a family. Its files are not listed but looked for, under the names that come first."""
-    for slot in islice(slot_names(), FILES_PER_RECORD + len(record.held) + 2):
-        file = path / SEGMENTS / file_name(index, slot, member=True)
-        if slot in record.slots or not file.exists():
-            continue
-        if file.stat().st_size == image_nbytes and len(record.slots) - len(record.held) < FILES_PER_RECORD:
-            record.slots[slot] = None
-        else:
-            file.unlink()
 
 
 def _is_strange(entry: Path, ours: Collection[str]) -> bool:
