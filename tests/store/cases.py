@@ -5,6 +5,7 @@ import os
 import random
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,36 @@ def assert_holds(store: Store, index: int, value: int | None, initial: dict[int,
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     for name, tensor in fetched(store, index).items():
         assert torch.equal(tensor, wanted[f"param/{name}"].to(tensor.dtype))
+
+
+def put(store: Store, value: int, *indices: int) -> None:
+    """One commit of new versions of these records, written together."""
+    versions = {index: store.version(index) + 1 for index in indices}
+    store.write_many([(i, filled(store.layout(i), value), version, version) for i, version in versions.items()])
+    store.commit(store.step + 1, {"value": value}).result(timeout=30)
+
+
+def assert_accounted(store: Store) -> None:
+    """What the manifest says of shared files is so: live bytes, places, sizes; and no file is there without a use."""
+    shared = store.versions.shared
+    places: dict[str, dict[int, tuple[int, int]]] = {}
+    for row in store.manifest.records():
+        if row.offset:
+            known = places.setdefault(row.file, {}).setdefault(row.offset, (row.block, row.nbytes))
+            assert known == (row.block, row.nbytes), "a place belongs to one record"
+    rows = {row.file: row for row in store.manifest.shared()}
+    assert places.keys() <= rows.keys()
+    for name, row in rows.items():
+        found = sorted((offset, nbytes) for offset, (_, nbytes) in places.get(name, {}).items())
+        assert row.live_bytes == sum(nbytes for _, nbytes in found)
+        assert all(offset + nbytes <= after for (offset, nbytes), (after, _) in pairwise(found))
+        if found:
+            assert found[0][0] >= row.header_nbytes
+            assert (store.path / "segments" / name).stat().st_size == row.nbytes >= sum(found[-1])
+    there = {str(path.relative_to(store.path / "segments")) for path in (store.path / "segments").glob("shared/*/*")}
+    uncommitted = {file.name for file in (*shared.filling.files, *shared._doubtful)}
+    assert {name for name, row in rows.items() if row.live_bytes} <= there
+    assert there <= rows.keys() | uncommitted | set(shared._spare) | shared._resting
 
 
 def step(store: Store, value: int, index: int = 0) -> None:

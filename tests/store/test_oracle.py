@@ -6,15 +6,28 @@ import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from tests.store.cases import BLOCKS, TRAINED, Mortal, abandon, assert_holds, filled, loaded, make, reopen
+from tests.store.cases import (
+    BLOCKS,
+    TRAINED,
+    Mortal,
+    abandon,
+    assert_accounted,
+    assert_holds,
+    filled,
+    loaded,
+    make,
+    reopen,
+)
 
 from weightstream.blocks import Parameter
 from weightstream.store import records
 from weightstream.store.families import Family
 from weightstream.store.recipes import Recipe, Step
+from weightstream.store.segments import RecordBuffer
 from weightstream.store.store import Store
 
 PARTS = ("copy", "param", "exp_avg", "exp_avg_sq")
@@ -24,7 +37,8 @@ FAMILY = Family(
     (Parameter("expert.{}.weight", (7, 9)), Parameter("expert.{}.bias", (7,))),
     {"expert.{}.weight": Recipe((Step("normal", (0.0, 1.0)),)), "expert.{}.bias": Recipe((Step("fill", (2.0,)),))},
 )
-RECORDS = [*TRAINED, len(BLOCKS), len(BLOCKS) + 2**32 + 5, len(BLOCKS) + 2**33 - 1]  # some of billions
+MEMBERS = [len(BLOCKS) + number for number in (0, 1, 7, 2**32 + 5, 2**33 - 1)]  # some of billions
+RECORDS = [*TRAINED, *MEMBERS]
 blocks = st.sampled_from(RECORDS)
 Values = dict[int, tuple[int, int]]  # block → (value, version); a block without one holds its initial values
 
@@ -60,6 +74,30 @@ class StoreMachine(RuleBasedStateMachine):
         self.newest[index] = (self.value, version)
         if wait:
             future.result(timeout=30)
+
+    @rule(indices=st.sets(st.sampled_from(RECORDS), min_size=2), wait=st.booleans())
+    def write_many(self, indices: set[int], wait: bool) -> None:
+        self.value += 1
+        versions = {index: self.newest.get(index, (0, 0))[1] + 1 for index in sorted(indices)}
+        future = self.store.write_many(
+            [(i, filled(self.store.layout(i), self.value), version, version) for i, version in versions.items()]
+        )
+        self.newest |= {index: (self.value, version) for index, version in versions.items()}
+        if wait:
+            future.result(timeout=30)
+
+    @rule(indices=st.lists(st.sampled_from(RECORDS), min_size=1, max_size=9))
+    def read_many(self, indices: list[int]) -> None:
+        buffers = [RecordBuffer(self.store.layout(index)) for index in indices]
+        versions = self.store.read_many(list(zip(indices, buffers, strict=True))).result(timeout=30)
+        for index, buffer, version in zip(indices, buffers, versions, strict=True):
+            value, wanted = self.newest.get(index, (None, 0))
+            assert version == wanted
+            expected = filled(buffer.layout, value) if value is not None else None
+            for part in buffer.layout.states:
+                for name, tensor in buffer.tensors(part.name).items():
+                    initial = self.initial[index][f"{part.name}/{name}"]
+                    assert torch.equal(tensor, expected.tensors(part.name)[name] if expected else initial)
 
     @rule(wait=st.booleans())
     def commit(self, wait: bool) -> None:
@@ -173,6 +211,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.digests.setdefault(self._key(), found) == found
         assert len(set(self.digests.values())) == len(self.digests)
         assert self.store.verify() == []
+        assert_accounted(self.store)
 
     def teardown(self) -> None:
         records.MEMBERS_KEPT = 1024

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from weightstream.store import directory
-from weightstream.store.layout import DTYPE_NAMES, RecordLayout
+from weightstream.store.layout import DTYPE_NAMES
 from weightstream.store.records import Entry, Record, file_name
 from weightstream.store.segments import RecordBuffer, bytes_of
 from weightstream.store.whole import Reader
@@ -71,9 +71,8 @@ def digest(store: "Store") -> str:
         for first, family in store.layouts.families:
             facts = json.dumps([family.name, family.count, family.to_json(), store.seed], sort_keys=True)
             lines.append(f"family {facts}\n")
-            for row in store.manifest.records(first, first + family.count):
-                if row.died is None:
-                    lines += _lines(store, row.block, Record.load([row], ()).committed, buffer, hashing)
+            for row in store.living(first, first + family.count):
+                lines += _lines(store, row.block, Record.load([row], ()).committed, buffer, hashing)
     finally:
         buffer.close()
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
@@ -119,6 +118,7 @@ def info(store: "Store") -> dict[str, Any]:
     records = [store.versions.records[unit.index] for unit in store.units]
     names = [file_name(index, slot) for index, record in enumerate(records) for slot in record.slots]
     segments = store.path / directory.SEGMENTS
+    shared = [row for row in store.manifest.shared() if row.live_bytes]
     return {
         "path": str(store.path),
         "step": store.step,
@@ -142,6 +142,9 @@ def info(store: "Store") -> dict[str, Any]:
         "versions": [record.committed.version for record in records],
         "segment_files": len(names),
         "segment_bytes": sum((segments / name).stat().st_size for name in names if (segments / name).exists()),
+        "shared_files": len(shared),
+        "shared_bytes": sum(row.nbytes for row in shared),
+        "shared_live_bytes": sum(row.live_bytes for row in shared),
         "pinned_bytes": store.pinned_bytes,
         "snapshots": _snapshots(store),
         "direct_io": store.disk.device.direct,
@@ -151,18 +154,18 @@ def info(store: "Store") -> dict[str, Any]:
 
 
 def _snapshots(store: "Store") -> dict[str, dict[str, int]]:
-    """Step of each snapshot and the bytes of the files that it alone holds: what deleting it would free."""
+    """Step of each snapshot and the bytes that it alone holds: what deleting it would free."""
     numbers = store.manifest.snapshots()
-    holders: dict[str, set[str]] = defaultdict(set)  # file → who holds it; "" is the last commit
-    sizes: dict[str, int] = {}
+    holders: dict[tuple[str, int], set[str]] = defaultdict(set)  # place → who holds it; "" is the last commit
+    sizes: dict[tuple[str, int], int] = {}
     for row in store.manifest.records():
-        sizes[row.file] = store.layout(row.block).image_nbytes
-        holders[row.file] |= {name for name, number in numbers.items() if row.lives_at(number)}
-        holders[row.file] |= {""} if row.died is None else set()
+        sizes[row.place] = row.nbytes or store.layout(row.block).image_nbytes
+        holders[row.place] |= {name for name, number in numbers.items() if row.lives_at(number)}
+        holders[row.place] |= {""} if row.died is None else set()
     return {
         name: {
             "step": step,
-            "own_bytes": sum(sizes[file] for file, names in holders.items() if names == {name}),
+            "own_bytes": sum(sizes[place] for place, names in holders.items() if names == {name}),
         }
         for name, step in store.snapshots().items()
     }
@@ -170,15 +173,6 @@ def _snapshots(store: "Store") -> dict[str, dict[str, int]]:
 
 def largest_record(store: "Store") -> int:
     """Bytes of a buffer in which any record of the store fits."""
-    return max((layout.image_nbytes for layout in _largest_layouts(store)), default=0)
-
-
-def largest_header(store: "Store") -> int:
-    """Bytes of the longest header."""
-    return max((layout.header_nbytes for layout in _largest_layouts(store)), default=0)
-
-
-def _largest_layouts(store: "Store") -> list[RecordLayout]:
-    """Those of the units, and of each family's last record, whose number is the longest."""
+    # of a family, that of its last record, whose number is the longest
     lasts = [store.layout(first + family.count - 1) for first, family in store.layouts.families]
-    return [*store.layouts.units, *lasts]
+    return max((layout.image_nbytes for layout in (*store.layouts.units, *lasts)), default=0)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from weightstream.errors import StoreError
 from weightstream.store import directory
 from weightstream.store.manifest import Manifest
-from weightstream.store.records import MEMBERS
+from weightstream.store.shared import SHARED
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store
@@ -35,6 +35,8 @@ def branch(store: "Store", name: str, path: Path) -> None:
         rows = [row for row in manifest.records() if row.lives_at(commit.number)]
         meta = manifest.meta() | {"id": uuid.uuid4().hex}  # a target of pushes tells it from its origin
         blocks, families = manifest.blocks(), manifest.families()
+        files = {row.file for row in rows}
+        shared = [row for row in manifest.shared() if row.file in files]
     path = path.absolute()
     partial = path.with_name(f".{path.name}.branch")
     shutil.rmtree(partial, ignore_errors=True)
@@ -42,9 +44,11 @@ def branch(store: "Store", name: str, path: Path) -> None:
     try:
         segments = partial / directory.SEGMENTS
         if families:
-            (segments / MEMBERS).mkdir()
-        for file in sorted({row.file for row in rows}):
-            (segments / file).parent.mkdir(exist_ok=True)  # of another memory rank
+            (segments / SHARED).mkdir()
+        folders = sorted({(segments / file).parent for file in files} - {segments})  # shared ones, other memory ranks'
+        for folder in folders:
+            folder.mkdir()
+        for file in sorted(files):
             _share(store.path / directory.SEGMENTS / file, segments / file)
         if manifest.snapshots().get(name) != commit.number:  # its files were free to be used again
             raise StoreError(
@@ -57,12 +61,12 @@ def branch(store: "Store", name: str, path: Path) -> None:
                 and not directory.is_rank(extra)
             ):
                 shutil.copytree(extra, partial / extra.name)  # config.json and the like of an import
-        if families:
-            store.disk.device.sync_directory(segments / MEMBERS)
-        store.disk.device.sync_directory(segments)
+        for folder in (*folders, *([segments / SHARED] if families else []), segments):
+            store.disk.device.sync_directory(folder)
         Manifest.create(
             partial / directory.MANIFEST,
             meta=meta, blocks=blocks, families=families, step=commit.step, progress=commit.progress, records=rows,
+            shared=shared,
         )  # fmt: skip
         try:
             partial.rename(path)

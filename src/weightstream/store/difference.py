@@ -151,7 +151,7 @@ def _families(of_a: Reader, of_b: Reader) -> Iterator[Row]:
             yield Row(name, FAMILY, "differs", a=said_a, b=said_b)
             continue
         written_a, written_b = (
-            {row.block - first for row in of.store.manifest.records(first, first + family_a.count) if row.died is None}
+            {row.block - first for row in of.store.living(first, first + family_a.count)}
             for of, first in ((of_a, first_a), (of_b, first_b))
         )
         for number in sorted(written_a | written_b):

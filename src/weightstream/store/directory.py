@@ -1,7 +1,7 @@
 """The store as a directory: its names, its lock, making it, and what its files say when it is opened.
 
 manifest.sqlite     the catalogue; where it exists the store is whole
-segments/           one safetensors file per record and version; members/ has those of families
+segments/           one safetensors file per block and version; shared/ has those that records of families share
 scratch/            bytes of the running process only
 lock                held by the process that writes
 memory-1/ …         manifest, scratch and lock of other memory ranks (`members.py`); their segments are in segments/rank-1/ …
@@ -12,13 +12,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Sequence
-from itertools import islice
 from pathlib import Path
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
 from weightstream.store.layout import RecordLayout
 from weightstream.store.manifest import RecordRow
-from weightstream.store.records import FILES_PER_RECORD, MEMBERS, Record, file_name, slot_names, slot_of
+from weightstream.store.records import FILES_PER_RECORD, Record, slot_of
+from weightstream.store.shared import SHARED
 
 MANIFEST = "manifest.sqlite"
 SEGMENTS = "segments"
@@ -202,7 +202,7 @@ def _sizes(segments: Path) -> dict[str, int]:
         return {}
     sizes: dict[str, int] = {}
     with os.scandir(segments) as entries:
-        folders = [entry.name for entry in entries if entry.is_dir() and entry.name != MEMBERS]
+        folders = [entry.name for entry in entries if entry.is_dir() and entry.name != SHARED]
     for folder in ("", *folders):
         with os.scandir(segments / folder) as entries:
             for entry in entries:
@@ -241,18 +241,6 @@ def _adopt_dead(
             record.slots[slot_of(name, folder)] = None
         else:
             (path / SEGMENTS / name).unlink()
-
-
-def adopt_dead_of_member(path: Path, index: int, record: Record, image_nbytes: int) -> None:
-    """The same for one record of a family. Its files are not listed but looked for, under the names that come first."""
-    for slot in islice(slot_names(), FILES_PER_RECORD + len(record.held) + 2):
-        file = path / SEGMENTS / file_name(index, slot, member=True)
-        if slot in record.slots or not file.exists():
-            continue
-        if file.stat().st_size == image_nbytes and len(record.slots) - len(record.held) < FILES_PER_RECORD:
-            record.slots[slot] = None
-        else:
-            file.unlink()
 
 
 def is_rank(entry: Path) -> bool:

@@ -39,6 +39,8 @@ class Family:
                 raise StoreError(f"family {self.name!r}: expected {NUMBER} once in {text!r}, for the record's number")
         if self.count < 1 or not self.parameters:
             raise StoreError(f"family {self.name!r}: expected records and parameters, found {self.count} records")
+        if not self.numel:
+            raise StoreError(f"family {self.name!r}: expected parameters with numbers in them, found empty ones")
         missing = [parameter.name for parameter in self.parameters if parameter.name not in self.recipes]
         if missing:
             raise StoreError(f"family {self.name!r}: parameter {missing[0]!r} has no recipe; give it one")

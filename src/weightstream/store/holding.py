@@ -18,7 +18,8 @@ from typing import Any
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
 from weightstream.store import directory
 from weightstream.store.manifest import CommitRow, RecordRow
-from weightstream.store.records import MEMBERS
+from weightstream.store.many import extents_of
+from weightstream.store.records import Entry
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.store import Store
 
@@ -52,7 +53,8 @@ class Held:
         buffer.bind(layout)
         what = f"store '{self.store.path}': block {row.block} {layout.block!r} at version {row.version}"
         try:
-            extents = [(part.offset, buffer.view(part.name)) for part in layout.parts]
+            entry = Entry(row.version, row.optimizer_steps, row.file, row.checksums, row.offset)
+            extents = extents_of(entry, layout, {part.name: buffer.view(part.name) for part in layout.parts})
             found = self.store.disk.read(self.folder / row.file, extents, "states").result()
         except (FileNotFoundError, DamagedRecordError) as error:
             self._check_still(what)
@@ -98,14 +100,13 @@ def _hold(store: Store, links: Path) -> Held:
         found = _last_commit(store, segments)
         try:
             # a writer makes new files for what it would have used again; that must not fill its disk
-            if shutil.disk_usage(store.path).free < sum(store.layout(row.block).image_nbytes for row in found.records):
+            files = {row.file for row in found.records}
+            if shutil.disk_usage(store.path).free < sum((segments / file).stat().st_size for file in files):
                 break
-            links.mkdir()
-            if found.families:
-                (links / MEMBERS).mkdir()
-            for row in found.records:
-                (links / row.file).parent.mkdir(exist_ok=True)
-                os.link(segments / row.file, links / row.file)
+            for folder in {(links / file).parent for file in files} | {links}:
+                folder.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                os.link(segments / file, links / file)
         except FileNotFoundError:
             pass  # replaced and removed since the manifest was read
         except OSError:

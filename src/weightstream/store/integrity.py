@@ -1,8 +1,9 @@
 """Damage: finding it in everything that a store holds, and going back to what is whole.
 
 Every live byte is compared with a checksum: parts with those in the manifest, headers with the ones that would be
-written, rows of the manifest with their own. Padding inside a part is part of it; free pages of the manifest and files
-that nothing points to are not live.
+written (of files that records share: with their checksums), rows of the manifest with their own. Padding inside a part
+is part of it; free pages of the manifest, files that nothing points to, and bytes of shared files that no version takes,
+are not live.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightstream.errors import DamagedRecordError, StoreError
-from weightstream.store.audit import largest_header, largest_record
-from weightstream.store.manifest import RecordRow
+from weightstream.store.audit import largest_record
+from weightstream.store.directory import SEGMENTS
+from weightstream.store.manifest import RecordRow, SharedRow
 from weightstream.store.records import Entry, slot_of
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
 
@@ -39,7 +41,7 @@ def verify(store: "Store") -> list[str]:
         damages = find(store)
     except StoreError as error:
         return [str(error)]
-    lines = []
+    lines: dict[str, None] = {}  # a damaged header of a file is the damage of every record in it, and said once
     for damage in damages:
         if damage.row.died is not None:
             where = f"only snapshots hold it ({', '.join(_holders(store, damage.row))}); delete them to be rid of it"
@@ -49,8 +51,8 @@ def verify(store: "Store") -> list[str]:
             where = f"snapshot {name!r} is whole, verify --repair goes back to it"
         else:
             where = "no snapshot is whole; restore the file from a copy of the store"
-        lines.append(f"{damage.message}; {where}")
-    return lines
+        lines[f"{damage.message}; {where}"] = None
+    return list(lines)
 
 
 def find(store: "Store") -> list[Damage]:
@@ -66,15 +68,20 @@ def find(store: "Store") -> list[Damage]:
         rows = [
             row for row in store.manifest.records() if row.died is None or any(row.lives_at(number) for number in held)
         ]
+        files = {row.file: row for row in store.manifest.shared()}
     found: list[Damage] = []
     buffer = RecordBuffer(largest_record(store))
-    header = AlignedBuffer(largest_header(store))
     try:
+        headers: dict[str, str | None] = {}
         for row in rows:
-            found += _find_in(store, row, buffer, header)
+            if not row.offset:
+                found += _find_in(store, row, buffer)
+                continue
+            if row.file not in headers:
+                headers[row.file] = _shared_header(store, row.file, files.get(row.file))
+            found += _find_in_shared(store, row, buffer, headers[row.file])
     finally:
         buffer.close()
-        header.close()
     return found
 
 
@@ -110,28 +117,71 @@ def repair(store: "Store") -> list[str]:
     return [f"store '{store.path}': went back from step {before} to snapshot {name!r} (step {store.step})"]
 
 
-def _find_in(store: "Store", row: RecordRow, buffer: RecordBuffer, header: AlignedBuffer) -> list[Damage]:
+def _find_in(store: "Store", row: RecordRow, buffer: RecordBuffer) -> list[Damage]:
+    """In a file of a record's own."""
     layout = store.layout(row.block)
-    buffer.bind(layout)
-    entry = Entry(row.version, row.optimizer_steps, slot_of(row.file, store.members.folder), row.checksums)
-    path = store.versions.segment_path(row.block, entry)
+    path = store.path / SEGMENTS / row.file
     what = f"store '{store.path}': block {row.block} {layout.block!r} at version {row.version}"
     found: list[Damage] = []
+    header = AlignedBuffer(layout.header_nbytes)
     try:
         if path.stat().st_size != layout.image_nbytes:
             text = f"{what}: {path.name} should have {layout.image_nbytes} bytes, it has {path.stat().st_size}"
             return [Damage(row, "file", text)]
-        view = header.view[: layout.header_nbytes]
-        store.disk.read(path, [(0, view)], "states").result()
-        if view != layout.header(row.version):
+        store.disk.read(path, [(0, header.view)], "states").result()
+        if header.view != layout.header(row.version):
             found.append(Damage(row, "header", f"{what}: the header of {path.name} is not the one that was written"))
-        for part in layout.parts:
-            try:
-                store.versions.read_entry(row.block, entry, {part.name: buffer.view(part.name)}, "states").result()
-            except StoreError as error:
-                found.append(Damage(row, part.name, str(error).partition(";")[0]))
+        found += _damaged_parts(store, row, buffer)
     except OSError as error:
         found.append(Damage(row, "file", f"{what}: {path.name} cannot be read: {error.strerror}"))
+    finally:
+        header.close()
+    return found
+
+
+def _find_in_shared(store: "Store", row: RecordRow, buffer: RecordBuffer, problem: str | None) -> list[Damage]:
+    """In a file that others share; `problem` is what is wrong with the file itself."""
+    path = store.path / SEGMENTS / row.file
+    what = f"store '{store.path}': block {row.block} {store.layout(row.block).block!r} at version {row.version}"
+    try:
+        if path.stat().st_size < row.offset + row.nbytes:
+            text = f"{what}: {path.name} should have {row.nbytes} bytes from {row.offset} on, it ends at"
+            return [Damage(row, "file", f"{text} {path.stat().st_size}")]
+        found = [Damage(row, "header", problem)] if problem else []
+        return found + _damaged_parts(store, row, buffer)
+    except OSError as error:
+        return [Damage(row, "file", f"{what}: {path.name} cannot be read: {error.strerror}")]
+
+
+def _shared_header(store: "Store", file: str, row: SharedRow | None) -> str | None:
+    """What is wrong with a shared file, but for the parts in it."""
+    what = f"store '{store.path}': {file}"
+    if row is None:
+        return f"{what} is not in table shared of the manifest, though records lie in it"
+    header = AlignedBuffer(row.header_nbytes)
+    path = store.path / SEGMENTS / file
+    try:
+        if path.stat().st_size != row.nbytes:
+            return f"{what} should have {row.nbytes} bytes, it has {path.stat().st_size}"
+        (found,) = store.disk.read(path, [(0, header.view)], "states").result()
+        return None if f"{found:016x}" == row.header_checksum else f"{what}: its header is not the one that was written"
+    except (OSError, StoreError):
+        return None  # every record in it says so
+    finally:
+        header.close()
+
+
+def _damaged_parts(store: "Store", row: RecordRow, buffer: RecordBuffer) -> list[Damage]:
+    layout = store.layout(row.block)
+    buffer.bind(layout)
+    slot = row.file if row.offset else slot_of(row.file, store.members.folder)
+    entry = Entry(row.version, row.optimizer_steps, slot, row.checksums, row.offset)
+    found = []
+    for part in layout.parts:
+        try:
+            store.versions.read_entry(row.block, entry, {part.name: buffer.view(part.name)}, "states").result()
+        except StoreError as error:
+            found.append(Damage(row, part.name, str(error).partition(";")[0]))
     return found
 
 

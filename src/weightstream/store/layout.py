@@ -4,6 +4,8 @@ A segment file is one image: a safetensors header, padded so that data starts on
 parts one after another: `copy` (what is streamed, in bf16 precision), `param` (fp32 masters), one part per optimizer
 state. Every part starts on a page, so that it can be moved by direct I/O alone; every tensor starts on a cache line.
 The gaps are declared as U8 tensors named `pad/<n>`, because safetensors refuses files with holes.
+
+A file that records share is a safetensors file, too: one header for all of them, then their parts (`shared.py`).
 """
 
 import json
@@ -93,9 +95,19 @@ class RecordLayout:
     header_nbytes: int
     image_nbytes: int
 
+    @property
+    def parts_nbytes(self) -> int:
+        """Bytes of all parts: what the record takes in a file that it shares."""
+        return self.image_nbytes - self.header_nbytes
+
+    def entries(self, base: int, owner: int) -> str:
+        """What the header of a shared file says of this record, whose parts begin `base` bytes behind that header; names
+        of padding hold `owner`, so that no other record has them."""
+        return _tensors_json(self.parts, base, f"{owner}.")[1:-1]
+
     def header(self, version: int) -> bytes:
         """The `header_nbytes` bytes in front of the parts: a safetensors header padded with spaces."""
-        return _header(self.block, self._tensors_json, version).ljust(self.header_nbytes, b" ")
+        return _header(self._metadata(version), self._tensors_json).ljust(self.header_nbytes, b" ")
 
     def part(self, name: str) -> Part:
         """The part of that name.
@@ -122,6 +134,9 @@ class RecordLayout:
     def states(self) -> tuple[Part, ...]:
         """What an update needs: the masters and the optimizer's states."""
         return tuple(part for part in self.parts if part.name != "copy")
+
+    def _metadata(self, version: int) -> dict[str, str]:
+        return {"block": self.block, "format": FORMAT, "version": str(version)}
 
     @cached_property
     def _by_name(self) -> dict[str, Part]:
@@ -165,7 +180,8 @@ def record_layout(block: Unit | Block, precision: Precision, optimizer: HasState
         parts.append(part)
         offset += part.nbytes
     # The header may not change its size with the version: room is left for the longest one.
-    header_nbytes = align(len(_header(block.name, _tensors_json(parts), 2**63)), ALIGN_PART)
+    unplaced = RecordLayout(block.name, tuple(parts), 0, offset)
+    header_nbytes = align(len(_header(unplaced._metadata(2**63), _tensors_json(parts))), ALIGN_PART)
     placed = tuple(Part(part.name, header_nbytes + part.offset, part.nbytes, part.tensors) for part in parts)
     return RecordLayout(block.name, placed, header_nbytes, header_nbytes + offset)
 
@@ -192,18 +208,35 @@ def _part(name: str, offset: int, tensors: Iterable[_Wanted]) -> Part:
     return Part(name, offset, align(position, ALIGN_PART), tuple(specs))
 
 
-def _tensors_json(parts: Iterable[Part]) -> str:
+def shared_header(entries: Iterable[str], records: str, dead: Iterable[tuple[int, int]], nbytes: int) -> bytes:
+    """The header of a file that records share.
+
+    Args:
+        entries: of each record (`RecordLayout.entries`).
+        records: which records and versions these are, for whoever has the file alone: `<index>:<version>,…`.
+        dead: bytes of no record, as (start, stop) from the end of the header.
+        nbytes: of the whole header; it is padded to that.
+    """
+    unused = (
+        f'"pad/{start}":{{"dtype":"U8","shape":[{stop - start}],"data_offsets":[{start},{stop}]}}'
+        for start, stop in dead
+    )
+    text = _header({"format": FORMAT, "records": records}, "{" + ",".join((*entries, *unused)) + "}", nbytes)
+    assert len(text) == nbytes, "room for the header was reckoned with every record"
+    return text
+
+
+def _tensors_json(parts: Iterable[Part], base: int = 0, owner: str = "") -> str:
     """The header's tensor entries, in order of offset; offsets count from the end of the header."""
     entries: dict[str, dict[str, object]] = {}
     pads = 0
-    base = 0
     for part in parts:
         spans: list[tuple[int, int, str, str, tuple[int, ...]]] = [
             (spec.offset, spec.offset + spec.nbytes, f"{part.name}/{spec.name}", DTYPE_NAMES[spec.dtype], spec.shape)
             for spec in part.tensors
         ]
         for start, stop in gaps(part):
-            spans.append((start, stop, f"pad/{pads}", "U8", (stop - start,)))
+            spans.append((start, stop, f"pad/{owner}{pads}", "U8", (stop - start,)))
             pads += 1
         for start, stop, key, dtype, shape in sorted(spans, key=lambda span: span[:2]):
             entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [base + start, base + stop]}
@@ -211,10 +244,10 @@ def _tensors_json(parts: Iterable[Part]) -> str:
     return json.dumps(entries, separators=(",", ":"))
 
 
-def _header(block: str, tensors_json: str, version: int) -> bytes:
-    metadata = json.dumps({"block": block, "format": FORMAT, "version": str(version)}, separators=(",", ":"))
-    text = f'{{"__metadata__":{metadata}' + (f",{tensors_json[1:]}" if tensors_json != "{}" else "}")
+def _header(metadata: Mapping[str, str], tensors_json: str, nbytes: int = 0) -> bytes:
+    said = json.dumps(metadata, separators=(",", ":"))
+    text = f'{{"__metadata__":{said}' + (f",{tensors_json[1:]}" if tensors_json != "{}" else "}")
     body = text.encode()
     # The length that safetensors stores counts the padding, so the body is padded before it is measured.
-    padded = body.ljust(align(8 + len(body), ALIGN_PART) - 8, b" ")
+    padded = body.ljust(max(align(8 + len(body), ALIGN_PART), nbytes) - 8, b" ")
     return len(padded).to_bytes(8, "little") + padded

@@ -2,14 +2,17 @@
 
 One transaction is one commit. A row of `records` lives from the commit that published it (`born`) until the one that
 replaced it (`died`), so a snapshot is nothing but the number of a commit: it holds what lived then. Commits are
-numbered by themselves rather than by training step, since a restored store goes through a step twice. Every row
-carries a checksum of its own values, for SQLite does not notice a changed one.
+numbered by themselves rather than by training step, since a restored store goes through a step twice. A row of `shared`
+is a file in which records of families lie, with the bytes of it that rows of `records` point to: kept with every
+change, so that nobody has to look through the records for what is dead. Every row carries a checksum of its own values,
+for SQLite does not notice a changed one.
 """
 
 import json
 import os
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +23,7 @@ import xxhash
 
 from weightstream.errors import DamagedRecordError, StoreError
 
-FORMAT_NUMBER = 3
+FORMAT_NUMBER = 4
 META = ("id", "made_by", "contract", "precision", "optimizer", "chunk_bytes", "panel_elements", "counts")
 """What table meta always has."""
 APPLICATION_ID = 0x57535452  # "WSTR", where `file` finds it
@@ -33,10 +36,17 @@ CREATE TABLE families (
 );
 CREATE TABLE records (
     block INTEGER NOT NULL, version INTEGER NOT NULL, born INTEGER NOT NULL, died INTEGER, file TEXT NOT NULL,
-    checksums TEXT NOT NULL, optimizer_steps INTEGER NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (block, born)
+    checksums TEXT NOT NULL, optimizer_steps INTEGER NOT NULL, offset INTEGER NOT NULL, nbytes INTEGER NOT NULL,
+    checksum TEXT NOT NULL, PRIMARY KEY (block, born)
 ) WITHOUT ROWID;
 CREATE INDEX records_by_birth ON records (born);
 CREATE INDEX records_by_death ON records (died) WHERE died IS NOT NULL;
+CREATE INDEX records_by_place ON records (file, offset) WHERE offset > 0;
+CREATE TABLE shared (
+    serial INTEGER PRIMARY KEY, file TEXT NOT NULL UNIQUE, nbytes INTEGER NOT NULL, header_nbytes INTEGER NOT NULL,
+    said_nbytes INTEGER NOT NULL, header_checksum TEXT NOT NULL, live_bytes INTEGER NOT NULL, checksum TEXT NOT NULL
+);
+CREATE INDEX shared_mostly_dead ON shared (live_bytes) WHERE 2 * live_bytes < nbytes - said_nbytes;
 CREATE TABLE commits (
     number INTEGER PRIMARY KEY, step INTEGER NOT NULL, progress TEXT NOT NULL, checksum TEXT NOT NULL
 );
@@ -51,7 +61,8 @@ _COLUMNS = {
     "meta": ("key", "value"),
     "blocks": ("block", "name", "facts"),
     "families": ("first", "name", "count", "facts"),
-    "records": ("block", "version", "born", "died", "file", "checksums", "optimizer_steps"),
+    "records": ("block", "version", "born", "died", "file", "checksums", "optimizer_steps", "offset", "nbytes"),
+    "shared": ("serial", "file", "nbytes", "header_nbytes", "said_nbytes", "header_checksum", "live_bytes"),
     "commits": ("number", "step", "progress"),
     "snapshots": ("name", "number"),
 }
@@ -59,7 +70,10 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class RecordRow:
-    """One published version of one record; `checksums` maps each part to the checksum of its bytes."""
+    """One published version of one record; `checksums` maps each part to the checksum of its bytes.
+
+    In a file that it shares its parts take `nbytes` from `offset` on; both are 0 where the file is its own.
+    """
 
     block: int
     version: int
@@ -68,6 +82,13 @@ class RecordRow:
     optimizer_steps: int
     born: int = 0
     died: int | None = None
+    offset: int = 0
+    nbytes: int = 0
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where it lies: file and offset."""
+        return self.file, self.offset
 
     def to_json(self) -> list[Any]:
         """What another rank needs to publish it, too."""
@@ -86,6 +107,31 @@ class RecordRow:
     def lives_at(self, number: int) -> bool:
         """Whether the commit of that number holds it."""
         return self.born <= number and (self.died is None or number < self.died)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRow:
+    """A file that records of families share; `live_bytes` of it are those of versions that rows point to.
+
+    Of its header, pages up to `said_nbytes` say something; the others are as dead as bytes of no version.
+    """
+
+    serial: int
+    file: str
+    nbytes: int
+    header_nbytes: int
+    said_nbytes: int
+    header_checksum: str
+    live_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A record's bytes were copied to another place; what points to the old one is to point to the new one."""
+
+    block: int
+    old: tuple[str, int]
+    new: tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +166,7 @@ class Manifest:
         self.path = path
         self._connection = connection
         self._lock = threading.RLock()
+        self._live: Counter[str] = Counter()  # by how much the live bytes of shared files change in this transaction
 
     @classmethod
     def create(
@@ -132,10 +179,11 @@ class Manifest:
         progress: Mapping[str, Any] | None = None,
         families: Iterable[tuple[int, str, int, dict[str, Any]]] = (),
         records: Iterable[RecordRow] = (),
+        shared: Iterable[SharedRow] = (),
     ) -> None:
         """Write a new manifest beside its name and move it there whole, so that it is complete where it exists.
 
-        Its only commit is of `step` and `progress` and holds `records`.
+        Its only commit is of `step` and `progress` and holds `records`. What is live in `shared` files follows from these.
         """
         partial = path.with_suffix(".partial")
         for leftover in (partial, Path(f"{partial}-journal")):
@@ -156,8 +204,12 @@ class Manifest:
                 _insert(connection, "blocks", (block, name, _json(facts)))
             for first, name, count, facts in families:
                 _insert(connection, "families", (first, name, count, _json(facts)))
+            live: Counter[str] = Counter()
             for record in records:
                 _insert_record(connection, record, 0)
+                live[record.file] += record.nbytes
+            for file in shared:
+                _insert(connection, "shared", _shared_values(replace(file, live_bytes=live[file.file])))
             _insert(connection, "commits", (0, step, _json(progress or {})))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -316,11 +368,40 @@ class Manifest:
 
     def _records(self, where: str, values: Sequence[Any]) -> list[RecordRow]:
         return [
-            RecordRow(block, version, file, _checksums(text), steps, born, died)
-            for block, version, born, died, file, text, steps in self._rows(
+            RecordRow(block, version, file, _checksums(text), steps, born, died, offset, nbytes)
+            for block, version, born, died, file, text, steps, offset, nbytes in self._rows(
                 "records", f"WHERE {where} ORDER BY block, born", values
             )
         ]
+
+    def living(self, blocks: Sequence[int]) -> list[RecordRow]:
+        """The row that lives now of each of these records (some hundred at most) that has one."""
+        return self._records(f"died IS NULL AND block IN ({','.join('?' * len(blocks))})", blocks) if blocks else []
+
+    def in_shared(self, file: str) -> list[RecordRow]:
+        """The rows that point into a shared file, in order of block."""
+        return self._records("offset > 0 AND file = ?", (file,))
+
+    def shared(self, serial: int = 0) -> list[SharedRow]:
+        """The files that records share, from a serial number on."""
+        return self._shared("WHERE serial >= ? ORDER BY serial", (serial,))
+
+    def last_serial(self) -> int:
+        """The serial number of the newest shared file; 0 if there is none."""
+        with self._lock:
+            return int(self._connection.execute("SELECT COALESCE(MAX(serial), 0) FROM shared").fetchone()[0])
+
+    def dead_files(self) -> list[SharedRow]:
+        """Shared files that nothing points to."""
+        return self._shared("WHERE 2 * live_bytes < nbytes - said_nbytes AND live_bytes = 0 ORDER BY serial")
+
+    def mostly_dead_files(self, count: int) -> list[SharedRow]:
+        """Shared files of which less than half is live, but something is; those with least first."""
+        where = "WHERE 2 * live_bytes < nbytes - said_nbytes AND live_bytes > 0"
+        return self._shared(f"{where} ORDER BY live_bytes, serial LIMIT ?", (count,))
+
+    def _shared(self, clause: str, values: Sequence[Any] = ()) -> list[SharedRow]:
+        return [SharedRow(*row) for row in self._rows("shared", clause, values)]
 
     def publish(
         self,
@@ -331,20 +412,32 @@ class Manifest:
         ranks: int = 1,
         name: str = "",
         keep_before: bool = False,
+        shared: Sequence[SharedRow] = (),
+        moves: Sequence[Move] = (),
+        gone: Sequence[str] = (),
     ) -> CommitRow:
         """Make a commit of these new versions: everything or, if this fails, nothing.
 
         Args:
             keep_before: the commit before it can still be gone back to (`undo_last`), until the next one.
+            shared: new files that hold some of them.
+            moves: records whose bytes were copied into such files.
+            gone: dead shared files that are no more.
         """
         with self._transaction():
             last = self.last_commit().number
             number, held = self._next()
             self._forget_rows(last, held)
             kept = [*held, last] if keep_before else held
+            for file in gone:
+                self._connection.execute("DELETE FROM shared WHERE file = ? AND live_bytes = 0", (file,))
+            for row in shared:
+                _insert(self._connection, "shared", _shared_values(row))
             for record in records:
                 self._retire(record.block, number, kept)
-                _insert_record(self._connection, record, number)
+                self._insert(record, number)
+            for move in moves:
+                self._move(move)
             return self._seal(CommitRow(number, step, progress, ranks, name), kept)
 
     def undo_last(self) -> CommitRow:
@@ -354,10 +447,10 @@ class Manifest:
             before = self.commit_before(number)
             assert before is not None, "only a commit that kept the one before can be undone"
             for row in self._records("born = ?", (number,)):
-                self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
+                self._delete(row)
             for row in self._records("died = ?", (number,)):
-                self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
-                _insert_record(self._connection, row, row.born)
+                self._delete(row)
+                self._insert(row, row.born)
             self._connection.execute("DELETE FROM commits WHERE number = ?", (number,))
             return before
 
@@ -370,7 +463,7 @@ class Manifest:
         """Rows that were kept only to go back before the commit at which they died."""
         for row in self._records("died = ?", (died,)):
             if not any(row.lives_at(number) for number in held):
-                self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
+                self._delete(row)
 
     def restore(self, name: str) -> CommitRow:
         """Make a commit that holds what a snapshot holds; what only the last commit held is forgotten.
@@ -388,7 +481,7 @@ class Manifest:
             for block in now | then.keys():
                 self._retire(block, number, held)
                 if block in then:
-                    _insert_record(self._connection, then[block], number)
+                    self._insert(then[block], number)
             return self._seal(CommitRow(number, wanted.step, wanted.progress), held)
 
     def add_snapshot(self, name: str) -> int:
@@ -407,7 +500,7 @@ class Manifest:
         return number
 
     def remove_snapshot(self, name: str) -> list[RecordRow]:
-        """Forget a snapshot, and the rows that it alone held; gives those whose file no other row names.
+        """Forget a snapshot, and the rows that it alone held; gives those whose bytes no other row points to.
 
         Raises:
             StoreError: there is no such snapshot.
@@ -420,8 +513,8 @@ class Manifest:
             for row in self._records("died > ? AND born <= ?", (number, number)):
                 if any(row.lives_at(other) for other in held):
                     continue
-                self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
-                if all(other.file != row.file for other in self.records(row.block, row.block + 1)):
+                self._delete(row)
+                if all(other.place != row.place for other in self.records(row.block, row.block + 1)):
                     freed.append(row)
             self._forget_commits((self.last_commit().number, *held))
             return freed
@@ -435,8 +528,10 @@ class Manifest:
         """Everything inside becomes durable together or, after an error, not at all."""
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")
+            self._live.clear()
             try:
                 yield
+                self._keep_live_bytes()
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
@@ -458,11 +553,47 @@ class Manifest:
 
     def _retire(self, block: int, number: int, held: Sequence[int]) -> None:
         """The living row of a block dies at this commit; it is kept only if a snapshot holds it."""
-        for row in self._rows("records", "WHERE block = ? AND died IS NULL", (block,)):
-            born = row[2]
-            self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (block, born))
-            if any(born <= snapshot < number for snapshot in held):
-                _insert(self._connection, "records", (*row[:3], number, *row[4:]))
+        for row in self._records("block = ? AND died IS NULL", (block,)):
+            self._delete(row)
+            if any(row.born <= snapshot < number for snapshot in held):
+                self._insert(row, row.born, number)
+
+    def _insert(self, row: RecordRow, born: int, died: int | None = None) -> None:
+        """A row of `records`; its bytes are live from now on, unless another one points to them already."""
+        if row.offset:
+            self._live[row.file] += row.nbytes * (not self._has_place(row))
+        _insert_record(self._connection, row, born, died)
+
+    def _delete(self, row: RecordRow) -> None:
+        self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
+        if row.offset:
+            self._live[row.file] -= row.nbytes * (not self._has_place(row))
+
+    def _has_place(self, row: RecordRow) -> bool:
+        """Whether a row points to these bytes: one of the same record, as places belong to one alone."""
+        clause = "SELECT 1 FROM records WHERE block = ? AND file = ? AND offset = ?"
+        return self._connection.execute(clause, (row.block, *row.place)).fetchone() is not None
+
+    def _move(self, move: Move) -> None:
+        for row in self._records("block = ?", (move.block,)):
+            if row.place == move.old:
+                self._delete(row)
+                file, offset = move.new
+                self._insert(replace(row, file=file, offset=offset), row.born, row.died)
+
+    def _keep_live_bytes(self) -> None:
+        for file, change in self._live.items():
+            if not change:
+                continue
+            rows = self._shared("WHERE file = ?", (file,))
+            if not rows:
+                raise DamagedRecordError(
+                    f"manifest '{self.path}': expected shared file {file!r}, which records lie in, in table shared, found "
+                    "nothing; restore the manifest from a copy"
+                )
+            self._connection.execute("DELETE FROM shared WHERE file = ?", (file,))
+            after = replace(rows[0], live_bytes=rows[0].live_bytes + change)
+            _insert(self._connection, "shared", _shared_values(after))
 
     def _rows(self, table: str, clause: str = "", values: Sequence[Any] = ()) -> list[Any]:
         """Rows without their checksum, after comparing it."""
@@ -503,11 +634,15 @@ def _insert(connection: sqlite3.Connection, table: str, values: Sequence[Any]) -
     connection.execute(f"INSERT INTO {table} VALUES ({marks})", (*values, _row_checksum(table, values)))
 
 
-def _insert_record(connection: sqlite3.Connection, record: RecordRow, born: int) -> None:
-    """A record's row, living from commit `born` on."""
+def _insert_record(connection: sqlite3.Connection, record: RecordRow, born: int, died: int | None = None) -> None:
+    """A record's row, alive from commit `born` on."""
     text = _json({part: f"{value:016x}" for part, value in record.checksums.items()})
-    values = (record.block, record.version, born, None, record.file, text, record.optimizer_steps)
-    _insert(connection, "records", values)
+    facts = (record.file, text, record.optimizer_steps, record.offset, record.nbytes)
+    _insert(connection, "records", (record.block, record.version, born, died, *facts))
+
+
+def _shared_values(row: SharedRow) -> tuple[Any, ...]:
+    return (row.serial, row.file, row.nbytes, row.header_nbytes, row.said_nbytes, row.header_checksum, row.live_bytes)
 
 
 def _row_checksum(table: str, values: Sequence[Any]) -> str:

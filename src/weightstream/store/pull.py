@@ -7,6 +7,7 @@ store only when it is whole. A pull that was cut short goes on with the records 
 import os
 import shutil
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,11 +18,13 @@ from weightstream.store import directory
 from weightstream.store.checksums import checksums
 from weightstream.store.facts import units_of
 from weightstream.store.families import Family, Layouts
-from weightstream.store.manifest import Manifest, RecordRow
+from weightstream.store.manifest import Manifest, RecordRow, SharedRow
+from weightstream.store.many import extents_of
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.pushed import FILES, Index, PushedFile, PushedRecord, newest
-from weightstream.store.records import MEMBERS, file_name
+from weightstream.store.records import Entry, file_name
 from weightstream.store.segments import RecordBuffer
+from weightstream.store.shared import SHARED, WholeFile, whole_files
 from weightstream.store.target import Counted, MissingObjectError, Place, Say, Target
 from weightstream.store.tiers import Disk
 from weightstream.units import format_bytes
@@ -122,31 +125,37 @@ class _Attempt:
         segments = self.path / directory.SEGMENTS
         for folder in (segments, self.path / directory.SCRATCH):
             folder.mkdir(exist_ok=True)
-        names = {r.block: file_name(r.block, _SLOT, member=self.layouts.is_member(r.block)) for r in self.index.records}
-        files = {block: segments / name for block, name in names.items()}
-        members = segments / MEMBERS
-        if self.index.families:
-            members.mkdir(exist_ok=True)
-        for stranger in {path for path in segments.rglob("*") if path != members} - set(files.values()):
-            stranger.unlink()
         records = self.index.records
-        self._check_room(sum(r.nbytes for r in records if not self._has_size(files[r.block], r)))
+        self.entries = {r.block: Entry(r.version, r.optimizer_steps, checksums=r.checksums) for r in records}
+        for block, entry in self.entries.items():
+            if not self.layouts.is_member(block):
+                entry.slot = file_name(block, _SLOT)
+        members = sorted(block for block in self.entries if self.layouts.is_member(block))
+        self.shared = whole_files((block, self.layouts[block], self.entries[block]) for block in members)
+        sizes = {file.name: file.nbytes for file in self.shared}
+        sizes |= {self._name(r): r.nbytes for r in records if not self.layouts.is_member(r.block)}
+        self._clear(segments, sizes)
+        folders = {(segments / name).parent for name in sizes} | ({segments / SHARED} if self.index.families else set())
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._check_room(sum(n for name, n in sizes.items() if not _has_size(segments / name, n)))
         self.disk.device.probe(self.path / directory.SCRATCH)
 
-        missing = [record for record in records if not self._is_there(files[record.block], record)]
+        missing = [record for record in records if not self._is_there(record, sizes[self._name(record)])]
         received = Counted("received", sum(record.nbytes for record in missing), self.say)
         for record in missing:
-            self._receive(record, files[record.block])
+            self._receive(record, sizes[self._name(record)])
             received.add(record.nbytes)
-        for folder in (members, segments) if self.index.families else (segments,):
+        shared = [self._close_file(file) for file in self.shared]
+        for folder in sorted(folders | {segments}, reverse=True):
             self.disk.device.sync_directory(folder)
         shutil.rmtree(self.path / FILES, ignore_errors=True)
         file_bytes = sum(self._receive_file(file) for file in self.index.files)
-        self._write_manifest(names)
+        self._write_manifest(shared)
         return {
             "store": str(self.path),
             "step": self.index.commit.step,
-            "records": len(files),
+            "records": len(records),
             "record_bytes": sum(record.nbytes for record in records),
             "received_records": len(missing),
             "received_bytes": received.done_bytes + file_bytes,
@@ -157,8 +166,14 @@ class _Attempt:
         self.disk.close()
         self.buffer.close()
 
-    def _has_size(self, file: Path, record: PushedRecord) -> bool:
-        return file.is_file() and file.stat().st_size == record.nbytes
+    def _name(self, record: PushedRecord) -> str:
+        return self.entries[record.block].slot or ""
+
+    def _clear(self, segments: Path, wanted: Collection[str]) -> None:
+        """Remove what has no place in this commit; a file of another length is begun anew."""
+        for path in segments.rglob("*"):
+            if not path.is_dir() and str(path.relative_to(segments)) not in wanted:
+                path.unlink()
 
     def _check_room(self, needed_bytes: int) -> None:
         free_bytes = shutil.disk_usage(self.path).free
@@ -168,19 +183,22 @@ class _Attempt:
                 f"{format_bytes(free_bytes)} free; make room, or give a path on another disk"
             )
 
-    def _is_there(self, file: Path, record: PushedRecord) -> bool:
+    def _is_there(self, record: PushedRecord, file_bytes: int) -> bool:
         """Whether an earlier pull has brought this version, and it is whole."""
-        if not self._has_size(file, record):
+        file, entry = self.path / directory.SEGMENTS / self._name(record), self.entries[record.block]
+        if not _has_size(file, file_bytes):
             return False
         layout = self.layouts[record.block]
         self.buffer.bind(layout)
-        header = memoryview(bytearray(layout.header_nbytes))
-        extents = [(0, header), *((part.offset, self.buffer.view(part.name)) for part in layout.parts)]
-        found = self.disk.read(file, extents, "states").result()[1:]
+        header = b"" if entry.offset else layout.header(record.version)
+        found_header = memoryview(bytearray(len(header)))
+        extents = [(0, found_header)] if header else []
+        extents += extents_of(entry, layout, {part.name: self.buffer.view(part.name) for part in layout.parts})
+        found = self.disk.read(file, extents, "states").result()[len(extents) - len(layout.parts) :]
         named = {part.name: checksum for part, checksum in zip(layout.parts, found, strict=True)}
-        return header == layout.header(record.version) and named == record.checksums
+        return found_header == header and named == record.checksums
 
-    def _receive(self, record: PushedRecord, file: Path) -> None:
+    def _receive(self, record: PushedRecord, file_bytes: int) -> None:
         layout = self.layouts[record.block]
         self.buffer.bind(layout)
         what = f"target '{self.target.name}': block {record.block} {layout.block!r} at version {record.version}"
@@ -199,10 +217,22 @@ class _Attempt:
                 )
         if self.buffer.image[: layout.header_nbytes] != layout.header(record.version):
             raise DamagedRecordError(f"{what}: the header of {record.object} is not the one that was sent; {remedy}")
-        file.unlink(missing_ok=True)
-        extents = [(0, self.buffer.image[: layout.header_nbytes])]
-        extents += [(part.offset, view) for part, view in zip(layout.parts, views, strict=True)]
-        self.disk.write(file, extents, "segment", allocate_bytes=layout.image_nbytes, digest=False).result()
+        file, entry = self.path / directory.SEGMENTS / self._name(record), self.entries[record.block]
+        if not entry.offset:
+            file.unlink(missing_ok=True)
+        extents = [] if entry.offset else [(0, self.buffer.image[: layout.header_nbytes])]
+        extents += extents_of(entry, layout, {part.name: view for part, view in zip(layout.parts, views, strict=True)})
+        self.disk.write(
+            file, extents, "segment", allocate_bytes=file_bytes, digest=False, sync=not entry.offset, exact=True
+        ).result()
+
+    def _close_file(self, file: WholeFile) -> SharedRow:
+        """The header of a file that records share, and all of it on the medium."""
+        header = file.header()
+        path, extents = self.path / directory.SEGMENTS / file.name, [(0, memoryview(bytearray(header)))]
+        (checksum,) = self.disk.write(path, extents, "segment", allocate_bytes=file.nbytes, exact=True).result()
+        said_nbytes = file.header_nbytes
+        return SharedRow(file.serial, file.name, file.nbytes, file.header_nbytes, said_nbytes, f"{checksum:016x}")
 
     def _receive_file(self, file: PushedFile) -> int:
         relative = PurePosixPath(file.path)
@@ -225,7 +255,7 @@ class _Attempt:
             os.fsync(handle.fileno())
         return len(data)
 
-    def _write_manifest(self, names: dict[int, str]) -> None:
+    def _write_manifest(self, shared: Sequence[SharedRow]) -> None:
         """The last thing: from here on there is a store."""
         staged = self.path / _STAGED
         for leftover in self.path.glob(f"{_PULLING}*"):
@@ -239,10 +269,19 @@ class _Attempt:
             step=self.index.commit.step,
             progress=self.index.commit.progress,
             records=[
-                RecordRow(record.block, record.version, names[record.block], record.checksums, record.optimizer_steps)
+                RecordRow(
+                    record.block, record.version, self._name(record), record.checksums, record.optimizer_steps,
+                    offset=self.entries[record.block].offset,
+                    nbytes=self.layouts[record.block].parts_nbytes if self.entries[record.block].offset else 0,
+                )
                 for record in self.index.records
             ],
-        )
+            shared=shared,
+        )  # fmt: skip
         (self.path / _NOTE).unlink()
         staged.rename(self.path / directory.MANIFEST)
         self.disk.device.sync_directory(self.path)
+
+
+def _has_size(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes

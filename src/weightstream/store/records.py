@@ -15,18 +15,21 @@ from weightstream.store.segments import AlignedBuffer
 FILES_PER_RECORD = 3
 """The last commit, one that is being committed, and one that is being written; snapshots come on top."""
 MEMBERS_KEPT, FORGOTTEN_AT_ONCE = 1024, 8
-MEMBERS = "members"
 _ELSEWHERE = "./"
 
 
 @dataclass(eq=False)
 class Entry:
-    """One version of one record. Without a slot it is made by the generator: nobody has updated it yet."""
+    """One version of one record. Without a slot it is made by the generator: nobody has updated it yet.
+
+    Where it shares its file, `slot` is that file's name, and its parts begin at `offset`.
+    """
 
     version: int
     optimizer_steps: int
     slot: str | None = None
     checksums: Mapping[str, int] = field(default_factory=dict)
+    offset: int = 0
     ready: "Future[Any]" = field(default_factory=lambda: done(None))  # its file is written and synced
     readers: "list[Future[Any]]" = field(default_factory=list)
     claimed: "Future[None]" = field(default_factory=new_future)  # it has a file, though perhaps not written
@@ -109,7 +112,7 @@ class Record:
             entry = record.entry_of(row)
             if row.died is None:
                 record.go_to(entry)
-            if any(row.lives_at(number) for number in held):
+            if not row.offset and any(row.lives_at(number) for number in held):
                 record.held.add(slot_of(row.file, folder))
         return record
 
@@ -126,6 +129,10 @@ class Record:
         for pin in self.pinned.values():
             if pin.entry is not self.newest:
                 pin.forget()
+
+    def has(self, entry: Entry) -> bool:
+        """Whether this version may still be served or published."""
+        return any(entry is other for other in (self.committed, self.newest, self.accepted, *self.committing))
 
     @property
     def idle(self) -> bool:
@@ -174,6 +181,10 @@ class Record:
         """The version that a row of the manifest stands for; without one, what the generator makes."""
         if row is None:
             return Entry(version=0, optimizer_steps=0)
+        if row.offset:
+            here = self.committed
+            same = (here.version, here.slot, here.offset) == (row.version, row.file, row.offset)
+            return here if same else Entry(row.version, row.optimizer_steps, row.file, row.checksums, row.offset)
         slot = slot_of(row.file, self.folder)
         known = self.slots.get(slot)
         if known is not None and (known.version, known.checksums) == (row.version, row.checksums):
@@ -214,6 +225,13 @@ class Records:
                 self._forget_idle()
             return found
 
+    def known(self, index: int) -> Record | None:
+        """The record if it is in memory."""
+        if index < len(self._blocks):
+            return self._blocks[index]
+        with self._lock:
+            return self._members.get(index)
+
     def in_memory(self) -> list[tuple[int, Record]]:
         """Every record that is in memory, with its index."""
         with self._lock:
@@ -237,18 +255,18 @@ def slot_names() -> Iterator[str]:
         yield from (prefix + letter for letter in letters)
 
 
-def file_name(block: int, slot: str, *, member: bool = False, folder: str = "") -> str:
-    """The name of a segment file; those of families' records have a folder of their own, which nobody ever lists."""
+def file_name(block: int, slot: str, folder: str = "") -> str:
+    """The name of a segment file of a record's own."""
     if is_elsewhere(slot):
         return slot.removeprefix(_ELSEWHERE)
-    name = f"{MEMBERS}/{block}.{slot}.safetensors" if member else f"{block:05d}.{slot}.safetensors"
+    name = f"{block:05d}.{slot}.safetensors"
     return f"{folder}/{name}" if folder else name
 
 
 def slot_of(name: str, folder: str = "") -> str:
     """The slot in the name of a segment file; the whole name, marked, of one that another memory rank wrote."""
     own = name.removeprefix(f"{folder}/") if folder else name
-    if (folder and own == name) or own.removeprefix(f"{MEMBERS}/").count("/"):
+    if (folder and own == name) or "/" in own:
         return _ELSEWHERE + name
     return own.split(".")[-2]
 

@@ -11,6 +11,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
@@ -27,12 +28,13 @@ from weightstream.store.facts import block_rows, blocks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout
-from weightstream.store.manifest import CommitRow, Manifest
+from weightstream.store.manifest import CommitRow, Manifest, RecordRow
 from weightstream.store.members import ALONE, Members, common_commit, folder_of, level, place_of
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.records import MEMBERS, Record, Records
+from weightstream.store.records import Record, Records
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
+from weightstream.store.shared import SHARED
 from weightstream.store.tiers import Device, Disk, Memory
 from weightstream.store.transaction import Tensors, Transaction, tensors_of
 from weightstream.store.versions import Versions
@@ -98,6 +100,7 @@ class Store:
         self._place = place_of(path, members.rank)
         self._scratch = Scratch(disk, self._place / directory.SCRATCH)
         self._closed = False
+        self._opened = last.number
         # called before anything looks at the whole store: an engine applies the updates that still wait
         self.before_look: Callable[[], None] = lambda: None
         self.attached = False  # an engine trains it
@@ -114,6 +117,8 @@ class Store:
             writable=self.writable,
             members=members,
         )
+        if self.writable:
+            self.versions.shared.clear()
 
     @classmethod
     def create(
@@ -159,7 +164,7 @@ class Store:
                 "record_bytes": sum(layout.image_nbytes for layout in layouts.units),
             }
             if families:
-                (store_path / directory.SEGMENTS / MEMBERS).mkdir()
+                (store_path / directory.SEGMENTS / SHARED).mkdir()
                 disk.device.sync_directory(store_path / directory.SEGMENTS)
             Manifest.create(store_path / directory.MANIFEST, meta=meta, blocks=facts, families=layouts.family_rows())
             manifest = Manifest.open(store_path / directory.MANIFEST, writable=True)
@@ -306,14 +311,25 @@ class Store:
         """Where the numbers of every record lie."""
         return self._layouts
 
-    def _member(self, index: int) -> Record:
-        """What the manifest and the directory say of a family's record."""
-        with self.manifest.at_one_moment():
-            held = set(self.manifest.snapshots().values())
-            record = Record.load(self.manifest.records(index, index + 1), held, self.members.folder)
+    def living(self, first: int, stop: int) -> list[RecordRow]:
+        """The rows of records of families that the commit holds at which the store is open.
+
+        Raises:
+            StoreError: the store is open for reading, and its writer has replaced one of them since.
+        """
+        rows = self.manifest.records(first, stop)
         if self.writable:
-            directory.adopt_dead_of_member(self.path, index, record, self.layout(index).image_nbytes)
-        return record
+            return [row for row in rows if row.died is None]
+        found = [replace(row, died=None) for row in rows if row.lives_at(self._opened)]
+        if lost := {row.block for row in rows if row.born > self._opened} - {row.block for row in found}:
+            raise StoreError(
+                f"store '{self.path}': block {min(lost)} {self.layout(min(lost)).block!r} was written since the store was "
+                "opened for reading; open it anew"
+            )
+        return found
+
+    def _member(self, index: int) -> Record:
+        return Record.load(self.living(index, index + 1), ())
 
     def version(self, index: int) -> int:
         """The newest version, pending ones included."""
@@ -396,7 +412,8 @@ class Store:
         optimizer_steps: int,
         checksums: Mapping[str, int] | None = None,
     ) -> "Future[None]":
-        """Write the whole image as a new version, to be published by the next commit; done when synced.
+        """Write the whole image as a new version, to be published by the next commit; done when synced (of a family's
+        record: when written, the commit syncs).
 
         From now on `fetch` and `load` serve this version, once it is written. Without `checksums` of all its parts they
         are made on the way to the disk.
@@ -408,6 +425,29 @@ class Store:
         self._require_writable()
         self._require_own(index)
         return self.versions.write(index, record, version, optimizer_steps, checksums)
+
+    def write_many(self, records: Sequence[tuple[int, RecordBuffer, int, int]]) -> "Future[None]":
+        """`write` of many records: (index, image, version, optimizer steps) of each. Those of families go to one file, one
+        after another, in few large writes; done when all are written.
+
+        Raises:
+            StoreError, ValueError: as `write` does, and then none of the families' records is written.
+        """
+        self._require_writable()
+        for index, *_ in records:
+            self._require_own(index)
+        return self.versions.write_many([(*one, None) for one in records])
+
+    def read_many(
+        self, records: Sequence[tuple[int, RecordBuffer]], parts: Collection[str] | None = None
+    ) -> "Future[list[int]]":
+        """`load` of many records: (index, buffer) of each. Those of families are read in the order in which they lie, up
+        to 32 reads at a time; gives the versions, in the order asked for.
+
+        Raises (in the future):
+            DamagedRecordError: the bytes are not those that were written.
+        """
+        return self.versions.read_many(records, parts, "states")
 
     def commit(self, step: int, progress: Mapping[str, Any]) -> "Future[None]":
         """Publish every version written so far, with the step and the caller's progress, in one transaction.
@@ -622,6 +662,11 @@ def _first_look(path: Path, place: Path, members: Members, *, writable: bool) ->
         handle = directory.lock(place) if writable else None
         file = place / directory.MANIFEST
         manifest = Manifest.open(file, writable=writable) if members.rank == 0 or file.is_file() else None
+        if members.count > 1 and manifest is not None and (families := manifest.families()):
+            raise StoreError(
+                f"store '{path}': families with several memory ranks are not supported: it has {families[0][1]!r}, and "
+                f"{members.count} ranks open it; open it as one rank"
+            )
     except StoreError as error:
         refused = error
     reasons = [None if refused is None else str(refused)] if members.count == 1 else None

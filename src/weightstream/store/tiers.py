@@ -1,9 +1,9 @@
 """The two tiers that records live in: the disk, through direct I/O, and memory.
 
 The disk is two thread pools, one for reads and one for writes, each first in first out. A transfer is cut into chunks,
-so that one record alone fills the queue. Each chunk is checked (xxh3_64) in the thread that moves it, while it is in
-the cache, unless the caller sees to that (`checksums.py`). Python holds its lock in none of this: `preadv`, `pwritev`,
-xxhash and memmove all let it go.
+so that one record alone fills the queue; small pieces that are neighbours in the file are moved in one call. Each chunk
+is checked (xxh3_64) in the thread that moves it, while it is in the cache, unless the caller sees to that
+(`checksums.py`). Python holds its lock in none of this: `preadv`, `pwritev`, xxhash and memmove all let it go.
 """
 
 import contextlib
@@ -36,6 +36,10 @@ Extent = tuple[int, memoryview]
 """Where bytes lie in a file (a multiple of 4,096) and where they lie in memory."""
 
 CHUNK_BYTES = 4 << 20
+RUN_BYTES = 1 << 20
+"""Neighbours are moved together up to so many bytes."""
+DEEP = 32
+"""Reads at a time where many small records are wanted at once."""
 
 # A memmove that releases the interpreter's lock, which a memoryview assignment does not.
 _memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
@@ -135,6 +139,10 @@ class Device:
     def write(self, handle: int, view: memoryview, offset: int) -> int:
         return os.pwritev(handle, [view], offset)
 
+    def truncate(self, handle: int, nbytes: int) -> None:
+        """Cut off what is behind so many bytes."""
+        os.ftruncate(handle, nbytes)
+
     def sync(self, handle: int) -> None:
         """Data, and what of the metadata is needed to read it back, are on the medium."""
         getattr(os, "fdatasync", os.fsync)(handle)
@@ -172,7 +180,9 @@ class _Transfer:
     sync: bool = False
     allocate_bytes: int = 0
     recycle: bool = False
+    exact: bool = False
     chunks: list[tuple[int, int, memoryview]] = field(default_factory=list)  # (extent, file offset, memory)
+    moves: list[range] = field(default_factory=list)  # chunks that one call moves
     digests: list[bytes] = field(default_factory=list)
     handle: int | None = None
     remaining: int = 0
@@ -199,22 +209,29 @@ class Disk:
         self.chunk_bytes = chunk_bytes
         self.device = device or Device()
         self.traffic = Traffic()
+        self._run_bytes = min(RUN_BYTES, chunk_bytes)
         self._readers = ThreadPoolExecutor(read_depth, thread_name_prefix="store-read")
         # what compute waits for next must not queue behind records that are read far ahead
         self._urgent = ThreadPoolExecutor(URGENT_DEPTH, thread_name_prefix="store-fetch")
         self._writers = ThreadPoolExecutor(write_depth, thread_name_prefix="store-write")
+        self._deep: ThreadPoolExecutor | None = None  # few stores ever need so many threads
         self._bounce = threading.local()
 
-    def read(self, path: Path, extents: Sequence[Extent], kind: str, *, digest: bool = True) -> "Future[list[int]]":
+    def read(
+        self, path: Path, extents: Sequence[Extent], kind: str, *, digest: bool = True, deep: bool = False
+    ) -> "Future[list[int]]":
         """Fill each extent's memory from the file; the future gives the checksum of each (0 without `digest`).
 
-        The memory may lie anywhere and have any length; what is not page-aligned goes through a bounce buffer.
+        The memory may lie anywhere and have any length; what is not page-aligned goes through a bounce buffer. With
+        `deep` up to 32 calls are under way at a time, as many small reads in different places need.
 
         Raises (in the future):
             DamagedRecordError: the file ends too early.
             OSError: the system could not read.
         """
-        pool = self._urgent if kind in URGENT_KINDS else self._readers
+        if deep and self._deep is None:
+            self._deep = ThreadPoolExecutor(DEEP, thread_name_prefix="store-deep")
+        pool = self._deep if deep and self._deep else self._urgent if kind in URGENT_KINDS else self._readers
         return self._issue(_Transfer(path, kind, extents, write=False, digest=digest), pool)
 
     def write(
@@ -227,15 +244,17 @@ class Disk:
         digest: bool = True,
         sync: bool = True,
         recycle: bool = False,
+        exact: bool = False,
     ) -> "Future[list[int]]":
         """Write each extent to a file of at least `allocate_bytes`; done when synced. Gives the checksum of each.
 
-        With `recycle`, a file that has other hard links is left to them and a new one takes its name.
+        With `recycle`, a file that has other hard links is left to them and a new one takes its name; with `exact`, a
+        file that is longer is cut off.
 
         Raises (in the future):
             OSError: the system could not write, for example for want of space.
         """
-        transfer = _Transfer(path, kind, extents, True, digest, sync, allocate_bytes, recycle)
+        transfer = _Transfer(path, kind, extents, True, digest, sync, allocate_bytes, recycle, exact)
         return self._issue(transfer, self._writers)
 
     def close(self) -> None:
@@ -243,27 +262,40 @@ class Disk:
         self._readers.shutdown(wait=True)
         self._urgent.shutdown(wait=True)
         self._writers.shutdown(wait=True)
+        if self._deep is not None:
+            self._deep.shutdown(wait=True)
 
     def _issue(self, transfer: _Transfer, pool: ThreadPoolExecutor) -> "Future[list[int]]":
         for index, (offset, view) in enumerate(transfer.extents):
             for start in range(0, view.nbytes, self.chunk_bytes):
                 transfer.chunks.append((index, offset + start, view[start : start + self.chunk_bytes]))
-        transfer.remaining = len(transfer.chunks)
+        transfer.moves = self._moves(transfer)
+        transfer.remaining = len(transfer.moves)
         transfer.digests = [b""] * len(transfer.chunks)
         if not transfer.chunks:
             # a record of empty tensors: its parts have the checksum of nothing, as when they were written
             transfer.future.set_result(self._checksums(transfer))
-        for number in range(len(transfer.chunks)):
-            pool.submit(self._run_chunk, transfer, number)
+        for move in transfer.moves:
+            pool.submit(self._run_move, transfer, move)
         return transfer.future
 
-    def _run_chunk(self, transfer: _Transfer, number: int) -> None:
+    def _moves(self, transfer: _Transfer) -> list[range]:
+        """Chunks that follow one another in the file, together up to the bound; each at least by itself."""
+        moves: list[range] = []
+        first, total, end = 0, 0, -1
+        for number, (_, offset, view) in enumerate(transfer.chunks):
+            if number and (offset != end or end % ALIGN_PART or total + view.nbytes > self._run_bytes):
+                moves.append(range(first, number))
+                first, total = number, 0
+            total, end = total + view.nbytes, offset + view.nbytes
+        return [*moves, range(first, len(transfer.chunks))] if transfer.chunks else []
+
+    def _run_move(self, transfer: _Transfer, move: range) -> None:
         if transfer.error is None:
+            nbytes = sum(transfer.chunks[number][2].nbytes for number in move)
             try:
-                with self.traffic.operation(
-                    "write" if transfer.write else "read", transfer.kind, transfer.chunks[number][2].nbytes
-                ):
-                    self._move(transfer, number)
+                with self.traffic.operation("write" if transfer.write else "read", transfer.kind, nbytes):
+                    self._move(transfer, move, nbytes)
             except BaseException as error:
                 transfer.error = error
         with transfer.lock:
@@ -272,23 +304,28 @@ class Disk:
                 return
         settle(transfer.future, lambda: self._finish(transfer))
 
-    def _move(self, transfer: _Transfer, number: int) -> None:
+    def _move(self, transfer: _Transfer, move: range, nbytes: int) -> None:
         handle = self._open(transfer)
-        _, offset, view = transfer.chunks[number]
-        direct = view
-        if self.device.direct and (view.nbytes % ALIGN_PART or address(view) % ALIGN_PART):
-            direct = self._bounce_view(align(view.nbytes, ALIGN_PART))
+        offset = transfer.chunks[move[0]][1]
+        views = [transfer.chunks[number][2] for number in move]
+        whole = _joined(views)
+        direct = whole
+        if direct is None or (self.device.direct and (nbytes % ALIGN_PART or address(direct) % ALIGN_PART)):
+            direct = self._bounce_view(align(nbytes, ALIGN_PART) if self.device.direct else nbytes)
         if transfer.write:
-            if transfer.digest:
-                transfer.digests[number] = xxhash.xxh3_64_digest(view)
-            if direct is not view:
-                _memmove(address(direct), address(view), view.nbytes)
+            self._digest(transfer, move, views)
+            if direct is not whole:
+                _gathered(views, direct, into=True)
             self._all_of(transfer.path, self.device.write, handle, direct, offset)
         else:
             self._all_of(transfer.path, self.device.read, handle, direct, offset)
-            if direct is not view:
-                _memmove(address(view), address(direct), view.nbytes)
-            if transfer.digest:
+            if direct is not whole:
+                _gathered(views, direct, into=False)
+            self._digest(transfer, move, views)
+
+    def _digest(self, transfer: _Transfer, move: range, views: Sequence[memoryview]) -> None:
+        if transfer.digest:
+            for number, view in zip(move, views, strict=True):
                 transfer.digests[number] = xxhash.xxh3_64_digest(view)
 
     def _all_of(
@@ -317,6 +354,8 @@ class Disk:
                 transfer.handle = handle
                 if transfer.write:
                     self.device.allocate(handle, transfer.allocate_bytes)
+                    if transfer.exact and os.fstat(handle).st_size > transfer.allocate_bytes:
+                        self.device.truncate(handle, transfer.allocate_bytes)
             return transfer.handle
 
     def _finish(self, transfer: _Transfer) -> list[int]:
@@ -338,10 +377,32 @@ class Disk:
 
     def _bounce_view(self, nbytes: int) -> memoryview:
         """This thread's own aligned memory, for what direct I/O cannot move where it lies."""
-        if not hasattr(self._bounce, "buffer"):
-            self._bounce.buffer = AlignedBuffer(self.chunk_bytes)
+        if not hasattr(self._bounce, "buffer") or self._bounce.buffer.nbytes < nbytes:
+            self._bounce.buffer = AlignedBuffer(max(nbytes, self._run_bytes))
         view: memoryview = self._bounce.buffer.view
         return view[:nbytes]
+
+
+def _joined(views: Sequence[memoryview]) -> memoryview | None:
+    """One view of them all, where they are neighbours in memory."""
+    if len(views) == 1:
+        return views[0]
+    start = end = address(views[0])
+    for view in views:
+        if address(view) != end:
+            return None
+        end += view.nbytes
+    # keeps no memory alive by itself: the transfer holds the views that do
+    return memoryview((ctypes.c_char * (end - start)).from_address(start)).cast("B")
+
+
+def _gathered(views: Sequence[memoryview], whole: memoryview, *, into: bool) -> None:
+    """Copy pieces into a whole, one after another, or out of it."""
+    position = address(whole)
+    for view in views:
+        target, source = (position, address(view)) if into else (address(view), position)
+        _memmove(target, source, view.nbytes)
+        position += view.nbytes
 
 
 class Memory:

@@ -88,16 +88,18 @@ class Transaction:
             self._buffers.clear()
 
     def _publish(self) -> None:
-        store, writes = self._store, []
+        store, records = self._store, []
+        for index, buffer in self._buffers.items():
+            if buffer.layout.has("copy"):
+                for name, copy in buffer.tensors("copy").items():
+                    copy.copy_(buffer.tensors("param")[name].to(torch.bfloat16))
+            records.append((index, buffer, store.version(index) + 1, self._counts[index]))
+        written = None
         try:
-            for index, buffer in self._buffers.items():
-                if buffer.layout.has("copy"):
-                    for name, copy in buffer.tensors("copy").items():
-                        copy.copy_(buffer.tensors("param")[name].to(torch.bfloat16))
-                writes.append(store.write(index, buffer, store.version(index) + 1, self._counts[index]))
+            written = store.write_many(records)
             store.commit(self._step, self._progress).result()
         except BaseException:
-            for write in writes:
-                write.exception()  # nothing may touch the buffers any more
+            if written is not None:
+                written.exception()  # nothing may touch the buffers any more
             store.discard()
             raise

@@ -2,7 +2,8 @@
 
 Every rule that keeps published bytes safe is here. A version is written to a file that nothing points to
 (`Record.claim`), after whatever still reads that file has ended. A version may be read only after it is written; who
-asks earlier waits, without a thread. A commit waits for its writes and for the commit before it.
+asks earlier waits, without a thread. A commit waits for its writes and for the commit before it. Records of families
+share files (`shared.py`), which are closed and synced by the commit.
 
 Nothing waits for what was issued later, which is why nothing waits for ever. In particular the versions of a record
 take their files in order: an earlier one would else wait for the file of a later one, whose pins may wait for its
@@ -21,12 +22,14 @@ from typing import Any
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.checksums import checksums
+from weightstream.store.compaction import Copied, compact
 from weightstream.store.families import Layouts
 from weightstream.store.futures import chain, forward, gather, new_future, settle
 from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Part
-from weightstream.store.manifest import CommitRow, Manifest, RecordRow
+from weightstream.store.manifest import CommitRow, Manifest, RecordRow, SharedRow
+from weightstream.store.many import Writing, extents_of, read_many, write_many
 from weightstream.store.members import ALONE, Members, folder_of
 from weightstream.store.records import (
     Entry,
@@ -39,6 +42,7 @@ from weightstream.store.records import (
     unpin_parts,
 )
 from weightstream.store.segments import RecordBuffer
+from weightstream.store.shared import Batch, SharedFiles
 from weightstream.store.tiers import Disk, Extent, Memory
 
 Targets = Mapping[str, memoryview]
@@ -82,6 +86,7 @@ class Versions:
         self._in_flight: set[Future[Any]] = set()
         self._failure: BaseException | None = None
         self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
+        self.shared = SharedFiles(path / directory.SEGMENTS, disk, manifest, self._lock)
 
     def write(
         self,
@@ -91,57 +96,103 @@ class Versions:
         optimizer_steps: int,
         sums: Mapping[str, int] | None = None,
     ) -> "Future[None]":
-        """Make the buffer's image the newest version; done when it is synced and in its pins."""
+        """Make the buffer's image the newest version; done when it is in its file and in its pins, and synced if the file
+        is its own."""
+        if self.layouts.is_member(block_index):
+            return write_many(self, [(block_index, record, version, optimizer_steps, sums)])
         layout = self.layouts[block_index]
-        if record.layout != layout:
-            raise ValueError(f"write of block {block_index}: the buffer is bound to block {record.layout.block!r}")
         out: Future[None] = new_future()
         with self._lock:
-            self._check_usable()
+            self.check_usable()
+            self.check_write(block_index, record, version)
             state = self.records[block_index]
-            if version < state.newest.version:
-                raise ValueError(f"write of block {block_index}: version {version} after {state.newest.version}")
             record.image[: layout.header_nbytes] = layout.header(version)
             entry = Entry(version, optimizer_steps, checksums=sums or {}, ready=out)
             state.newest = entry
             self.changed.add(block_index)
             self.track(out)
-            copies = [self._copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
+            copies = [self.copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
             turn, state.claimed = state.claimed, entry.claimed
         moved = chain([turn], lambda: self._write_entry(block_index, entry, record))
         gather([moved, *copies]).add_done_callback(
-            lambda finished: settle(out, lambda: self._written(finished, block_index, entry))
+            lambda finished: settle(
+                out, lambda: self.written(finished, f"version {version} of {self._named(block_index)}")
+            )
         )
         return out
+
+    def write_many(self, records: Sequence[Writing]) -> "Future[None]":
+        """The same for many; those of families together, at once."""
+        members = [one for one in records if self.layouts.is_member(one[0])]
+        writes = [write_many(self, members)] if members else []
+        writes += [self.write(*one) for one in records if not self.layouts.is_member(one[0])]
+        out: Future[None] = new_future()
+        gather(writes).add_done_callback(lambda finished: settle(out, lambda: self.written(finished, "records")))
+        return out
+
+    def read_many(
+        self, records: Sequence[tuple[int, RecordBuffer]], parts: Collection[str] | None, kind: str
+    ) -> "Future[list[int]]":
+        """Fill each buffer with the newest version of a record."""
+        return read_many(self, records, parts, kind)
+
+    def check_write(self, block_index: int, record: RecordBuffer, version: int) -> None:
+        """Refuse a version that cannot be written."""
+        if record.layout != self.layouts[block_index]:
+            raise ValueError(f"write of block {block_index}: the buffer is bound to block {record.layout.block!r}")
+        newest = self.records[block_index].newest.version
+        if version < newest:
+            raise ValueError(f"write of block {block_index}: version {version} after {newest}")
+
+    def make_newest(self, block_index: int, entry: Entry) -> None:
+        """From now on this version is served; it has its place in a file."""
+        state = self.records[block_index]
+        before, state.newest = state.newest, entry
+        self.changed.add(block_index)
+        self._let_go(block_index, before)
+
+    def _let_go(self, block_index: int, *entries: Entry) -> None:
+        """Places of versions that nobody will serve or publish can be used again."""
+        for entry in entries:
+            if entry.offset and not self.records[block_index].has(entry):
+                self.shared.let_go(entry)
 
     def commit(self, step: int, progress: dict[str, Any]) -> "Future[None]":
         """Publish the newest version of every record; later writes belong to the next commit."""
         out: Future[None] = new_future()
         with self._lock:
-            self._check_usable()
+            self.check_usable()
             published = {index: self.records[index].newest for index in sorted(self.changed)}
             self.changed.clear()
             for index, entry in published.items():
-                self.records[index].committing.append(entry)
-                self.records[index].accepted = entry
+                state = self.records[index]
+                state.committing.append(entry)
+                before, state.accepted = state.accepted, entry
+                self._let_go(index, before)
+            batch = self.shared.take(published.values())
             waits = [entry.ready for entry in published.values()] + self._commits[-1:]
             self._commits.append(out)
             self.track(out)
-        return chain(waits, lambda: self._committer.submit(self._commit, out, step, progress, published), out)
+        return chain(waits, lambda: self._committer.submit(self._commit, out, step, progress, published, batch), out)
 
     def accept(self) -> None:
         """`discard` goes back to what is newest now, though it is not published yet."""
         with self._lock:
-            self._check_usable()
+            self.check_usable()
             for index in self.changed:
-                self.records[index].accepted = self.records[index].newest
+                state = self.records[index]
+                before, state.accepted = state.accepted, state.newest
+                self._let_go(index, before)
 
     def discard(self) -> None:
         """Go back to what was accepted last; after a failure, to the last commit that was asked for."""
         with self._lock:
             failed, self._failure = self._failure is not None, None
             for index in self.changed:
-                self.records[index].undo(to_commit=failed)
+                state = self.records[index]
+                before = state.newest, state.accepted
+                state.undo(to_commit=failed)
+                self._let_go(index, *before)
             self.changed = {index for index in self.changed if self.records[index].pending}
 
     def pin(self, block_index: int, parts: Collection[str]) -> None:
@@ -177,7 +228,7 @@ class Versions:
             StoreError: there are versions that were not committed.
         """
         with self._lock:
-            self._check_usable()
+            self.check_usable()
             if self._commits or self.changed:
                 raise StoreError(
                     f"store '{self.path}' has changes that are not committed; commit or discard them first"
@@ -194,6 +245,9 @@ class Versions:
         while waiting := [future for future in list(self._in_flight) if not future.done()]:
             gather(waiting).exception()
         self._committer.shutdown(wait=True)
+        if self.writable:
+            with self._lock:
+                self.shared.close()
 
     # Reading.
 
@@ -210,7 +264,7 @@ class Versions:
             unchecked = set(entry.unchecked)
         found = self.sums(block_index, record, unchecked)
         parts = [self.layouts[block_index].part(name) for name in found]
-        self._check(block_index, entry, parts, list(found.values()))
+        self.compare(block_index, entry, parts, list(found.values()))
         entry.unchecked -= unchecked
 
     def read(self, block_index: int, targets: Targets, kind: str, *, check: bool = True) -> "Future[int]":
@@ -235,7 +289,7 @@ class Versions:
                     pin.expect(entry, filled)
             if len(from_pins) < len(targets):
                 waits.append(entry.ready)
-                entry.add_reader(out)
+                self._add_reader(entry, out)
             self.track(out)
         others = {name: view for name, view in targets.items() if name not in from_pins}
         check = check or bool(fills) or entry.slot is None  # what goes into memory is checked once, here
@@ -297,28 +351,47 @@ class Versions:
                 for task in generation_tasks(part, targets[part.name], self._recipes, self._seed, layout.block)
             ]
             return self._memory.run(tasks)
-        extents: list[Extent] = [(part.offset, targets[part.name]) for part in parts]
         out: Future[None] = new_future()
         with self._lock:
-            entry.add_reader(out)
+            self._add_reader(entry, out)
+            path = self.segment_path(block_index, entry)
+            extents = extents_of(entry, layout, targets)
         self.track(out)
 
         def compare(finished: "Future[list[int]]") -> None:
-            try:
-                found = finished.result()
-            except OSError as error:
-                raise StoreError(
-                    f"store '{self.path}': block {block_index} {layout.block!r} at version {entry.version} could not be "
-                    f"read from {path.name}: {error.strerror}; nothing was changed, look after the disk and run again"
-                ) from error
+            found = self.read_result(finished, block_index, entry)
             if check:
-                self._check(block_index, entry, parts, found)
+                self.compare(block_index, entry, parts, found)
 
-        path = self.segment_path(block_index, entry)
         self._disk.read(path, extents, kind, digest=check).add_done_callback(
             lambda finished: settle(out, lambda: compare(finished))
         )
         return out
+
+    def read_result(self, finished: "Future[list[int]]", block_index: int, entry: Entry) -> list[int]:
+        """The checksums of what was read of a version."""
+        try:
+            return finished.result()
+        except DamagedRecordError as error:
+            raise DamagedRecordError(
+                f"store '{self.path}': {self._named(block_index)} at version {entry.version}: {error}"
+            ) from error
+        except OSError as error:
+            remedy = "nothing was changed, look after the disk and run again"
+            if isinstance(error, FileNotFoundError) and not self.writable:
+                remedy = "its writer went on and used the file again; open the store anew"
+            raise StoreError(
+                f"store '{self.path}': {self._named(block_index)} at version {entry.version} could not be read from "
+                f"{self.segment_path(block_index, entry).name}: {error.strerror}; {remedy}"
+            ) from error
+
+    def _named(self, block_index: int) -> str:
+        return f"block {block_index} {self.layouts[block_index].block!r}"
+
+    def _add_reader(self, entry: Entry, future: "Future[Any]") -> None:
+        entry.add_reader(future)
+        if entry.offset and entry.slot is not None:
+            self.shared.reading(entry.slot, future)
 
     def segment_path(self, block_index: int, entry: Entry) -> Path:
         """The file that holds this version."""
@@ -330,10 +403,11 @@ class Versions:
 
     def file_name(self, block_index: int, slot: str) -> str:
         """The name of a segment, from the folder of segments."""
-        member = self.layouts.is_member(block_index)
-        return file_name(block_index, slot, member=member, folder=self._members.folder)
+        if self.layouts.is_member(block_index):
+            return slot
+        return file_name(block_index, slot, self._members.folder)
 
-    def _check(self, block_index: int, entry: Entry, parts: Sequence[Part], found: Sequence[int]) -> None:
+    def compare(self, block_index: int, entry: Entry, parts: Sequence[Part], found: Sequence[int]) -> None:
         for part, checksum in zip(parts, found, strict=True):
             if checksum != entry.checksums[part.name]:
                 reason = "the file was damaged or changed; restore it from a snapshot or a copy"
@@ -347,7 +421,8 @@ class Versions:
 
     # Writing.
 
-    def _copy_into_pin(self, pin: PinnedPart, entry: Entry, source: memoryview) -> "Future[None]":
+    def copy_into_pin(self, pin: PinnedPart, entry: Entry, source: memoryview) -> "Future[None]":
+        """Write a part through to its memory, once nothing else uses that."""
         waits = pin.busy()
         copied: Future[None] = new_future()
         pin.expect(entry, copied)
@@ -376,7 +451,7 @@ class Versions:
                 extents,
                 "segment",
                 allocate_bytes=layout.image_nbytes,
-                recycle=entry.slot in known or self.layouts.is_member(block_index),
+                recycle=entry.slot in known,
                 digest=not entry.checksums,
             )
 
@@ -393,33 +468,43 @@ class Versions:
         chain(waits, start).add_done_callback(keep)
         return out
 
-    def _written(self, finished: "Future[list[None]]", block_index: int, entry: Entry) -> None:
+    def written(self, finished: "Future[list[None]]", what: str) -> None:
+        """Raises what became of a write, said for a person."""
         error = finished.exception()
         if isinstance(error, OSError):
             raise StoreError(
-                f"store '{self.path}': version {entry.version} of block {block_index} "
-                f"{self.layouts[block_index].block!r} could not be written: {error.strerror}; the commit of step "
-                f"{self.step} is whole, make room on the disk and run again"
+                f"store '{self.path}': {what} could not be written: {error.strerror}; the commit of step {self.step} is "
+                "whole, make room on the disk and run again"
             ) from error
         finished.result()
 
     # Committing: what follows runs in the commit thread, one at a time.
 
-    def _commit(self, out: "Future[None]", step: int, progress: dict[str, Any], published: Mapping[int, Entry]) -> None:
+    def _commit(
+        self,
+        out: "Future[None]",
+        step: int,
+        progress: dict[str, Any],
+        published: Mapping[int, Entry],
+        batch: Batch,
+    ) -> None:
         try:
-            self._publish(step, progress, published)
+            copied, shared, gone = self._publish(step, progress, published, batch)
         except BaseException as error:
             with self._lock:
                 self._failure = error
                 self.changed.update(published)
+                self.shared.failed(batch)
                 self._end_commit(out, published)
             raise
         with self._lock:
+            self._move(copied)
             for index, entry in published.items():
                 self.records[index].committed = entry
             for _, state in self.records.in_memory():
                 state.doubtful.clear()
             self.step, self.progress = step, progress
+            self.shared.committed(batch, shared, gone)
             self._end_commit(out, published)
 
     def _end_commit(self, out: "Future[None]", published: Mapping[int, Entry]) -> None:
@@ -427,29 +512,44 @@ class Versions:
         for index, entry in published.items():
             self.records[index].committing.remove(entry)
 
-    def _publish(self, step: int, progress: dict[str, Any], published: Mapping[int, Entry]) -> None:
+    def _publish(
+        self, step: int, progress: dict[str, Any], published: Mapping[int, Entry], batch: Batch
+    ) -> tuple[Copied, list[SharedRow], list[str]]:
         """Everything that the transaction will point to is on the medium before it begins."""
         if self._failure is not None:
             raise StoreError(f"store '{self.path}': step {step} follows a commit that failed") from self._failure
-        if self._members.count == 1:
-            rows = self._rows(published)
-            with self._committing(step):
-                self._sync_names(published)
-                self._publish_rows(step, progress, rows, published)
-            return
+        if self._members.count > 1:
+            return Copied(), [], self._publish_together(step, progress, published)
+        for entry in published.values():
+            entry.ready.result()
+        with self._committing(step):
+            copied = compact(self, batch, published)
+            shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
+            rows = [self._row(index, entry) for index, entry in published.items()]
+            gone = self._sync_names(published)
+            batch.asked = True
+            with self._doubting(published):
+                self._manifest.publish(step, progress, rows, shared=shared, moves=copied.moves, gone=gone)
+        return copied, shared, gone
+
+    def _publish_together(self, step: int, progress: dict[str, Any], published: Mapping[int, Entry]) -> list[str]:
+        """With other memory ranks: each publishes the rows of all, and keeps the commit before until all have done so."""
         together = self._members
-        rows, name = [], uuid.uuid4().hex
+        rows, gone, name = list[RecordRow](), list[str](), uuid.uuid4().hex
         with _Noted() as ready:
-            rows = self._rows(published)
+            for entry in published.values():
+                entry.ready.result()
+            rows = [self._row(index, entry) for index, entry in published.items()]
             with self._committing(step):
-                self._sync_names(published)
+                gone = self._sync_names(published)
         told = together.exchange([ready.reason, name, [row.to_json() for row in rows]])
         self._check_all(step, [reason for reason, *_ in told])
         rows = [RecordRow.from_json(row) for _, _, own in told for row in own]
-        with _Noted() as done_here, self._committing(step):
-            self._publish_rows(step, progress, rows, published, ranks=together.count, name=told[0][1])
+        with _Noted() as done_here, self._committing(step), self._doubting(published):
+            self._manifest.publish(step, progress, rows, ranks=together.count, name=told[0][1], keep_before=True)
         # until all have it, the files of the commit before are left alone
         self._check_all(step, together.exchange(done_here.reason))
+        return gone
 
     def _check_all(self, step: int, reasons: Sequence[str | None]) -> None:
         """Refuses a commit that a rank could not make."""
@@ -457,28 +557,10 @@ class Versions:
             if reason is not None:
                 raise StoreError(f"memory rank {rank}: {reason}" if rank != self._members.rank else reason)
 
-    def _rows(self, published: Mapping[int, Entry]) -> list[RecordRow]:
-        """What the manifest will say of these versions, once they are written."""
-        rows = []
-        for index, entry in published.items():
-            entry.ready.result()
-            assert entry.slot is not None
-            name = self.file_name(index, entry.slot)
-            rows.append(RecordRow(index, entry.version, name, entry.checksums, entry.optimizer_steps))
-        return rows
-
-    def _publish_rows(
-        self,
-        step: int,
-        progress: dict[str, Any],
-        rows: Sequence[RecordRow],
-        published: Mapping[int, Entry],
-        *,
-        ranks: int = 1,
-        name: str = "",
-    ) -> None:
+    @contextmanager
+    def _doubting(self, published: Mapping[int, Entry]) -> Iterator[None]:
         try:
-            self._manifest.publish(step, progress, rows, ranks=ranks, name=name, keep_before=ranks > 1)
+            yield
         except BaseException:
             self._doubt(published)
             raise
@@ -493,27 +575,53 @@ class Versions:
                 "whole, make room on the disk and run again"
             ) from error
 
+    def _row(self, index: int, entry: Entry) -> RecordRow:
+        assert entry.slot is not None
+        name = self.file_name(index, entry.slot)
+        nbytes = self.layouts[index].parts_nbytes if entry.offset else 0
+        return RecordRow(
+            index, entry.version, name, entry.checksums, entry.optimizer_steps, offset=entry.offset, nbytes=nbytes
+        )
+
+    def _move(self, copied: Copied) -> None:
+        """Versions in memory are where the manifest now says; who reads one there holds its file."""
+        for move in copied.moves:
+            state = self.records.known(move.block)
+            for entry in (state.committed, state.newest, state.accepted, *state.committing) if state else ():
+                if (entry.slot, entry.offset) == move.old:
+                    entry.slot, entry.offset = move.new
+                    for reader in entry.users():
+                        self.shared.reading(move.new[0], reader)
+
     def _doubt(self, published: Mapping[int, Entry]) -> None:
         """SQLite may have written a commit that it reports as failed, and find it after a crash: until one succeeds, its
         files are left alone."""
         with self._lock:
             for index, entry in published.items():
-                if entry.slot is not None:
+                if entry.slot is not None and not entry.offset:
                     self.records[index].doubtful.add(entry.slot)
 
-    def _sync_names(self, published: Mapping[int, Entry]) -> None:
-        """Names of these versions' files are on the medium, also of a file that an undone version was the first in."""
+    def _sync_names(self, published: Mapping[int, Entry]) -> list[str]:
+        """Names of these versions' files are on the medium, also of a file that an undone version was the first in.
+        Gives the dead files whose names are off it for good."""
         with self._lock:
+            folders, gone = self.shared.pending()
             unsynced = [(index, e.slot) for index, e in published.items() if e.slot in self.records[index].unsynced]
-        folders = {self._slot_path(index, slot).parent for index, slot in unsynced if slot is not None}
+        names = {self._slot_path(index, slot).parent for index, slot in unsynced if slot is not None}
         if not self._names_synced:
-            folders |= {self.path / directory.SEGMENTS, self.path / directory.SEGMENTS / self._members.folder}
-        for folder in sorted(folders):
-            self._disk.device.sync_directory(folder)
+            names |= {self.path / directory.SEGMENTS, self.path / directory.SEGMENTS / self._members.folder}
+        try:
+            for folder in sorted(folders | names):
+                self._disk.device.sync_directory(folder)
+        except BaseException:
+            with self._lock:
+                self.shared.again(folders)
+            raise
         self._names_synced = True
         with self._lock:
             for index, slot in unsynced:
                 self.records[index].unsynced -= {slot}
+        return gone
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
@@ -530,7 +638,7 @@ class Versions:
             self._manifest.add_snapshot(name)
         with self._lock:
             for _, state in self.records.in_memory():
-                if state.committed.slot is not None:
+                if state.committed.slot is not None and not state.committed.offset:
                     state.held.add(state.committed.slot)
 
     def _remove_snapshot(self, name: str) -> int:
@@ -538,6 +646,9 @@ class Versions:
         with self._changing(f"deleting snapshot {name!r}"):
             rows = self._manifest.remove_snapshot(name)
         for row in rows:
+            if row.offset:
+                nbytes += row.nbytes
+                continue
             path = self.path / directory.SEGMENTS / row.file
             if not self._is_ours(row.file) or not path.exists():
                 continue
@@ -548,6 +659,8 @@ class Versions:
         for folder in folders:
             self._disk.device.sync_directory(folder)
         self._hold(set(self._manifest.snapshots().values()))
+        with self._lock:
+            self.shared.collect()
         return nbytes
 
     def _is_ours(self, file: str) -> bool:
@@ -589,8 +702,9 @@ class Versions:
                     if pin.entry is not state.newest:
                         pin.forget()
             self.step, self.progress = commit.step, commit.progress
+            self.shared.collect()
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
         if self._failure is not None:
             raise StoreError(
                 f"store '{self.path}': a commit failed ({self._failure}); discard() goes back to step {self.step}"
