@@ -5,6 +5,7 @@ import os
 import random
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def assert_accounted(store: Store) -> None:
     for name, row in rows.items():
         found = sorted((offset, nbytes) for offset, (_, nbytes) in places.get(name, {}).items())
         assert row.live_bytes == sum(nbytes for _, nbytes in found)
-        assert all(offset + nbytes <= after for (offset, nbytes), (after, _) in zip(found, found[1:], strict=False))
+        assert all(offset + nbytes <= after for (offset, nbytes), (after, _) in pairwise(found))
         if found:
             assert found[0][0] >= row.header_nbytes
             assert (store.path / "segments" / name).stat().st_size == row.nbytes >= sum(found[-1])

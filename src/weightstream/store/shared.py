@@ -154,7 +154,7 @@ class SharedFiles:
         file = batch.files[-1] if batch.files else None
         place = Place.of(index, entry, layout, file.end - file.header_nbytes if file is not None else 0)
         if file is None or not file.has_room(nbytes, place.text_bytes):
-            file = self._start(batch, place.text_bytes, more)
+            file = self._start(batch, place, more)
             place = Place.of(index, entry, layout, 0)
         self._put(file, file.end, place)
         file.end += nbytes
@@ -205,10 +205,12 @@ class SharedFiles:
             return True
         return False
 
-    def _start(self, batch: Batch, text_bytes: int, more: int) -> SharedFile:
+    def _start(self, batch: Batch, first: Place, more: int) -> SharedFile:
+        """Room for the header: as before or, in a later file of a commit, twice as much; no more than the file can use."""
         expected = 2 * batch.files[-1].header_nbytes if batch.files else self._last_text_bytes
-        wanted = min(max(expected, (more + 1) * text_bytes), MOST_HEADER_BYTES)
-        header_nbytes = align(max(wanted, text_bytes + 512, LEAST_HEADER_BYTES), ALIGN_PART)
+        wanted = min(max(expected, more * first.text_bytes), (1 + FILE_BYTES // first.nbytes) * first.text_bytes)
+        least = first.text_bytes + 512
+        header_nbytes = align(max(min(wanted + 512, MOST_HEADER_BYTES), least, LEAST_HEADER_BYTES), ALIGN_PART)
         name = name_of(self._next)
         path = self.segments / name
         if not path.parent.exists():

@@ -359,6 +359,10 @@ class Versions:
         """The checksums of what was read of a version."""
         try:
             return finished.result()
+        except DamagedRecordError as error:  # it ends too early
+            raise DamagedRecordError(
+                f"store '{self.path}': {self._named(block_index)} at version {entry.version}: {error}"
+            ) from error
         except OSError as error:
             remedy = "nothing was changed, look after the disk and run again"
             if isinstance(error, FileNotFoundError) and not self.writable:
