@@ -133,6 +133,7 @@ class SharedFiles:
         self._open: dict[str, SharedFile] = {}  # those that are being filled or committed
         self._readers, self._writers = _Users(lock), _Users(lock)
         self._last_text_bytes = 0
+        self._last_bytes = [0, 0]  # that the last two commits wrote
         self._spare: list[str] = []  # dead files that may be filled anew
         self._resting: set[str] = set()  # dead files that somebody still reads
         self._gone: list[str] = []  # dead files that are no more, though the manifest may name them
@@ -272,10 +273,12 @@ class SharedFiles:
         self._close(batch)
         self.left(file.name for file in (*batch.files, *self._doubtful) if file.name not in kept)
         self._doubtful = []
-        self.collect(spare_bytes=batch.nbytes)
+        self._last_bytes = [self._last_bytes[-1], batch.nbytes]
+        self.collect()
 
-    def collect(self, spare_bytes: int = 0) -> None:
-        """Take up files that the manifest has no use for, and remove those beyond what will soon be filled anew."""
+    def collect(self) -> None:
+        """Take up files that the manifest has no use for, and remove those beyond what the next commit will fill anew: as
+        much as the larger of the last two did."""
         if self._next == 1:
             return  # there never was one
         try:
@@ -284,7 +287,7 @@ class SharedFiles:
             kept = 0
             for name in list(self._spare):
                 kept += _size(self.segments / name)
-                if kept > spare_bytes:
+                if kept > max(self._last_bytes):
                     self._spare.remove(name)
                     self._remove(name)
         except (OSError, StoreError) as error:
