@@ -1,8 +1,9 @@
 """A run of a small store that can be taken up wherever a crash left it, and what must hold when it is.
 
-Seven steps of two small records, one of a family of billions, and one that is never trained, with all that a store does:
-an update that is undone, a record that is written twice in one step, a snapshot that is made and later removed, a file
-that a branch outside shares by a hard link, a clean close and a reopening.
+Seven steps of two small records, four of a family of billions that share files, and one that is never trained, with all
+that a store does: an update that is undone, a record that is written twice in one step, a snapshot that is made and later
+removed, a file that a branch outside shares by a hard link, a shared file that is mostly dead and emptied, dead ones that
+are filled anew, cut or removed, a clean close and a reopening.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.faults.device import Image, Recorder, lay_down
-from tests.store.cases import filled, make, reopen, segment
+from tests.store.cases import assert_accounted, filled, make, reopen, segment
 
 from weightstream.blocks import Block, Parameter
 from weightstream.store.families import Family
@@ -32,9 +33,17 @@ RECIPES = {p.name: Recipe((Step("normal", (0.0, 0.5)),)) for block in BLOCKS for
 FAMILY = Family(
     "expert {}", 2**33, (Parameter("expert.{}", (9, 5)),), {"expert.{}": Recipe((Step("normal", (0.0, 1.0)),))}
 )
-MEMBER = len(BLOCKS) + 2**32
+FIRST, SECOND, THIRD, FOURTH = (len(BLOCKS) + number for number in (0, 2**32, 2**32 + 1, 2**33 - 1))
 STEPS = 7
-UPDATED = {step: {3: (0,), 6: (0, 1)}.get(step, (0, 1, MEMBER)) for step in range(1, STEPS + 1)}
+UPDATED = {
+    1: (0, 1, FIRST, SECOND, THIRD),
+    2: (0, 1, FIRST, FOURTH),
+    3: (0,),
+    4: (0, 1, FIRST, SECOND),
+    5: (0, 1, FIRST, FOURTH),  # of the first file only THIRD is live now, and moves
+    6: (0, 1, SECOND),  # fills a dead file anew that had more records
+    7: (0, 1, FIRST),
+}
 UNDONE, TWICE, LINKED = 2, 5, 2  # steps in which an update is undone first, a record written twice, a file shared
 SNAPSHOT, TAKEN, REMOVED, CLOSED = "held", 2, 4, 4  # after which step
 
@@ -204,13 +213,14 @@ def check(image: Image, expected: Expected, digests: dict[int, str], *, going_on
                 assert store.verify() == []
                 assert store.digest() == digests[found]
                 assert frozenset(store.snapshots()) in expected.snapshots
+                assert_accounted(store)
         going_on(path)
         with reopen(path, writable=False) as store:
             assert (store.step, store.progress, store.snapshots()) == (STEPS, {"step": STEPS}, {})
             assert store.verify() == []
             assert store.digest() == digests[STEPS]
-            names = [name.name for name in (path / "segments").rglob("*.safetensors")]
-            most = Counter(name.split(".")[0] for name in names)
-            assert most.keys() == {"00000", "00001", "00002", str(MEMBER)}, most
+            assert_accounted(store)
+            most = Counter(name.name.split(".")[0] for name in (path / "segments").glob("*.safetensors"))
+            assert most.keys() == {"00000", "00001", "00002"}, most
             assert max(most.values()) <= 3, (most, found, expected)
         return found

@@ -119,32 +119,36 @@ def test_a_statement_of_a_commit_that_fails(
     after: bool, directory: Path, digests: dict[int, str], say: Callable[[str], None]
 ) -> None:
     """SQLite has no room, or reports an error although the statement was carried out; also of the COMMIT itself."""
+    # A COMMIT that was carried out and failed is seen by the manifest at once, which SQLite never lets happen: this
+    # process goes on from the commit before it, and shared files are the manifest's to tell.
+    done = 2 if after else 4
+    expected = frozenset({SNAPSHOT}) if done == TAKEN else frozenset[str]()
     failed: list[str] = []
     for number in range(100):
-        path, statements = copied(directory / "trial" / "store", 2, directory), Statements(after=after)
+        path, statements = copied(directory / "trial" / "store", done, directory), Statements(after=after)
         with statements.watching():
             store = reopen(path)
         try:
             first = len(statements.seen)
             statements.fail_at = first + number
-            commit = train_step(store, 3)
-            if not _refused(2, commit.result, 30):
+            commit = train_step(store, done + 1)
+            if not _refused(done, commit.result, 30):
                 break
             failed.append(statements.seen[first + number])
             store.discard()
-            assert store.step == 2
-            assert store.digest() == digests[2]
+            assert store.step == done
+            assert store.digest() == digests[done]
             torn = write(store, 0, 77)  # takes a file that nothing points to, and ends before any commit
             torn.result(timeout=30)
             crashed = image_of(directory / "trial")
             store.discard()
-            train_step(store, 3).result(timeout=30)
-            assert store.digest() == digests[3]
+            train_step(store, done + 1).result(timeout=30)
+            assert store.digest() == digests[done + 1]
             assert store.verify() == []
         finally:
             store.close()
         assert finished(path) == digests[STEPS]
-        check(crashed, Expected(2, 3, (frozenset({SNAPSHOT}),)), digests)
+        check(crashed, Expected(done, done + 1, (expected,)), digests)
     say(f"statements of a commit that fail ({'after' if after else 'before'}): {len(failed)}")
     assert {"BEGIN IMMEDIATE", "COMMIT", "INSERT INTO records", "DELETE FROM records"} <= set(failed)
 

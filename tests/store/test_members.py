@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.store.cases import CHUNK_BYTES, filled, make
+from tests.store.test_families import EXPERTS
 
 from weightstream.errors import PlanError, StoreError
 from weightstream.store.manifest import Manifest
@@ -255,6 +256,20 @@ class TestRefusals:
     def test_the_first_one_is_missing(self, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"expected a store"):
             go_on(tmp_path / "nothing", 2, 1)
+
+    def test_families(self, tmp_path: Path) -> None:
+        make(tmp_path / "store", families=[EXPERTS]).close()
+        refused = []
+
+        def work(members: Members) -> None:
+            with pytest.raises(StoreError, match="families with several memory ranks .*open it as one rank") as error:
+                reopen(tmp_path / "store", members)
+            refused.append(str(error.value))
+
+        as_ranks(3, work)
+        assert len(refused) == 3
+        assert len(set(refused)) == 1
+        reopen(tmp_path / "store").close()
 
     def test_in_use(self, path: Path) -> None:
         go_on(path, 2, 1)

@@ -4,9 +4,12 @@ A file of which less than half is live is emptied: what is live there is copied 
 the manifest points there from then on. Those with the least that is live come first. A commit copies at most as many
 bytes as it writes to such files, and 16 MiB besides, so that its cost is bounded by what is trained. It is enough: what
 is copied out of a file is less than what that frees, so while files remain that are mostly dead a commit frees more than
-its own versions leave behind; and where none remain, less than half of every file is dead. Dead bytes are therefore at
-most as many as live ones, those that snapshots hold among them, besides one file and what one commit writes
-(`shared.FILE_BYTES`); more only for some commits after a snapshot was deleted.
+its own versions leave behind; and where none remain, at most half of every file is dead. Dead bytes are therefore at most
+as many as live ones, those that snapshots hold among them, besides one file (`shared.FILE_BYTES`) and what one commit writes.
+After a snapshot was deleted, what that freed comes on top, less as many bytes as commits have written since.
+
+Bytes of a header that says less than there was room for count as dead: a file with one small record left would else keep
+its room for thousands.
 """
 
 from collections import defaultdict

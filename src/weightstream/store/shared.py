@@ -133,6 +133,7 @@ class SharedFiles:
         self._open: dict[str, SharedFile] = {}  # those that are being filled or committed
         self._readers, self._writers = _Users(lock), _Users(lock)
         self._last_text_bytes = 0
+        self._last_bytes = [0, 0]  # that the last two commits wrote
         self._spare: list[str] = []  # dead files that may be filled anew
         self._resting: set[str] = set()  # dead files that somebody still reads
         self._gone: list[str] = []  # dead files that are no more, though the manifest may name them
@@ -154,8 +155,8 @@ class SharedFiles:
         file = batch.files[-1] if batch.files else None
         place = Place.of(index, entry, layout, file.end - file.header_nbytes if file is not None else 0)
         if file is None or not file.has_room(nbytes, place.text_bytes):
-            longest = Place.of(index, entry, layout, FILE_BYTES).text_bytes  # offsets take the more digits the further
-            file = self._start(batch, longest, min(more, 1 + FILE_BYTES // max(nbytes, 1)))
+            # offsets take the more digits the further they are
+            file = self._start(batch, Place.of(index, entry, layout, FILE_BYTES), more)
             place = Place.of(index, entry, layout, 0)
         self._put(file, file.end, place)
         file.end += nbytes
@@ -206,11 +207,14 @@ class SharedFiles:
             return True
         return False
 
-    def _start(self, batch: Batch, text_bytes: int, more: int) -> SharedFile:
+    def _start(self, batch: Batch, first: Place, more: int) -> SharedFile:
+        """Room for the header: as much as the last commit used or, in a later file of a commit, twice what the one before
+        it uses; no more than the file can use. `first` is placed where its text is longest."""
         expected = 2 * batch.files[-1].text_bytes if batch.files else self._last_text_bytes
-        # the numbers of other records may be longer
-        wanted = min(max(expected, (more + more // 8 + 1) * text_bytes), MOST_HEADER_BYTES)
-        header_nbytes = align(max(wanted, text_bytes + 512, LEAST_HEADER_BYTES), ALIGN_PART)
+        asked = (more + more // 8) * first.text_bytes  # the numbers of other records may be longer
+        wanted = min(max(expected, asked), (1 + FILE_BYTES // first.nbytes) * first.text_bytes)
+        least = first.text_bytes + 512
+        header_nbytes = align(max(min(wanted + 512, MOST_HEADER_BYTES), least, LEAST_HEADER_BYTES), ALIGN_PART)
         name = name_of(self._next)
         path = self.segments / name
         if not path.parent.exists():
@@ -268,14 +272,16 @@ class SharedFiles:
         """It is durable: what died with it, or was left by commits that failed, may be used again."""
         self._gone = [name for name in self._gone if name not in gone]
         kept = {row.file for row in rows}
-        self._last_text_bytes = max((file.text_bytes for file in batch.files), default=0)
+        self._last_text_bytes = sum(file.text_bytes for file in batch.files)
         self._close(batch)
         self.left(file.name for file in (*batch.files, *self._doubtful) if file.name not in kept)
         self._doubtful = []
-        self.collect(spare_bytes=batch.nbytes)
+        self._last_bytes = [self._last_bytes[-1], batch.nbytes]
+        self.collect()
 
-    def collect(self, spare_bytes: int = 0) -> None:
-        """Take up files that the manifest has no use for, and remove those beyond what will soon be filled anew."""
+    def collect(self) -> None:
+        """Take up files that the manifest has no use for, and remove those beyond what the next commit will fill anew: as
+        much as the larger of the last two did."""
         if self._next == 1:
             return  # there never was one
         try:
@@ -284,7 +290,7 @@ class SharedFiles:
             kept = 0
             for name in list(self._spare):
                 kept += _size(self.segments / name)
-                if kept > spare_bytes:
+                if kept > max(self._last_bytes):
                     self._spare.remove(name)
                     self._remove(name)
         except (OSError, StoreError) as error:

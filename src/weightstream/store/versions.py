@@ -372,7 +372,7 @@ class Versions:
         """The checksums of what was read of a version."""
         try:
             return finished.result()
-        except DamagedRecordError as error:
+        except DamagedRecordError as error:  # it ends too early
             raise DamagedRecordError(
                 f"store '{self.path}': {self._named(block_index)} at version {entry.version}: {error}"
             ) from error
