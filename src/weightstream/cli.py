@@ -146,13 +146,19 @@ def plan(source: Source, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @app.command()
-def demo(as_json: AsJson = False) -> None:
+def demo(
+    what: Annotated[
+        Literal["resume", "workers"], typer.Argument(help="A run that is killed, or workers of which one is.")
+    ] = "resume",
+    as_json: AsJson = False,
+) -> None:
     """One minute, offline: train, kill in mid-step, go on, and compare with a run that was never interrupted."""
-    from weightstream.demo import run as run_demo
-    from weightstream.demo import summary
+    from weightstream import demo as resume
+    from weightstream import demo_workers
 
-    report = run_demo(_say)
-    _print(report, summary, as_json)
+    shown = resume if what == "resume" else demo_workers
+    report = shown.run(_say)
+    _print(report, shown.summary, as_json)
     if not report["equal"]:
         raise typer.Exit(1)
 
