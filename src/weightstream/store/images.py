@@ -45,16 +45,22 @@ def slab_image(layouts: Sequence[RecordLayout]) -> Image:
 
 def gradient_image(units: Iterable[Unit]) -> Image:
     """The fp32 gradients of a block's trained parameters, each on a cache line."""
-    members: list[tuple[tuple[TensorSpec, ...], int]] = []
-    for unit in units:
-        specs: list[TensorSpec] = []
-        position = 0
-        for p in unit.parameters:
-            if p.trainable:
-                specs.append(TensorSpec(p.name, torch.float32, p.shape, position, p.numel * 4, p.row, p.rows))
-                position += align(p.numel * 4, ALIGN_TENSOR)
-        members.append((tuple(specs), align(position, ALIGN_PART)))
-    return _image(members)
+    return _image([_gradients(unit) for unit in units])
+
+
+def gradient_bytes(unit: Unit) -> int:
+    """Bytes of a unit's span in the gradient image of its block."""
+    return _gradients(unit)[1]
+
+
+def _gradients(unit: Unit) -> tuple[list[TensorSpec], int]:
+    specs: list[TensorSpec] = []
+    position = 0
+    for p in unit.parameters:
+        if p.trainable:
+            specs.append(TensorSpec(p.name, torch.float32, p.shape, position, p.numel * 4, p.row, p.rows))
+            position += align(p.numel * 4, ALIGN_TENSOR)
+    return specs, align(position, ALIGN_PART)
 
 
 def _image(members: Iterable[tuple[Sequence[TensorSpec], int]]) -> Image:

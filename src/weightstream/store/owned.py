@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightstream.blocks import Block, Unit, cut
 from weightstream.store.futures import done, gather
-from weightstream.store.images import Image, gradient_image, slab_image
+from weightstream.store.images import Image, gradient_bytes, gradient_image, slab_image
 from weightstream.store.layout import Precision, RecordLayout, record_layout
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
@@ -54,7 +54,7 @@ def block_bytes(
         streamed=sum(layout.streamed.nbytes for layout in layouts),
         loaded=sum(part.nbytes for layout in updated for part in layout.states),
         written=sum(layout.image_nbytes for layout in updated),
-        gradients=sum(gradient_image([unit]).nbytes for unit, _ in held),
+        gradients=sum(gradient_bytes(unit) for unit, _ in held),
         stored=sum(layout.image_nbytes for _, layout in held),
     )
 
