@@ -94,7 +94,7 @@ class Trainer:
         with StopRequest(self.display.note).listening() as stop:
             self._talk = RankTalk(engine, lambda: stop.signal or stop_asked())
             before = self._before()
-            while engine.step_count < self.config.steps and self._talk.stop is None:
+            while engine.step_count < self.config.steps and self._talk.goes_on:
                 facts = self._step()
                 stepped(facts.step)
                 stalled_s += facts.stalled_s
@@ -102,7 +102,7 @@ class Trainer:
                 bound, skipped = bound + facts.bound_bytes, skipped + facts.skipped
                 self._watch(facts.step)
             engine.commit()
-            if self._talk.stop is None:
+            if self._talk.goes_on:
                 after = self._validate("after")
         return Outcome(
             first_step=first_step,

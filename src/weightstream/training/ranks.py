@@ -34,6 +34,13 @@ class RankTalk:
         self._sent = (0, 0)
         self.stop: signal.Signals | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is to be another step; one rank alone looks again, since a signal may have come after its step."""
+        if self._engine.cluster.size == 1:
+            self.stop = self._stop_asked()
+        return self.stop is None
+
     def after_step(self, result: "StepResult", seconds: float, rss_bytes: int) -> list[RankFacts]:
         """The facts of every rank, in order; of one alone none."""
         asked = self._stop_asked()
