@@ -2,7 +2,7 @@
 
 import pytest
 
-from weightstream import demo
+from weightstream import demo, demo_workers
 
 
 @pytest.mark.slow
@@ -16,3 +16,13 @@ def test_a_killed_run_ends_like_one_that_was_not() -> None:
     assert report["run"]["moved_over_bound"] <= 1.02
     assert len(said) == 3
     assert "equal, bit for bit" in demo.summary(report)
+
+
+@pytest.mark.slow
+def test_four_workers_of_which_one_is_killed_end_like_one() -> None:
+    said: list[str] = []
+    report = demo_workers.run(said.append)
+    assert report["equal"], demo_workers.summary(report)
+    assert any("rank 2 was killed by SIGKILL" in line for line in report["said"])
+    assert report["sent_by_rank_0_bytes"] > 0
+    assert "equal, bit for bit" in demo_workers.summary(report)

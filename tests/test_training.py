@@ -209,6 +209,25 @@ def test_a_signal_finishes_the_step_commits_and_says_so(
     assert run(store, dataset, tmp_path, settings()).step == 8
 
 
+def test_a_signal_between_steps_stops_before_the_next_one(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = Trainer._validate
+
+    def interrupted(trainer: Trainer, when: str) -> Any:
+        found = validate(trainer, when)
+        if when == asked[-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(Trainer, "_validate", interrupted)
+    store, asked = FakeStore(), []
+    for when, step in (("before", 0), ("validation", 4)):
+        asked.append(when)
+        outcome = run(store, dataset, tmp_path, settings(validation=ValidationConfig(every=4)))
+        assert (outcome.stopped_by, outcome.step) == (signal.SIGTERM, step)
+
+
 def test_a_second_interrupt_stops_at_once(dataset: Dataset, tmp_path: Path) -> None:
     def interrupt(step: int) -> None:
         if step == 3:

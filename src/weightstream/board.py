@@ -103,7 +103,9 @@ class Board:
     # losses
 
     def say_lost(self, cause: str) -> None:
-        """Ranks are started anew, because of this."""
+        """Ranks are started anew, because of this, unless they already are because of an earlier loss."""
+        if (self.folder / "lost.json").exists():
+            return
         # CLOCK_MONOTONIC is one clock for all processes of a host.
         self._write("lost.json", {"cause": cause, "at_s": time.monotonic()})
 

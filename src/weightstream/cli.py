@@ -1,6 +1,7 @@
 """The command line. Results go to stdout, progress to stderr; what a person can put right ends with exit code 2."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -69,27 +70,24 @@ def fit(
     if own is not None:
         from weightstream.commands import fit_as_rank
 
-        raise typer.Exit(fit_as_rank(own, read, launched, as_json=as_json))
+        _leave(fit_as_rank(own, read, launched, as_json=as_json))
     config = read()
     if model is not None:
         _say(config.to_yaml())
     if config.cluster.roles.size > 1:
         from weightstream.commands import launch
 
-        raise typer.Exit(launch(config, _without_button(sys.argv[1:], config)))
+        raise typer.Exit(launch(config, sys.argv[2:]))
     from weightstream.commands import fit_alone
 
     raise typer.Exit(fit_alone(config, _stderr(), _command_again(), as_json=as_json))
 
 
-def _without_button(arguments: list[str], config: "RunConfig") -> list[str]:
-    """What ranks are started with: with --model the configuration that it stands for, as a file."""
-    if "--model" not in arguments and not any(argument.startswith("--model=") for argument in arguments):
-        return arguments[1:]
-    config.out.mkdir(parents=True, exist_ok=True)
-    planned = config.out / "planned.yaml"
-    planned.write_text(config.to_yaml(), encoding="utf-8")
-    return [str(planned), *(["--json"] if "--json" in arguments else [])]
+def _leave(code: int) -> NoReturn:
+    """End a rank, whose work is done, without taking the interpreter apart: threads of Gloo may still want it, and abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @app.command()
@@ -146,13 +144,19 @@ def plan(source: Source, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @app.command()
-def demo(as_json: AsJson = False) -> None:
+def demo(
+    what: Annotated[
+        Literal["resume", "workers"], typer.Argument(help="A run that is killed, or workers of which one is.")
+    ] = "resume",
+    as_json: AsJson = False,
+) -> None:
     """One minute, offline: train, kill in mid-step, go on, and compare with a run that was never interrupted."""
-    from weightstream.demo import run as run_demo
-    from weightstream.demo import summary
+    from weightstream import demo as resume
+    from weightstream import demo_workers
 
-    report = run_demo(_say)
-    _print(report, summary, as_json)
+    shown = resume if what == "resume" else demo_workers
+    report = shown.run(_say)
+    _print(report, shown.summary, as_json)
     if not report["equal"]:
         raise typer.Exit(1)
 

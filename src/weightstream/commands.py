@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from weightstream.board import Board
 from weightstream.config import RunConfig
-from weightstream.hosts import require_free_port
+from weightstream.hosts import own_address, require_free_port
 from weightstream.launcher import Launch, Launcher
 from weightstream.ranks import Place, as_rank, joined
 from weightstream.store.glance import glance
@@ -38,9 +39,10 @@ def fit_as_rank(place: Place, read: Callable[[], RunConfig], launched: Path | No
         with joined(place, read, board) as (ranks, config):
             console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not ranks.speaks)
             report = fit(config, console, ranks)
-            code = 0
-            if report is not None:
-                code = _reported(report, console, "fit …", as_json=as_json)
+            if report is not None and board is not None:
+                report["losses"] = [asdict(loss) for loss in board.losses()]
+            again = shlex.join(sys.argv[1:]) if board is None else None
+            code = 0 if report is None else _reported(report, console, again, as_json=as_json)
             codes: list[int] = ranks.gather(code)
             return codes[0]
 
@@ -51,13 +53,14 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
     """Starts the ranks on this host, and starts them anew when one is lost."""
     cluster, roles = config.cluster, config.cluster.roles
     roles.check(config.training.micro_batches, config.engine.reduction_groups)
-    require_free_port(cluster.address, cluster.port)
+    address = own_address(cluster.address)
+    require_free_port(address, cluster.port)
     found = glance(config.store)
     threads = config.engine.threads_per_worker
     if threads is None and found is not None:
         threads = found.contract.get("numerics", {}).get("threads_per_worker")
     start = Launch(
-        command=("-m", "weightstream", "fit"), arguments=tuple(arguments), ranks=roles.size, address=cluster.address,
+        command=("-m", "weightstream", "fit"), arguments=tuple(arguments), ranks=roles.size, address=address,
         port=cluster.port, threads=threads or max(1, len(os.sched_getaffinity(0)) // roles.size),
         restarts=cluster.restarts,
     )  # fmt: skip
@@ -75,11 +78,12 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
     return code
 
 
-def _reported(report: dict[str, Any], console: Console, again: str, *, as_json: bool) -> int:
+def _reported(report: dict[str, Any], console: Console, again: str | None, *, as_json: bool) -> int:
     from weightstream.run import summary
 
     print(json.dumps(report, indent=2) if as_json else summary(report), flush=True)
     if not report["stopped_by"]:
         return 0
-    console.print(f"stopped at step {report['step']}; go on with: weightstream {again}", markup=False)
+    hint = "" if again is None else f"; go on with: weightstream {again}"  # our launcher says it itself
+    console.print(f"stopped at step {report['step']}{hint}", markup=False)
     return 128 + signal.Signals[report["stopped_by"]].value

@@ -196,10 +196,11 @@ class Launcher:
 def _refusal(endings: dict[int, Ending], ranks: int) -> str | None:
     """What a person must put right, in the words of the rank that met it."""
     refused = {rank: ending for rank, ending in endings.items() if ending.code == 2}
-    for rank, ending in sorted(refused.items(), key=lambda item: not item[1].everywhere):
-        return (
-            ending.message
-            if ending.everywhere or len(refused) == ranks or rank < 0
-            else f"rank {rank}: {ending.message}"
-        )
-    return None
+    if not refused:
+        return None
+    for ending in refused.values():
+        if ending.everywhere:
+            return ending.message
+    rank, ending = min(refused.items())
+    same = sum(other.message == ending.message for other in refused.values())
+    return ending.message if same == ranks else f"rank {rank}: {ending.message}"

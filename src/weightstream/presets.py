@@ -38,13 +38,16 @@ def push_button(
         PlanError: more workers than there are reduction groups.
     """
     micro_batches = _FEW if workers <= _FEW else GROUPS
+    steps = steps or 100
     Cluster(workers).check(micro_batches, GROUPS)
     values: dict[str, Any] = {
         "model": _model(model),
         "data": {"sources": ["stdlib"], "tokenizer": {"size": 8192}},
-        "optimizer": {"name": "AdamW", "lr": 1e-3, "schedule": "cosine", "warmup": 10, "weight_decay": 0.1},
+        "optimizer": {
+            "name": "AdamW", "lr": 1e-3, "schedule": "cosine", "warmup": min(10, steps // 4), "weight_decay": 0.1,
+        },
         "training": {
-            "steps": steps or 100, "micro_batches": micro_batches, "micro_batch_size": 1, "sequence_length": 256,
+            "steps": steps, "micro_batches": micro_batches, "micro_batch_size": 1, "sequence_length": 256,
             "clip_norm": 1.0, "validation": {"every": 0, "sequences": 16},
         },
         "engine": {

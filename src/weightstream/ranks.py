@@ -1,7 +1,6 @@
 """One process among the ranks: what torchrun told it, how it meets the others, and how it says that it ends."""
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -9,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightstream import __version__
@@ -19,12 +19,13 @@ from weightstream.errors import ConfigError, RefusedError, WeightstreamError
 from weightstream.fabric.agreement import gather, together
 from weightstream.hosts import own_address
 from weightstream.processes import end_with_parent
+from weightstream.training.stopping import Stop, StopElsewhere, StopRequest
 
 if TYPE_CHECKING:
     from weightstream.fabric.links import Links
 
 T = TypeVar("T")
-_HEARTBEAT_S = 1.0
+_HEARTBEAT_S = 0.2
 _OF_ITS_HOST = ("out", "cluster.address", "cluster.port")
 """Keys that may differ from rank to rank: hosts differ in them."""
 
@@ -69,17 +70,20 @@ class Ranks:
         """Whether this rank has a part of the store."""
         return self.rank in self.cluster.memory_ranks
 
-    def stop_asked(self) -> signal.Signals | None:
-        """By which signal a person asked the launcher for a stop; the first rank is told."""
-        return self.board.stop_asked() if self.board is not None and self.speaks else None
+    def stop(self, tell: Callable[[str], None]) -> Stop:
+        """How this rank learns that a person asked for a stop: by a signal, or the first one from our launcher's board.
+
+        Under that launcher SIGTERM means what it means by default: another rank was lost.
+        """
+        if self.board is None:
+            return StopRequest(tell)
+        if self.speaks:
+            return StopElsewhere(self.board.stop_asked, self.board.say_training, tell)
+        return StopElsewhere(lambda: None, lambda: None, tell)
 
     def stepped(self, step: int, say: Callable[[str], None]) -> None:
-        """A step is done: the launcher may now ask for a stop, and after a loss everybody may know what it cost."""
-        if self.board is None or not self.speaks:
-            return
-        if not self.board.is_training():
-            self.board.say_training()
-        if loss := self.board.say_trains_again(step):
+        """A step is done: after a loss everybody may know what it cost."""
+        if self.board is not None and self.speaks and (loss := self.board.say_trains_again(step)):
             say(f"training again at step {step}, {loss.seconds:.1f} s after {loss.cause}")
 
     def gather(self, value: Any) -> list[Any]:
@@ -136,6 +140,7 @@ def joined(place: Place, read: Callable[[], RunConfig], board: Board | None) -> 
     Raises:
         RefusedError: a rank cannot read it, has another one, or another version of this package; or torchrun started
             another number of ranks than it asks for. On all ranks, with one message.
+        RefusedError: ranks on several hosts would listen on loopback.
         ConfigError: this host lacks the address on which it should listen.
     """
     # torch is imported with it, and with the modules above it is not.
@@ -147,7 +152,14 @@ def joined(place: Place, read: Callable[[], RunConfig], board: Board | None) -> 
     except (WeightstreamError, OSError) as error:
         problem = error
     settings = RunConfig.model_fields["cluster"].default if config is None else config.cluster
-    links = connect(timeout_s=settings.timeout_s, address=own_address(settings.address))
+    address = own_address(settings.address)
+    if place.local_size < place.size and ip_address(address).is_loopback:
+        raise RefusedError(
+            f"cluster.address={settings.address} is reached from its own host only, and torchrun started {place.size} ranks, "
+            f"{place.local_size} of them on {socket.gethostname()}; give cluster.address=NAME of the network interface that "
+            "the hosts share (see the page on trust first)"
+        )
+    links = connect(timeout_s=settings.timeout_s, address=address)
     try:
 
         def own() -> RunConfig:

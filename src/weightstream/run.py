@@ -22,7 +22,9 @@ from weightstream.data.dataset import Dataset, prepare
 from weightstream.data.tokenizer import Tokenizer
 from weightstream.engine import Engine
 from weightstream.errors import StoreError
+from weightstream.hosts import free_memory_bytes
 from weightstream.hub import initial_values
+from weightstream.preflight import require_memory, require_same_text, store_exists
 from weightstream.ranks import ALONE, Ranks
 from weightstream.store.glance import glance
 from weightstream.store.optimizers import Optimizer
@@ -56,13 +58,14 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: Ranks = ALONE) -
         StoreError: there is no store, and `create` is false.
         WeightstreamError: anything else that is wrong with the configuration, the text or the store.
     """
-    if not Store.exists(config.store):
+    exists = store_exists(config, ranks)
+    if not exists:
         if not create:
             raise StoreError(
                 f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
             )
         ranks.first(lambda: _try(config, ranks, rehearse=False))
-    weights = _weights(config, say)
+    weights = ranks.together(lambda: _weights(config, say))
     began_s, training = time.monotonic(), config.training
 
     def model_of(tokenizer: Tokenizer) -> tuple[Any, Callable[[], nn.Module]]:
@@ -74,18 +77,21 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: Ranks = ALONE) -
             side.check_vocabulary(vocabulary)
         dataset.train_sequences(training.sequence_length, at_least=training.sequences_per_step)
         dataset.validation_sequences(training.sequence_length)
-        if not Store.exists(config.store):
+        if not exists:
             _try(config, ranks, rehearse=True)
 
     def prepared(check: Callable[[Dataset], None]) -> Dataset:
         return prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
 
     dataset = ranks.first(lambda: prepared(check))
-    if dataset is None:  # another rank of this host has prepared it
-        dataset = prepared(lambda dataset: None)
+    # Where another rank of this host has prepared it, it is only opened.
+    dataset = ranks.together(lambda: dataset or prepared(lambda dataset: None))
+    require_same_text(dataset, ranks)
     say(_describe(dataset, time.monotonic() - began_s))
     _, build = model_of(dataset.tokenizer)
+    free_bytes = free_memory_bytes()
     with _engine(config, config.store, build, say, weights, ranks) as engine:
+        require_memory(engine, free_bytes, ranks)
         yield Run(config, engine, dataset)
 
 
@@ -130,7 +136,10 @@ def _engine(
 ) -> Engine:
     optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
     settings = engine_settings(config)
-    settings["threads_per_worker"] = threads_of(config)
+    threads = threads_of(config)
+    if ranks.links is not None:  # the first rank has the store, and hosts may differ in cores
+        threads = ranks.gather(threads or torch.get_num_threads())[0]
+    settings["threads_per_worker"] = threads
     return Engine(
         build, store, optimizer, log=say, initial=initial, cluster=ranks.cluster, links=ranks.links, **settings
     )
@@ -198,7 +207,7 @@ def fit(config: RunConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, 
             ) as metrics,
         ):  # fmt: skip
             outcome = trainer.train(
-                display, metrics, stop_asked=ranks.stop_asked, stepped=lambda step: ranks.stepped(step, say)
+                display, metrics, stop=ranks.stop(display.note), stepped=lambda step: ranks.stepped(step, say)
             )
         sample = config.training.sample
         continued: list[str] = []

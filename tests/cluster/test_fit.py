@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,72 @@ def test_what_a_person_must_put_right_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "store").exists()
 
 
+@pytest.mark.slow
+def test_a_stop_ends_both_ranks_after_the_same_step_and_is_said_once(alone: dict[str, Any], tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    run = subprocess.Popen(
+        [COMMAND, "fit", config, "cluster.workers=2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"train"' in metrics.read_text()):
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 143, err
+    assert [err.count(said) for said in ("SIGTERM: finishing", "stopped at step", "go on with:")] == [1, 1, 1], err
+    assert command("fit", config, "cluster.workers=4")["step"] == STEPS
+    assert digest(tmp_path) == alone["digest"]
+
+
+class Hosts:
+    """Two ranks as an external torchrun starts them, each on a host of its own, as far as one host can pretend."""
+
+    def __init__(self, config: Path) -> None:
+        self.config = config
+
+    def __call__(self, *own: Path, hosts: int = 1, settings: Sequence[str] = ()) -> list[tuple[int, str]]:
+        """Exit code and stderr of each rank; `own` are their folders."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(
+                [COMMAND, "fit", self.config, "cluster.workers=2", f"out={own[rank]}", *settings],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(2 // hosts)},
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        return [(rank.returncode, err) for rank in ranks for _, err in [rank.communicate(timeout=120)]]
+
+
+@pytest.mark.slow
+def test_hosts_that_share_no_files_keep_their_parts(tmp_path: Path) -> None:
+    hosts = Hosts(write_config(tmp_path))
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    for steps in (2, 3):  # made, and gone on with
+        for code, err in hosts(one, two, settings=(f"training.steps={steps}", "optimizer.steps=3")):
+            assert code == 0, err
+    assert (two / "store" / "memory-1").is_dir()
+    first, second = hosts(one, other)
+    assert (first[0], second) == (2, (2, "")), second
+    assert first[1].startswith("weightstream: rank 1 on "), first
+    assert f"no part of a store at {other / 'store'}" in first[1]
+    assert len(first[1].splitlines()) == 1
+    assert not other.exists()
+
+
+@pytest.mark.slow
+def test_loopback_between_hosts_is_refused_at_once(tmp_path: Path) -> None:
+    first, second = Hosts(write_config(tmp_path))(tmp_path / "one", tmp_path / "two", hosts=2)
+    assert (first[0], second) == (2, (2, "")), second
+    assert first[1].startswith("weightstream: cluster.address=127.0.0.1 is reached from its own host only")
+
+
 def test_the_button_plans_the_rest(tmp_path: Path) -> None:
     from weightstream.presets import push_button
 
@@ -127,3 +195,12 @@ def test_the_button_plans_the_rest(tmp_path: Path) -> None:
     )  # fmt: skip
     assert ended.returncode == 2
     assert "did you mean llama-60m?" in ended.stderr or "did you mean llama-8m?" in ended.stderr
+
+
+@pytest.mark.slow
+def test_what_the_button_planned_is_not_kept_where_it_is_refused(tmp_path: Path) -> None:
+    refused = command(
+        "fit", "--model", "llama-1m", "--workers", 2, "--out", tmp_path / "none", "data.sources=[none]", code=2
+    )
+    assert "no text found in data.sources: 'none'" in refused["stderr"]
+    assert not (tmp_path / "none").exists()

@@ -41,8 +41,10 @@ class Started:
         folder.mkdir(exist_ok=True)
         arguments = [str(folder), str(ranks), str(restarts), str(port), str(FAKE), str(steps), *faults]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", STARTER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", STARTER, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(folder)},  # where a killed launcher leaves its board
+        )  # fmt: skip
 
     def ended(self) -> tuple[int, str, str]:
         """Exit code, stdout, stderr; by then all that it started is gone."""

@@ -37,16 +37,16 @@ def gather(links: Gathering, value: Any) -> list[Any]:
 def together(links: Gathering, work: Callable[[], T]) -> T:
     """Do something on every rank, and go on if nobody refuses: a collective.
 
-    `work` may itself gather. What it raises as a `WeightstreamError` or an `OSError` counts as refused; anything else is
-    a mistake of ours, and goes its way.
+    `work` may itself gather. What it raises as a `WeightstreamError` or an `OSError` counts as refused; that a rank was
+    lost, which nobody can be told then, and mistakes of ours go their way.
 
     Raises:
         RefusedError: a rank refused; on all ranks, naming it if not all of them did so.
     """
     try:
         result = work()
-    except RefusedError:
-        raise  # the others have it already
+    except (RefusedError, ConnectionError, TimeoutError):
+        raise  # the others have it already, or nobody can be told
     except (WeightstreamError, OSError) as error:
         _checked(links.gather({_REFUSED: str(error), "host": socket.gethostname()}))
         raise AssertionError("a refusal was gathered, and not found") from error

@@ -92,8 +92,11 @@ class GroupLinks(Links):
         self.down, self.up, self.control = (self._channel(name, every) for name in ("down", "up", "control"))
 
     def _channel(self, name: str, members: range) -> _GroupChannel:
-        with _listening_on(self._interface):
-            group = dist.new_group(list(members), timeout=timedelta(seconds=self._timeout_s), backend="gloo")
+        try:
+            with _listening_on(self._interface):
+                group = dist.new_group(list(members), timeout=timedelta(seconds=self._timeout_s), backend="gloo")
+        except RuntimeError as error:
+            raise FabricError(f"rank {self.rank}, {name}: {_reason(error, self._timeout_s)}") from error
         return _GroupChannel(name, self.rank, members, group, self._timeout_s)
 
     def divide(self, cluster: Cluster) -> None:

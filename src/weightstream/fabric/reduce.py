@@ -137,9 +137,10 @@ class Reduction:
                 own = {node: by_unit[unit.unit] for node, by_unit in heads.items()}
                 steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
                 work = _UnitSum(self._channel, steps, (job, number), unit, own, sums, sends)
-                work.run()
-                if unit.unit in targets:
-                    head = work.finish((0, self._groups), targets[unit.unit])
+                target = targets.get(unit.unit)
+                work.run(target)
+                if target is not None:
+                    head = work.finish((0, self._groups), target)
                     total.found |= head.found
                     flags = [any(layer[i] for layer in head.layers.values()) for i in range(len(unit.pieces))]
                     total.present[unit.unit] = tuple(flags)
@@ -171,15 +172,16 @@ class _UnitSum:
         self._memory_of = {node: node for node in heads}  # a sum is made in the memory of one of those it is made of
         self._sums = sums
         self._taken: dict[int, Tensor] = {}  # by layer, where this rank computes nothing
+        self._in_place = False  # the whole sum comes where it is wanted
         self._what = f"gradient of unit {unit.unit}"
 
-    def run(self) -> None:
-        """Carries out all steps."""
+    def run(self, target: Tensor | None) -> None:
+        """Carries out all steps; `target` is where the finished sum is wanted, on its owner."""
         self._exchange_heads()
         start, stop = self._unit.span
         chunks = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
         coming = {
-            number: self._receives(step, self._others[number], chunks)
+            number: self._receives(step, self._others[number], chunks, target)
             for number, step in enumerate(self._steps)
             if isinstance(step, Merge | Take)
         }
@@ -199,8 +201,9 @@ class _UnitSum:
                             self._sends.append(self._channel.send(data, to, self._tag(index, layer), self._what))
                     case Take(_, _):
                         for layer, data in next(coming[number]):
-                            whole = self._taken.setdefault(layer, torch.empty(stop - start))
-                            whole[chunk[0] - start : chunk[1] - start].copy_(data)
+                            if not self._in_place:
+                                whole = self._taken.setdefault(layer, torch.empty(stop - start))
+                                whole[chunk[0] - start : chunk[1] - start].copy_(data)
 
     def _tag(self, chunk: int, layer: int) -> int:
         return tag(self._job, self._number, chunk, layer)
@@ -241,10 +244,18 @@ class _UnitSum:
                 if key not in self._sums:
                     self._sums[key] = torch.empty(self._unit.image)
 
-    def _receives(self, step: Merge | Take, head: Head, chunks: Sequence[Range]) -> Iterator[list[tuple[int, Tensor]]]:
-        """Chunk by chunk what comes of every layer; a few are under way at once."""
-        layers = list(head.layers)
-        buffers = [{layer: torch.empty(CHUNK) for layer in layers} for _ in range(min(AHEAD, len(chunks)))]
+    def _receives(
+        self, step: Merge | Take, head: Head, chunks: Sequence[Range], target: Tensor | None
+    ) -> Iterator[list[tuple[int, Tensor]]]:
+        """Chunk by chunk what comes of every layer; a few are under way at once.
+
+        The one layer of a whole sum, of which nothing is missing, comes where it is wanted.
+        """
+        layers, start = list(head.layers), self._unit.span[0]
+        straight = isinstance(step, Take) and target is not None and len(layers) == 1 and all(head.layers[layers[0]])
+        self._in_place |= straight
+        ahead = 0 if straight else min(AHEAD, len(chunks))
+        buffers = [{layer: torch.empty(CHUNK) for layer in layers} for _ in range(ahead)]
         posted: deque[list[tuple[int, Tensor, Handle]]] = deque()
 
         def post(index: int) -> None:
@@ -252,7 +263,11 @@ class _UnitSum:
                 length = chunks[index][1] - chunks[index][0]
                 found = []
                 for layer in layers:
-                    data = buffers[index % AHEAD][layer][:length]
+                    if straight:
+                        assert target is not None
+                        data = target[chunks[index][0] - start : chunks[index][1] - start]
+                    else:
+                        data = buffers[index % AHEAD][layer][:length]
                     handle = self._channel.receive(data, step.source, self._tag(index, layer), self._what)
                     found.append((layer, data, handle))
                 posted.append(found)
@@ -288,6 +303,8 @@ class _UnitSum:
         """Over uses, in order: what there is of each piece goes to the target, or is added to it."""
         start, stop = self._unit.span
         head = self._heads[root]
+        if self._in_place:
+            return head
         for index, (low, high) in enumerate(self._unit.pieces):
             place = target[low - start : high - start]
             begun = False

@@ -59,7 +59,7 @@ def fill(store: "Store", values: Mapping[str, Tensor]) -> None:
             f"{missing[0]!r}; import again into it, or remove it"
         )
     buffer = RecordBuffer(max(store.layout(unit.index).image_nbytes for unit in units))
-    value: tuple[str, Tensor] | None = None  # of the tensor whose panels come one after another
+    value: Tensor | None = None  # of a tensor whose panels come one after another; else none is kept
     try:
         for unit in units:
             layout = store.layout(unit.index)
@@ -71,9 +71,10 @@ def fill(store: "Store", values: Mapping[str, Tensor]) -> None:
             masters = buffer.tensors("param")
             for spec in layout.part("param").tensors:
                 if spec.name in values:
-                    if value is None or value[0] != spec.name:
-                        value = spec.name, values[spec.name]
-                    _take(store, spec, value[1], masters[spec.name])
+                    if value is None:
+                        value = values[spec.name]
+                    _take(store, spec, value, masters[spec.name])
+                    value = None if spec.last else value
                 else:
                     _generate(store, spec, masters[spec.name])
             if layout.has("copy"):

@@ -19,7 +19,7 @@ from weightstream.training.memory import peak_rss_bytes, rss_bytes
 from weightstream.training.metrics import MetricsLog
 from weightstream.training.ranks import RankTalk, describe
 from weightstream.training.settings import TrainingConfig
-from weightstream.training.stopping import StopRequest
+from weightstream.training.stopping import Stop, StopRequest
 
 if TYPE_CHECKING:
     from weightstream.engine import Engine, StepResult
@@ -76,7 +76,7 @@ class Trainer:
         display: Display,
         metrics: MetricsLog,
         *,
-        stop_asked: Callable[[], signal.Signals | None] = lambda: None,
+        stop: Stop | None = None,
         stepped: Callable[[int], None] = lambda step: None,
     ) -> Outcome:
         """Go on to `config.steps`, or until Ctrl-C or SIGTERM; commits before it returns.
@@ -84,16 +84,18 @@ class Trainer:
         With several ranks every one of them trains, and all stop after the same step.
 
         Args:
-            stop_asked: by which signal somebody else was asked to stop this run.
+            stop: whether somebody asked to stop; default: this process listens to both signals.
             stepped: told of each step that was done.
         """
         self.display, self.metrics = display, metrics
         engine, first_step, began_s = self.engine, self.engine.step_count, time.monotonic()
         stalled_s, read, written, bound, skipped = 0.0, 0, 0, 0, 0
         after = None
-        with StopRequest(self.display.note).listening() as stop:
-            self._talk = RankTalk(engine, lambda: stop.signal or stop_asked())
+        asked = stop or StopRequest(self.display.note)
+        with asked.listening():
+            self._talk = RankTalk(engine, lambda: asked.signal)
             before = self._before()
+            self._talk.before_steps()
             while engine.step_count < self.config.steps and self._talk.stop is None:
                 facts = self._step()
                 stepped(facts.step)

@@ -32,13 +32,23 @@ class RankTalk:
     def __init__(self, engine: "Engine", stop_asked: Callable[[], signal.Signals | None]) -> None:
         self._engine, self._stop_asked = engine, stop_asked
         self._sent = (0, 0)
-        self.stop: signal.Signals | None = None
+        self._agreed: signal.Signals | None = None
+
+    @property
+    def stop(self) -> signal.Signals | None:
+        """The signal by which a person asked for a stop: all ranks have the same answer.
+
+        One rank alone looks again each time, since a signal may have come after its step.
+        """
+        return self._stop_asked() if self._engine.cluster.size == 1 else self._agreed
+
+    def before_steps(self) -> None:
+        """A stop may have been asked for before the first step."""
+        self._agree(self._engine.gather(self._stop_asked()))
 
     def after_step(self, result: "StepResult", seconds: float, rss_bytes: int) -> list[RankFacts]:
         """The facts of every rank, in order; of one alone none."""
-        asked = self._stop_asked()
         if self._engine.cluster.size == 1:
-            self.stop = asked
             return []
         down, up = self._engine.sent_bytes()
         before, self._sent = self._sent, (down, up)
@@ -46,10 +56,13 @@ class RankTalk:
             seconds=seconds, stalled_s=result.stalled_s, down_bytes=down - before[0], up_bytes=up - before[1],
             rss_bytes=rss_bytes,
         )  # fmt: skip
-        told: list[Any] = self._engine.gather([asked, asdict(own)])
-        number = next((number for number, _ in told if number is not None), None)
-        self.stop = None if number is None else signal.Signals(number)
+        told: list[Any] = self._engine.gather([self._stop_asked(), asdict(own)])
+        self._agree([number for number, _ in told])
         return [RankFacts(**facts) for _, facts in told]
+
+    def _agree(self, asked: list[int | None]) -> None:
+        number = next((number for number in asked if number is not None), None)
+        self._agreed = None if number is None else signal.Signals(number)
 
 
 def describe(ranks: list[RankFacts], first_computing: int) -> str:
