@@ -55,6 +55,9 @@ CREATE TABLE snapshots (name TEXT PRIMARY KEY, number INTEGER NOT NULL, checksum
 _OF_THE_SYSTEM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN}
 """Errors of SQLite that say nothing about the file's contents."""
 
+_ASKED_AT_ONCE = 500
+"""Values in one statement."""
+
 _COLUMNS = {
     "meta": ("key", "value"),
     "blocks": ("block", "name", "facts"),
@@ -336,7 +339,7 @@ class Manifest:
         ]
 
     def living(self, blocks: Sequence[int]) -> list[RecordRow]:
-        """The row that lives now of each of these records (some hundred at most) that has one."""
+        """The row that lives now of each of these records, some hundred at most, that has one."""
         return self._records(f"died IS NULL AND block IN ({','.join('?' * len(blocks))})", blocks) if blocks else []
 
     def in_shared(self, file: str) -> list[RecordRow]:
@@ -387,9 +390,9 @@ class Manifest:
                 self._connection.execute("DELETE FROM shared WHERE file = ? AND live_bytes = 0", (file,))
             for row in shared:
                 _insert(self._connection, "shared", _shared_values(row))
+            self._retire([record.block for record in records], number, held)
             for record in records:
-                self._retire(record.block, number, held)
-                self._insert(record, number)
+                self._insert(record, number, new=True)
             for move in moves:
                 self._move(move)
             return self._seal(CommitRow(number, step, progress), held)
@@ -407,10 +410,9 @@ class Manifest:
             now = {row.block for row in self._records("died IS NULL AND born > ?", (wanted.number,))}
             died = self._records("died > ? AND born <= ?", (wanted.number, wanted.number))
             then = {row.block: row for row in died}
-            for block in now | then.keys():
-                self._retire(block, number, held)
-                if block in then:
-                    self._insert(then[block], number)
+            self._retire(sorted(now | then.keys()), number, held)
+            for row in then.values():
+                self._insert(row, number)
             return self._seal(CommitRow(number, wanted.step, wanted.progress), held)
 
     def add_snapshot(self, name: str) -> int:
@@ -480,23 +482,25 @@ class Manifest:
     def _forget_commits(self, kept: Sequence[int]) -> None:
         self._connection.execute(f"DELETE FROM commits WHERE number NOT IN ({','.join('?' * len(kept))})", kept)
 
-    def _retire(self, block: int, number: int, held: Sequence[int]) -> None:
-        """The living row of a block dies at this commit; it is kept only if a snapshot holds it."""
-        for row in self._records("block = ? AND died IS NULL", (block,)):
-            self._delete(row)
-            if any(row.born <= snapshot < number for snapshot in held):
-                self._insert(row, row.born, number)
+    def _retire(self, blocks: Sequence[int], number: int, held: Sequence[int]) -> None:
+        """The living rows of these die at this commit; one is kept only if a snapshot holds it."""
+        for start in range(0, len(blocks), _ASKED_AT_ONCE):
+            for row in self.living(blocks[start : start + _ASKED_AT_ONCE]):
+                self._delete(row, alone=not held)
+                if any(row.born <= snapshot < number for snapshot in held):
+                    self._insert(row, row.born, number)
 
-    def _insert(self, row: RecordRow, born: int, died: int | None = None) -> None:
-        """A row of `records`; its bytes are live from now on, unless another one points to them already."""
-        if row.offset:
-            self._live[row.file] += row.nbytes * (not self._has_place(row))
+    def _insert(self, row: RecordRow, born: int, died: int | None = None, *, new: bool = False) -> None:
+        """A row of `records`; its bytes are live from now on, unless they are not new and another one points to them."""
+        if row.offset and (new or not self._has_place(row)):
+            self._live[row.file] += row.nbytes
         _insert_record(self._connection, row, born, died)
 
-    def _delete(self, row: RecordRow) -> None:
+    def _delete(self, row: RecordRow, *, alone: bool = False) -> None:
+        """`alone`: it is the only row of its record."""
         self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
-        if row.offset:
-            self._live[row.file] -= row.nbytes * (not self._has_place(row))
+        if row.offset and (alone or not self._has_place(row)):
+            self._live[row.file] -= row.nbytes
 
     def _has_place(self, row: RecordRow) -> bool:
         """Whether a row points to these bytes: one of the same record, as places belong to one alone."""

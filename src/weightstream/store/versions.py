@@ -29,7 +29,7 @@ from weightstream.store.initial import Recipe
 from weightstream.store.layout import Part
 from weightstream.store.manifest import CommitRow, Manifest, RecordRow, SharedRow
 from weightstream.store.many import Writing, extents_of, read_many, write_many
-from weightstream.store.records import Entry, PinnedPart, Records, file_name, pin_parts, slot_of, unpin_parts
+from weightstream.store.records import Entry, PinnedPart, Record, Records, file_name, pin_parts, slot_of, unpin_parts
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.shared import Batch, SharedFiles
 from weightstream.store.tiers import Disk, Extent, Memory
@@ -91,10 +91,10 @@ class Versions:
         out: Future[None] = new_future()
         with self._lock:
             self.check_usable()
-            self.check_write(block_index, record, version)
             state = self.records[block_index]
+            self.check_write(block_index, record, version, state.newest.version)
             record.image[: layout.header_nbytes] = layout.header(version)
-            entry = Entry(version, optimizer_steps, checksums=sums or {}, ready=out)
+            entry = Entry(version, optimizer_steps, checksums=sums or {}, ready=out, claimed=new_future())
             state.newest = entry
             self.changed.add(block_index)
             self.track(out)
@@ -123,25 +123,23 @@ class Versions:
         """Fill each buffer with the newest version of a record."""
         return read_many(self, records, parts, kind)
 
-    def check_write(self, block_index: int, record: RecordBuffer, version: int) -> None:
+    def check_write(self, block_index: int, record: RecordBuffer, version: int, newest: int) -> None:
         """Refuse a version that cannot be written."""
-        if record.layout != self.layouts[block_index]:
+        if not self.layouts.fits(block_index, record.layout):
             raise ValueError(f"write of block {block_index}: the buffer is bound to block {record.layout.block!r}")
-        newest = self.records[block_index].newest.version
         if version < newest:
             raise ValueError(f"write of block {block_index}: version {version} after {newest}")
 
-    def make_newest(self, block_index: int, entry: Entry) -> None:
-        """From now on this version is served; it has its place in a file."""
-        state = self.records[block_index]
+    def make_newest(self, block_index: int, state: Record, entry: Entry) -> None:
+        """From now on this version of a family's record is served; it has its place in a file."""
         before, state.newest = state.newest, entry
         self.changed.add(block_index)
-        self._let_go(block_index, before)
+        self._let_go(state, before)
 
-    def _let_go(self, block_index: int, *entries: Entry) -> None:
+    def _let_go(self, state: Record, *entries: Entry) -> None:
         """Places of versions that nobody will serve or publish can be used again."""
         for entry in entries:
-            if entry.offset and not self.records[block_index].has(entry):
+            if entry.offset and not state.has(entry):
                 self.shared.let_go(entry)
 
     def commit(self, step: int, progress: dict[str, Any]) -> "Future[None]":
@@ -155,7 +153,7 @@ class Versions:
                 state = self.records[index]
                 state.committing.append(entry)
                 before, state.accepted = state.accepted, entry
-                self._let_go(index, before)
+                self._let_go(state, before)
             batch = self.shared.take(published.values())
             waits = [entry.ready for entry in published.values()] + self._commits[-1:]
             self._commits.append(out)
@@ -169,7 +167,7 @@ class Versions:
             for index in self.changed:
                 state = self.records[index]
                 before, state.accepted = state.accepted, state.newest
-                self._let_go(index, before)
+                self._let_go(state, before)
 
     def discard(self) -> None:
         """Go back to what was accepted last; after a failure, to the last commit that was asked for."""
@@ -179,7 +177,7 @@ class Versions:
                 state = self.records[index]
                 before = state.newest, state.accepted
                 state.undo(to_commit=failed)
-                self._let_go(index, *before)
+                self._let_go(state, *before)
             self.changed = {index for index in self.changed if self.records[index].pending}
 
     def pin(self, block_index: int, parts: Collection[str]) -> None:
@@ -526,7 +524,7 @@ class Versions:
     def _row(self, index: int, entry: Entry) -> RecordRow:
         assert entry.slot is not None
         name = self.file_name(index, entry.slot)
-        nbytes = self.layouts[index].parts_nbytes if entry.offset else 0
+        nbytes = self.layouts.parts_nbytes(index) if entry.offset else 0
         return RecordRow(
             index, entry.version, name, entry.checksums, entry.optimizer_steps, offset=entry.offset, nbytes=nbytes
         )
