@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ CREATE TABLE commits (
     number INTEGER PRIMARY KEY, step INTEGER NOT NULL, progress TEXT NOT NULL, checksum TEXT NOT NULL
 );
 CREATE TABLE snapshots (name TEXT PRIMARY KEY, number INTEGER NOT NULL, checksum TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE life (written_bytes INTEGER NOT NULL, session TEXT NOT NULL, checksum TEXT NOT NULL);
 """
 _OF_THE_SYSTEM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN}
 """Errors of SQLite that say nothing about the file's contents."""
@@ -66,6 +67,7 @@ _COLUMNS = {
     "shared": ("serial", "file", "nbytes", "header_nbytes", "header_checksum", "live_bytes"),
     "commits": ("number", "step", "progress"),
     "snapshots": ("name", "number"),
+    "life": ("written_bytes", "session"),
 }
 
 
@@ -106,6 +108,14 @@ class SharedRow:
     header_nbytes: int
     header_checksum: str
     live_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LifeRow:
+    """What the store has written to its disk in its life, and figures of its writer's last session."""
+
+    written_bytes: int = 0
+    session: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +188,7 @@ class Manifest:
             for file in shared:
                 _insert(connection, "shared", _shared_values(replace(file, live_bytes=live[file.file])))
             _insert(connection, "commits", (0, step, _json(progress or {})))
+            _insert(connection, "life", (0, "{}"))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise StoreError(
@@ -201,9 +212,7 @@ class Manifest:
         """
         what = f"store '{path.parent}'"
         try:
-            mode = "rw" if writable else "ro"
-            uri = f"{path.resolve().as_uri()}?mode={mode}"
-            connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
+            connection = _connection(path, writable=writable)
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (number,) = connection.execute("PRAGMA user_version").fetchone()
             if writable and (application, number) == (APPLICATION_ID, FORMAT_NUMBER):
@@ -327,8 +336,7 @@ class Manifest:
     def count_living(self, first: int, stop: int) -> int:
         """How many records of a range have been written."""
         clause = "SELECT COUNT(*) FROM records WHERE block >= ? AND block < ? AND died IS NULL"
-        with self._lock:
-            return int(self._connection.execute(clause, (first, stop)).fetchone()[0])
+        return self._number(clause, (first, stop))
 
     def _records(self, where: str, values: Sequence[Any]) -> list[RecordRow]:
         return [
@@ -350,10 +358,21 @@ class Manifest:
         """The files that records share, from a serial number on."""
         return self._shared("WHERE serial >= ? ORDER BY serial", (serial,))
 
+    def life(self) -> LifeRow:
+        """The figures of the last commit; none in a store that was just made."""
+        rows = self._rows("life")
+        return LifeRow(rows[0][0], json.loads(rows[0][1])) if rows else LifeRow()
+
     def last_serial(self) -> int:
         """The serial number of the newest shared file; 0 if there is none."""
-        with self._lock:
-            return int(self._connection.execute("SELECT COALESCE(MAX(serial), 0) FROM shared").fetchone()[0])
+        return self._number("SELECT COALESCE(MAX(serial), 0) FROM shared")
+
+    def _number(self, clause: str, values: Sequence[Any] = ()) -> int:
+        try:
+            with self._lock:
+                return int(self._connection.execute(clause, values).fetchone()[0])
+        except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+            raise _unreadable(f"manifest '{self.path}'", error) from error
 
     def dead_files(self) -> list[SharedRow]:
         """Shared files that nothing points to."""
@@ -376,6 +395,7 @@ class Manifest:
         shared: Sequence[SharedRow] = (),
         moves: Sequence[Move] = (),
         gone: Sequence[str] = (),
+        life: LifeRow | None = None,
     ) -> CommitRow:
         """Make a commit of these new versions: everything or, if this fails, nothing.
 
@@ -383,6 +403,7 @@ class Manifest:
             shared: new files that hold some of them.
             moves: records whose bytes were copied into such files.
             gone: dead shared files that are no more.
+            life: the figures to be kept from now on.
         """
         with self._transaction():
             number, held = self._next()
@@ -395,6 +416,9 @@ class Manifest:
                 self._insert(record, number, new=True)
             for move in moves:
                 self._move(move)
+            if life is not None:
+                self._connection.execute("DELETE FROM life")
+                _insert(self._connection, "life", (life.written_bytes, _json(life.session)))
             return self._seal(CommitRow(number, step, progress), held)
 
     def restore(self, name: str) -> CommitRow:
@@ -544,6 +568,28 @@ class Manifest:
                     f"values now give {expected}; the file was changed or damaged, restore it from a copy"
                 )
         return [tuple(row) for *row, _ in rows]
+
+
+def _connection(path: Path, *, writable: bool) -> sqlite3.Connection:
+    """SQLite keeps an index of its log beside the database. On a disk that is read-only there can be none, and without a
+    log there need be none."""
+    uri = f"{path.resolve().as_uri()}?mode={'rw' if writable else 'ro'}"
+    options: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False, "timeout": 30}
+    connection = sqlite3.connect(uri, **options)
+    try:
+        connection.execute("PRAGMA application_id")
+    except sqlite3.OperationalError as error:
+        connection.close()
+        if writable or os.access(path.parent, os.W_OK):
+            raise
+        log = path.with_name(f"{path.name}-wal")
+        if log.exists() and log.stat().st_size:
+            raise StoreError(
+                f"store '{path.parent}': its last commits are in {log.name}, for which SQLite needs to write beside it, and "
+                "the disk is read-only; make it writable and open the store once, or copy the store to another disk"
+            ) from error
+        connection = sqlite3.connect(f"{uri}&immutable=1", **options)
+    return connection
 
 
 def _unreadable(what: str, error: Exception) -> StoreError:

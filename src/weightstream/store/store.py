@@ -20,7 +20,7 @@ from torch import Tensor
 
 from weightstream.blocks import Block, Parameter
 from weightstream.errors import StoreError, StoreMismatchError
-from weightstream.store import audit, directory, integrity
+from weightstream.store import audit, directory, figures, integrity
 from weightstream.store.branch import branch
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
@@ -119,6 +119,8 @@ class Store:
         facts = [(block.index, block.name, _block_facts(block, recipes)) for block in blocks]
         layouts = Layouts(blocks, families, precision, optimizer)
         assert [block.index for block in blocks] == list(range(len(blocks))), "blocks are numbered in order"
+        for named in (*blocks, *families):
+            _require_text(named.name, *(parameter.name for parameter in named.parameters))
         lock_handle = directory.make(store_path)
         try:
             _sync_names_above(store_path, disk.device)
@@ -489,13 +491,19 @@ class Store:
         self._require_writable()
         return integrity.repair(self)
 
-    def info(self) -> dict[str, Any]:
-        """Sizes, versions and counters, as JSON."""
-        return audit.info(self)
+    def info(self, *, tbw_bytes: float | None = None) -> dict[str, Any]:
+        """Sizes, versions, space by snapshot, tiers and counters, as JSON; with `tbw_bytes`, what a disk is said to stand
+        in its life, also how many days of that are left at the rate of the last session."""
+        return figures.info(self, tbw_bytes=tbw_bytes)
 
     def snapshot(self, name: str) -> None:
-        """Hold the last commit under a name: one row, no data is copied."""
+        """Hold the last commit under a name: one row, no data is copied.
+
+        Raises:
+            StoreError: the name is taken, or no text.
+        """
         self._require_writable()
+        _require_text(name)
         self.before_look()
         self.versions.add_snapshot(name)
 
@@ -600,6 +608,19 @@ def _sync_names_above(path: Path, device: Device) -> None:
             if parent == path.absolute().parent:
                 raise
             return
+
+
+def _require_text(*names: str) -> None:
+    """Refuse names that no file could hold: Python has strings that are no Unicode text.
+
+    Raises:
+        StoreError: naming the first.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise StoreError(f"name {name!r} cannot be written as text: {error.reason}; give another name") from None
 
 
 def _block_facts(block: Block, recipes: Mapping[str, Recipe]) -> dict[str, Any]:

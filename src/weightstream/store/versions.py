@@ -23,6 +23,7 @@ from weightstream.store import directory
 from weightstream.store.checksums import checksums
 from weightstream.store.compaction import Copied, compact
 from weightstream.store.families import Layouts
+from weightstream.store.figures import Session
 from weightstream.store.futures import chain, forward, gather, new_future, settle
 from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
@@ -73,6 +74,7 @@ class Versions:
         self._in_flight: set[Future[Any]] = set()
         self._failure: BaseException | None = None
         self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
+        self.session = Session(manifest.life(), {"disk": disk.traffic, "ram": memory.traffic})
         self.shared = SharedFiles(path / directory.SEGMENTS, disk, manifest, self._lock)
 
     def write(
@@ -508,9 +510,10 @@ class Versions:
             shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
             rows = [self._row(index, entry) for index, entry in published.items()]
             gone = self._sync_names(published)
+            life = self.session.row(self.pinned_bytes)
             batch.asked = True
             try:
-                self._manifest.publish(step, progress, rows, shared=shared, moves=copied.moves, gone=gone)
+                self._manifest.publish(step, progress, rows, shared=shared, moves=copied.moves, gone=gone, life=life)
             except BaseException:
                 self._doubt(published)
                 raise
