@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from weightstream.store.optimizers import SGD, Adafactor, AdamW, Group, Lion, Torch
     from weightstream.store.recipes import Recipe
     from weightstream.store.schedules import constant, cosine, linear, wsd
+    from weightstream.store.segments import RecordBuffer
     from weightstream.store.store import Store
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "Lion",
     "Parameter",
     "Recipe",
+    "RecordBuffer",
     "Store",
     "Torch",
     "constant",
@@ -42,6 +44,7 @@ _HOMES = {
     "Parameter": "weightstream.blocks",
     "Family": "weightstream.store.families",
     "Recipe": "weightstream.store.recipes",
+    "RecordBuffer": "weightstream.store.segments",
     **dict.fromkeys(("SGD", "Adafactor", "AdamW", "Group", "Lion", "Torch"), "weightstream.store.optimizers"),
     **dict.fromkeys(("constant", "cosine", "linear", "wsd"), "weightstream.store.schedules"),
 }

@@ -162,10 +162,18 @@ def demo(
 
 
 @store_app.command("info")
-def store_info(store: StorePath, as_json: AsJson = False) -> None:
-    """Sizes, versions, step and settings of a store."""
+def store_info(
+    store: StorePath,
+    tbw: Annotated[
+        float | None, typer.Option(min=0, metavar="TB", help="Terabytes written that the disk is rated for.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sizes, versions, tiers, space by snapshot, and how long the disk will stand it."""
+    from weightstream.store.figures import describe
+
     with _open(store) as opened:
-        _print(opened.info(), _lines, as_json)
+        _print(opened.info(tbw_bytes=None if tbw is None else tbw * 1e12), describe, as_json)
 
 
 @store_app.command("digest")

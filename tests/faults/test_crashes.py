@@ -7,12 +7,12 @@ import pytest
 from tests.faults.device import Moment, device_calls, lay_down
 from tests.faults.run import check, fast_directory, recorded
 
-_TABLES = ("meta", "blocks", "families", "records", "shared", "commits", "snapshots")
+_TABLES = ("meta", "blocks", "families", "records", "shared", "commits", "snapshots", "life")
 STATEMENTS = (
     {f"SQL INSERT INTO {table}" for table in _TABLES}
     | {f"SQL SELECT {table}" for table in _TABLES}
     | {f"SQL CREATE TABLE {table}" for table in _TABLES}
-    | {f"SQL DELETE FROM {table}" for table in ("records", "shared", "commits", "snapshots")}
+    | {f"SQL DELETE FROM {table}" for table in ("records", "shared", "commits", "snapshots", "life")}
     | {"SQL BEGIN", "SQL BEGIN IMMEDIATE", "SQL COMMIT", "SQL PRAGMA journal_mode", "SQL PRAGMA synchronous"}
 )
 BESIDE = {"os.open", "os.mkdir", "os.rename", "os.unlink", "os.ftruncate", "os.pwrite", "os.fsync"}

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -253,23 +254,17 @@ class TestMemory(StoreContract):
         assert store.pinned_bytes == sum(part.nbytes for part in store.layout(2).parts)
 
 
-class TestCopyInMemory(StoreContract):
-    """What streams is in memory, states on disk."""
-
-    pins = ("copy",)
-
-
-class TestStatesInMemory(StoreContract):
-    """The other way round, so that a load comes from both tiers."""
-
-    pins = ("param", "exp_avg_sq")
+def _combinations() -> Iterator[tuple[str, type[StoreContract]]]:
+    """A class for every other set of parts that may lie in memory, in both precisions."""
+    for precision, parts in (("bf16", EVERYTHING), ("fp32", EVERYTHING[1:])):
+        for size in range(len(parts) + 1):
+            for pins in combinations(parts, size):
+                if precision == "fp32" or 0 < size < len(parts):
+                    name = f"Test_{precision}_{'_'.join(pins) or 'disk'}"
+                    yield name, type(name, (StoreContract,), {"pins": pins, "precision": precision})
 
 
-class TestFullPrecision(StoreContract):
-    """The masters are what streams."""
-
-    precision: Precision = "fp32"
-    pins = ("exp_avg",)
+globals().update(_combinations())
 
 
 class TestPageCache(StoreContract):

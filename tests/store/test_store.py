@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
+from tests.faults.run import fast_directory
 from tests.store.cases import (
     BLOCKS,
     CONTRACT,
@@ -30,13 +34,17 @@ from tests.store.cases import (
     filled,
     loaded,
     make,
+    put,
     reopen,
     segment,
     step,
 )
+from tests.store.test_families import FEW
 
 from weightstream.blocks import Block, Parameter
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError, StoreMismatchError
+from weightstream.store.families import Family
+from weightstream.store.figures import describe
 from weightstream.store.optimizers import Adafactor, AdamW
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.store import Store
@@ -495,6 +503,41 @@ def test_info_is_json(tmp_path: Path) -> None:
         assert found["segment_bytes"] == store.layout(0).image_nbytes + store.layout(2).image_nbytes
 
 
+def test_info_says_where_space_goes_and_how_long_the_disk_lasts(tmp_path: Path) -> None:
+    with make(tmp_path / "store") as store:
+        images = [store.layout(block.index).image_nbytes for block in BLOCKS]
+        store.pin(0, ("copy",))
+        step(store, 1)
+        store.snapshot("one")
+        step(store, 2)
+        step(store, 3)
+    written = images[2] + 3 * images[0]
+    with reopen(tmp_path / "store", writable=False) as store:
+        found = store.info(tbw_bytes=10 * written)
+        assert found["last_commit_bytes"] == images[0] + images[2]
+        assert found["snapshots_bytes"] == found["snapshots"]["one"]["own_bytes"] == images[0]
+        assert found["reusable_bytes"] == images[0]
+        on_disk = sum(path.stat().st_size for path in (store.path / "segments").glob("*.safetensors"))
+        assert found["disk_bytes"] == on_disk == 3 * images[0] + images[2]
+        assert found["life_written_bytes"] == written
+        tiers, seconds = found["session"]["tiers"], found["session"]["seconds"]
+        assert tiers["disk"]["written_bytes"] == written
+        assert tiers["ram"]["written_bytes"] == 3 * store.layout(0).part("copy").nbytes
+        assert found["session"]["pinned_bytes"] == store.layout(0).part("copy").nbytes
+        assert found["disk_life_left_days"] == pytest.approx(9 * seconds / 86_400, rel=1e-6)
+        text = describe(found)
+        for said in ("step 3, bf16", "snapshot one", "alone", "tier ram", "days left at this rate", "0 to 3, by block"):
+            assert said in text
+    with reopen(tmp_path / "store") as store:
+        step(store, 4)  # the life goes on, the session is another
+        found = store.info(tbw_bytes=written / 2)
+        assert found["life_written_bytes"] == written + images[0]
+        assert found["session"]["tiers"]["disk"]["written_bytes"] == images[0]
+        assert found["disk_life_left_days"] == 0
+    with make(tmp_path / "new", families=[FEW]) as store:
+        assert "family few.{}" in describe(store.info(tbw_bytes=1e12))
+
+
 def test_a_store_may_be_moved(tmp_path: Path) -> None:
     with make(tmp_path / "store") as store:
         step(store, 1)
@@ -512,3 +555,137 @@ def test_a_model_without_states_or_with_many_tensors(tmp_path: Path) -> None:
         with safe_open(segment(store, 0), "pt") as opened:
             assert "param/p299" in opened.keys()  # noqa: SIM118
     assert RECIPES
+
+
+READ_ONLY = """
+    import subprocess, sys
+    from pathlib import Path
+    from tests.store.cases import TRAINED, files, make, put, reopen
+    from tests.store.test_families import EXPERTS
+    from weightstream.errors import StoreError
+    from weightstream.store.store import Store
+
+    disk = Path(sys.argv[1])
+    def mount(options):
+        subprocess.run(["mount", *options, disk], check=True)
+
+    mount(["-t", "tmpfs", "-o", "size=64m", "none"])
+    with make(disk / "store", families=[EXPERTS]) as store:
+        put(store, 1, *TRAINED, store.index(EXPERTS.name, 5))
+        store.snapshot("a")
+        digest = store.digest()
+    mount(["-o", "remount,ro"])
+    before = files(disk)
+    with reopen(disk / "store", writable=False) as store:
+        assert (store.digest(), store.verify(), store.snapshots()) == (digest, [], {"a": 1})
+        assert store.info()["step"] == 1
+        for change in (lambda: store.snapshot("b"), lambda: store.branch("a", disk / "branch")):
+            try:
+                change()
+            except StoreError as error:
+                print(error)
+    for change in (lambda: Store.open(disk / "store"), lambda: make(disk / "other")):
+        try:
+            change()
+        except StoreError as error:
+            print(error)
+    assert files(disk) == before
+    mount(["-t", "tmpfs", "none"])  # another one: what a process that was killed leaves
+    (disk / "store").mkdir()
+    for name in ("manifest.sqlite", "manifest.sqlite-wal"):
+        (disk / "store" / name).write_bytes(b"SQLite" * 100)
+    mount(["-o", "remount,ro"])
+    try:
+        reopen(disk / "store", writable=False)
+    except StoreError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
+    """A real one, in a name space of our own: whoever is root may write wherever permissions forbid it."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    probe = "mount -t tmpfs -o size=64k none /mnt && mount -o remount,ro /mnt"
+    if shutil.which("unshare") is None or subprocess.run([*alone, "sh", "-c", probe], capture_output=True).returncode:
+        pytest.skip("this system lets us mount no file system")
+    (tmp_path / "script.py").write_text(textwrap.dedent(READ_ONLY))
+    (tmp_path / "mounted").mkdir()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    done = subprocess.run(
+        [*alone, sys.executable, tmp_path / "script.py", tmp_path / "mounted"],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 5
+    for line, wanted in zip(
+        said,
+        (
+            "was opened for reading",
+            "Read-only file system; give another path",
+            "cannot be written: Read-only file system.*open it for reading",
+            "a store cannot be made there: Read-only file system",
+            "its last commits are in manifest.sqlite-wal.*make it writable",
+        ),
+        strict=True,
+    ):
+        assert re.search(wanted, line), line
+
+
+ODD = ["", " ", ".", "..", "a/b", 'quo"te', "back\\slash", "new\nline", "ünïcödé", "\u202e", "\U0001f600", "%s{}", "-x"]
+FOLDERS = [" ", 'quo"te', "back\\slash", "new\nline", "ünïcödé", "\U0001f600", "%s{}", "-x", "?#%&=;"]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    names=st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=20)), min_size=6, max_size=6, unique=True),
+    folder=st.one_of(st.sampled_from(FOLDERS), st.text("aü %?#&=;'\"[]*", min_size=1, max_size=9)),
+)
+def test_names_of_any_characters(names: list[str], folder: str) -> None:
+    """Of parameters, blocks, families, snapshots and folders: kept as they are, in segments too."""
+    first, second, third, snapshot, other, family = names
+    stem = family.replace("{}", "")
+    blocks = (Block(0, first, (Parameter(first, (3,)), Parameter(second, (2, 2))), (third,)),)
+    families = [
+        Family(f"{stem}{{}}", 9, (Parameter(f"m{stem}{{}}.w", (4,)),), {f"m{stem}{{}}.w": RECIPES["embed.weight"]})
+    ]
+    recipes = dict.fromkeys((first, second), RECIPES["embed.weight"])
+    with fast_directory() as directory:
+        with make(directory / folder, blocks=blocks, recipes=recipes, families=families) as store:
+            put(store, 1, 0, store.index(f"{stem}{{}}", 7))
+            store.snapshot(snapshot)
+            file = segment(store, 0)
+            digest, parameter = store.digest(), f"m{stem}7.w"
+        with reopen(directory / folder) as store:
+            assert (store.digest(), store.verify(), store.snapshots()) == (digest, [], {snapshot: 1})
+            assert store.blocks == blocks
+            assert torch.equal(store.tensor(first), filled(store.layout(0), 1).tensors("param")[first])
+            assert store.tensor(parameter).shape == (4,)
+            with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+                assert torch.equal(opened.get_tensor(f"param/{second}"), store.tensor(second))
+            with safe_open(segment(store, store.index(f"{stem}{{}}", 7)), "pt") as opened:  # type: ignore[no-untyped-call]
+                assert torch.equal(opened.get_tensor(f"param/{parameter}"), store.tensor(parameter))
+            store.branch(snapshot, directory / "branch")
+            json.dumps(store.info())
+            describe(store.info())
+            store.remove_snapshot(snapshot)
+            with pytest.raises(StoreError, match="no snapshot"):
+                store.restore(other)
+
+
+@pytest.mark.parametrize("where", ["block", "parameter", "family"])
+def test_names_that_are_no_text_are_refused(where: str, tmp_path: Path) -> None:
+    """As an argument that is not UTF-8 comes from the command line."""
+    bad, name = "caf\udce9", RECIPES["embed.weight"]
+    names = {"block": "b", "parameter": "p", "family": "f"} | {where: bad}
+    blocks = (Block(0, names["block"], (Parameter(names["parameter"], (3,)),), ()),)
+    families = [Family(f"{names['family']}{{}}", 2, (Parameter("w{}", (4,)),), {"w{}": name})]
+    with pytest.raises(StoreError, match=r"name 'caf\\udce9.*' cannot be written as text"):
+        make(tmp_path / "store", blocks=blocks, recipes={names["parameter"]: name}, families=families)
+    assert not Store.exists(tmp_path / "store")
+    with make(tmp_path / "store") as store:
+        with pytest.raises(StoreError, match=r"name 'caf\\udce9' cannot be written as text"):
+            store.snapshot(bad)
+        for attempt in (store.remove_snapshot, store.restore):
+            with pytest.raises(StoreError, match="no snapshot"):
+                attempt(bad)

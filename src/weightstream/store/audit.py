@@ -1,18 +1,16 @@
-"""Looking at a whole store: every tensor in order of name, the digest, figures."""
+"""Looking at a whole store: every tensor in order of name, the digest."""
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from weightstream.store import directory
 from weightstream.store.layout import DTYPE_NAMES
-from weightstream.store.records import Entry, Record, file_name
+from weightstream.store.records import Entry, Record
 from weightstream.store.segments import RecordBuffer, bytes_of
 from weightstream.store.whole import Reader
 
@@ -110,65 +108,6 @@ def _lines(
                 facts = f"{DTYPE_NAMES[spec.dtype]} {list(spec.whole_shape)} {steps}"
                 lines.append(f"{spec.name!r} {part.name!r} {facts} {begun.state.hexdigest()}\n")
     return lines
-
-
-def info(store: "Store") -> dict[str, Any]:
-    """Figures of an open store, as JSON."""
-    layouts = store.layouts.units
-    records = [store.versions.records[unit.index] for unit in store.units]
-    names = [file_name(index, slot) for index, record in enumerate(records) for slot in record.slots]
-    segments = store.path / directory.SEGMENTS
-    shared = [row for row in store.manifest.shared() if row.live_bytes]
-    return {
-        "path": str(store.path),
-        "step": store.step,
-        "precision": store.precision,
-        "optimizer": store.optimizer.to_json(),
-        "blocks": len(store.blocks),
-        "units": len(store.units),
-        "panel_elements": store.panel_elements,
-        "families": [
-            {
-                "name": family.name,
-                "records": family.count,
-                "parameters": family.count * family.numel,
-                "records_written": store.manifest.count_living(first, first + family.count),
-            }
-            for first, family in store.layouts.families
-        ],
-        "parameters": sum(block.numel for block in store.blocks) + sum(f.count * f.numel for f in store.families),
-        "record_bytes": sum(layout.image_nbytes for layout in layouts),
-        "records_written": sum(record.committed.slot is not None for record in records),
-        "versions": [record.committed.version for record in records],
-        "segment_files": len(names),
-        "segment_bytes": sum((segments / name).stat().st_size for name in names if (segments / name).exists()),
-        "shared_files": len(shared),
-        "shared_bytes": sum(row.nbytes for row in shared),
-        "shared_live_bytes": sum(row.live_bytes for row in shared),
-        "pinned_bytes": store.pinned_bytes,
-        "snapshots": _snapshots(store),
-        "direct_io": store.disk.device.direct,
-        "busy_s": {"disk": dict(store.disk.traffic.busy_s), "ram": dict(store.memory.traffic.busy_s)},
-        "counters": {f"{tier}/{kind}": moved for (tier, kind), moved in store.counters.items()},
-    }
-
-
-def _snapshots(store: "Store") -> dict[str, dict[str, int]]:
-    """Step of each snapshot and the bytes that it alone holds: what deleting it would free."""
-    numbers = store.manifest.snapshots()
-    holders: dict[tuple[str, int], set[str]] = defaultdict(set)  # place → who holds it; "" is the last commit
-    sizes: dict[tuple[str, int], int] = {}
-    for row in store.manifest.records():
-        sizes[row.place] = row.nbytes or store.layout(row.block).image_nbytes
-        holders[row.place] |= {name for name, number in numbers.items() if row.lives_at(number)}
-        holders[row.place] |= {""} if row.died is None else set()
-    return {
-        name: {
-            "step": step,
-            "own_bytes": sum(sizes[place] for place, names in holders.items() if names == {name}),
-        }
-        for name, step in store.snapshots().items()
-    }
 
 
 def largest_record(store: "Store") -> int:

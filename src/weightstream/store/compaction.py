@@ -49,7 +49,7 @@ def compact(versions: "Versions", batch: Batch, published: Mapping[int, Entry]) 
         DamagedRecordError: a record of the last commit is not what was written.
         StoreError: it cannot be read, or there is no room.
     """
-    written = sum(versions.layouts[index].parts_nbytes for index, entry in published.items() if entry.offset)
+    written = sum(versions.layouts.parts_nbytes(index) for index, entry in published.items() if entry.offset)
     copied = Copied()
     for group in _groups(versions, published, written + COPIED_BYTES):
         _copy(versions, batch, group, copied)

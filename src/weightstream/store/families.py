@@ -90,6 +90,23 @@ class Family:
         return cls(name, count, parameters, recipes)
 
 
+class _Template:
+    """Layouts of a family's records: all are that of the last one, whose header is the longest, under other names."""
+
+    def __init__(self, family: Family, precision: Precision, optimizer: HasStates) -> None:
+        self.family = family
+        self.last = record_layout(family.block(0, family.count - 1), precision, optimizer)
+        number = str(family.count - 1)
+        self._names = {p.name.replace(NUMBER, number): p.name for p in family.parameters}
+
+    def name(self, number: int) -> str:
+        return self.family.name.replace(NUMBER, str(number))
+
+    def layout(self, number: int) -> RecordLayout:
+        text = str(number)
+        return self.last.renamed(self.name(number), {o: n.replace(NUMBER, text) for o, n in self._names.items()})
+
+
 class Layouts:
     """Layouts by index: of the units, and of any family's records, which follow them in order of family."""
 
@@ -103,9 +120,8 @@ class Layouts:
             self._families.append((first, family))
             first += family.count
         self.count = first
-        self._of_member = lru_cache(_LAYOUTS_KEPT)(
-            lambda index: record_layout(self.member(index), precision, optimizer)
-        )
+        self._templates = [_Template(family, precision, optimizer) for family in families]
+        self._of_member = lru_cache(_LAYOUTS_KEPT)(self._made)
 
     @property
     def units(self) -> list[RecordLayout]:
@@ -114,6 +130,28 @@ class Layouts:
 
     def __getitem__(self, index: int) -> RecordLayout:
         return self._units[index] if 0 <= index < len(self._units) else self._of_member(index)
+
+    def _made(self, index: int) -> RecordLayout:
+        template, number = self._place(index)
+        return template.layout(number)
+
+    def _place(self, index: int) -> tuple["_Template", int]:
+        """The template of a family's record, and its number."""
+        for (first, family), template in zip(self._families, self._templates, strict=True):
+            if first <= index < first + family.count:
+                return template, index - first
+        raise IndexError(f"record {index}: the store has records 0 to {self.count - 1}")
+
+    def parts_nbytes(self, index: int) -> int:
+        """Bytes of a record's parts; for a family's record without making its layout."""
+        return (self._units[index] if index < len(self._units) else self._place(index)[0].last).parts_nbytes
+
+    def fits(self, index: int, layout: RecordLayout) -> bool:
+        """Whether this is the layout of that record."""
+        if index < len(self._units):
+            return layout == self._units[index]
+        template, number = self._place(index)
+        return (layout.block, layout.image_nbytes) == (template.name(number), template.last.image_nbytes)
 
     def family_rows(self) -> list[tuple[int, str, int, dict[str, Any]]]:
         """First index, name, number of records and template of each family, as the manifest keeps them."""
@@ -134,10 +172,8 @@ class Layouts:
         Raises:
             IndexError: there is none.
         """
-        for first, family in self._families:
-            if first <= index < first + family.count:
-                return family.block(index, index - first)
-        raise IndexError(f"record {index}: the store has records 0 to {self.count - 1}")
+        template, number = self._place(index)
+        return template.family.block(index, number)
 
     def owner(self, parameter: str) -> int | None:
         """The index of the family's record that has a parameter of this name; None if none has."""

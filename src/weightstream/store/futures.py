@@ -34,6 +34,10 @@ def done(value: T) -> "Future[T]":
     return future
 
 
+NOW: "Future[None]" = done(None)
+"""Done already: for all who wait for nothing."""
+
+
 def settle(future: "Future[T]", action: Callable[[], T]) -> None:
     """Give the future what `action` returns or raises."""
     try:

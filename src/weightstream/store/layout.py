@@ -125,6 +125,17 @@ class RecordLayout:
         """Whether this record has a part of that name (blocks without trained parameters have no states)."""
         return name in self._by_name
 
+    def renamed(self, block: str, names: Mapping[str, str]) -> "RecordLayout":
+        """The same for a block and parameters of other names, which must not be longer."""
+        parts = [
+            Part(
+                part.name, part.offset, part.nbytes,
+                tuple(TensorSpec(names[spec.name], spec.dtype, spec.shape, spec.offset, spec.nbytes) for spec in part.tensors),
+            )
+            for part in self.parts
+        ]  # fmt: skip
+        return RecordLayout(block, tuple(parts), self.header_nbytes, self.image_nbytes)
+
     @property
     def streamed(self) -> Part:
         """What workers fetch: the bf16 copy, else the masters themselves."""

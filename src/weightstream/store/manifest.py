@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,15 @@ CREATE TABLE commits (
     number INTEGER PRIMARY KEY, step INTEGER NOT NULL, progress TEXT NOT NULL, checksum TEXT NOT NULL
 );
 CREATE TABLE snapshots (name TEXT PRIMARY KEY, number INTEGER NOT NULL, checksum TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE life (written_bytes INTEGER NOT NULL, session TEXT NOT NULL, checksum TEXT NOT NULL);
 """
 _TOGETHER = "(together)"
 """In a commit's progress: how many memory ranks made it, and its name."""
 _OF_THE_SYSTEM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN}
 """Errors of SQLite that say nothing about the file's contents."""
+
+_ASKED_AT_ONCE = 500
+"""Values in one statement."""
 
 _COLUMNS = {
     "meta": ("key", "value"),
@@ -65,6 +69,7 @@ _COLUMNS = {
     "shared": ("serial", "file", "nbytes", "header_nbytes", "said_nbytes", "header_checksum", "live_bytes"),
     "commits": ("number", "step", "progress"),
     "snapshots": ("name", "number"),
+    "life": ("written_bytes", "session"),
 }
 
 
@@ -123,6 +128,14 @@ class SharedRow:
     said_nbytes: int
     header_checksum: str
     live_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LifeRow:
+    """What the store has written to its disk in its life, and figures of its writer's last session."""
+
+    written_bytes: int = 0
+    session: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +224,7 @@ class Manifest:
             for file in shared:
                 _insert(connection, "shared", _shared_values(replace(file, live_bytes=live[file.file])))
             _insert(connection, "commits", (0, step, _json(progress or {})))
+            _insert(connection, "life", (0, "{}"))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise StoreError(
@@ -234,9 +248,7 @@ class Manifest:
         """
         what = f"store '{path.parent}'"
         try:
-            mode = "rw" if writable else "ro"
-            uri = f"{path.resolve().as_uri()}?mode={mode}"
-            connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
+            connection = _connection(path, writable=writable)
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (number,) = connection.execute("PRAGMA user_version").fetchone()
             if writable and (application, number) == (APPLICATION_ID, FORMAT_NUMBER):
@@ -363,8 +375,7 @@ class Manifest:
     def count_living(self, first: int, stop: int) -> int:
         """How many records of a range have been written."""
         clause = "SELECT COUNT(*) FROM records WHERE block >= ? AND block < ? AND died IS NULL"
-        with self._lock:
-            return int(self._connection.execute(clause, (first, stop)).fetchone()[0])
+        return self._number(clause, (first, stop))
 
     def _records(self, where: str, values: Sequence[Any]) -> list[RecordRow]:
         return [
@@ -375,7 +386,7 @@ class Manifest:
         ]
 
     def living(self, blocks: Sequence[int]) -> list[RecordRow]:
-        """The row that lives now of each of these records (some hundred at most) that has one."""
+        """The row that lives now of each of these records, some hundred at most, that has one."""
         return self._records(f"died IS NULL AND block IN ({','.join('?' * len(blocks))})", blocks) if blocks else []
 
     def in_shared(self, file: str) -> list[RecordRow]:
@@ -386,10 +397,21 @@ class Manifest:
         """The files that records share, from a serial number on."""
         return self._shared("WHERE serial >= ? ORDER BY serial", (serial,))
 
+    def life(self) -> LifeRow:
+        """The figures of the last commit; none in a store that was just made."""
+        rows = self._rows("life")
+        return LifeRow(rows[0][0], json.loads(rows[0][1])) if rows else LifeRow()
+
     def last_serial(self) -> int:
         """The serial number of the newest shared file; 0 if there is none."""
-        with self._lock:
-            return int(self._connection.execute("SELECT COALESCE(MAX(serial), 0) FROM shared").fetchone()[0])
+        return self._number("SELECT COALESCE(MAX(serial), 0) FROM shared")
+
+    def _number(self, clause: str, values: Sequence[Any] = ()) -> int:
+        try:
+            with self._lock:
+                return int(self._connection.execute(clause, values).fetchone()[0])
+        except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+            raise _unreadable(f"manifest '{self.path}'", error) from error
 
     def dead_files(self) -> list[SharedRow]:
         """Shared files that nothing points to."""
@@ -415,6 +437,7 @@ class Manifest:
         shared: Sequence[SharedRow] = (),
         moves: Sequence[Move] = (),
         gone: Sequence[str] = (),
+        life: LifeRow | None = None,
     ) -> CommitRow:
         """Make a commit of these new versions: everything or, if this fails, nothing.
 
@@ -423,6 +446,7 @@ class Manifest:
             shared: new files that hold some of them.
             moves: records whose bytes were copied into such files.
             gone: dead shared files that are no more.
+            life: the figures to be kept from now on.
         """
         with self._transaction():
             last = self.last_commit().number
@@ -433,11 +457,14 @@ class Manifest:
                 self._connection.execute("DELETE FROM shared WHERE file = ? AND live_bytes = 0", (file,))
             for row in shared:
                 _insert(self._connection, "shared", _shared_values(row))
+            self._retire([record.block for record in records], number, kept)
             for record in records:
-                self._retire(record.block, number, kept)
-                self._insert(record, number)
+                self._insert(record, number, new=True)
             for move in moves:
                 self._move(move)
+            if life is not None:
+                self._connection.execute("DELETE FROM life")
+                _insert(self._connection, "life", (life.written_bytes, _json(life.session)))
             return self._seal(CommitRow(number, step, progress, ranks, name), kept)
 
     def undo_last(self) -> CommitRow:
@@ -478,10 +505,9 @@ class Manifest:
             now = {row.block for row in self._records("died IS NULL AND born > ?", (wanted.number,))}
             died = self._records("died > ? AND born <= ?", (wanted.number, wanted.number))
             then = {row.block: row for row in died}
-            for block in now | then.keys():
-                self._retire(block, number, held)
-                if block in then:
-                    self._insert(then[block], number)
+            self._retire(sorted(now | then.keys()), number, held)
+            for row in then.values():
+                self._insert(row, number)
             return self._seal(CommitRow(number, wanted.step, wanted.progress), held)
 
     def add_snapshot(self, name: str) -> int:
@@ -551,23 +577,25 @@ class Manifest:
     def _forget_commits(self, kept: Sequence[int]) -> None:
         self._connection.execute(f"DELETE FROM commits WHERE number NOT IN ({','.join('?' * len(kept))})", kept)
 
-    def _retire(self, block: int, number: int, held: Sequence[int]) -> None:
-        """The living row of a block dies at this commit; it is kept only if a snapshot holds it."""
-        for row in self._records("block = ? AND died IS NULL", (block,)):
-            self._delete(row)
-            if any(row.born <= snapshot < number for snapshot in held):
-                self._insert(row, row.born, number)
+    def _retire(self, blocks: Sequence[int], number: int, held: Sequence[int]) -> None:
+        """The living rows of these die at this commit; one is kept only if a snapshot holds it."""
+        for start in range(0, len(blocks), _ASKED_AT_ONCE):
+            for row in self.living(blocks[start : start + _ASKED_AT_ONCE]):
+                self._delete(row, alone=not held)
+                if any(row.born <= snapshot < number for snapshot in held):
+                    self._insert(row, row.born, number)
 
-    def _insert(self, row: RecordRow, born: int, died: int | None = None) -> None:
-        """A row of `records`; its bytes are live from now on, unless another one points to them already."""
-        if row.offset:
-            self._live[row.file] += row.nbytes * (not self._has_place(row))
+    def _insert(self, row: RecordRow, born: int, died: int | None = None, *, new: bool = False) -> None:
+        """A row of `records`; its bytes are live from now on, unless they are not new and another one points to them."""
+        if row.offset and (new or not self._has_place(row)):
+            self._live[row.file] += row.nbytes
         _insert_record(self._connection, row, born, died)
 
-    def _delete(self, row: RecordRow) -> None:
+    def _delete(self, row: RecordRow, *, alone: bool = False) -> None:
+        """`alone`: it is the only row of its record."""
         self._connection.execute("DELETE FROM records WHERE block = ? AND born = ?", (row.block, row.born))
-        if row.offset:
-            self._live[row.file] -= row.nbytes * (not self._has_place(row))
+        if row.offset and (alone or not self._has_place(row)):
+            self._live[row.file] -= row.nbytes
 
     def _has_place(self, row: RecordRow) -> bool:
         """Whether a row points to these bytes: one of the same record, as places belong to one alone."""
@@ -611,6 +639,28 @@ class Manifest:
                     f"values now give {expected}; the file was changed or damaged, restore it from a copy"
                 )
         return [tuple(row) for *row, _ in rows]
+
+
+def _connection(path: Path, *, writable: bool) -> sqlite3.Connection:
+    """SQLite keeps an index of its log beside the database. On a disk that is read-only there can be none, and without a
+    log there need be none."""
+    uri = f"{path.resolve().as_uri()}?mode={'rw' if writable else 'ro'}"
+    options: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False, "timeout": 30}
+    connection: sqlite3.Connection = sqlite3.connect(uri, **options)
+    try:
+        connection.execute("PRAGMA application_id")
+    except sqlite3.OperationalError as error:
+        connection.close()
+        if writable or os.access(path.parent, os.W_OK):
+            raise
+        log = path.with_name(f"{path.name}-wal")
+        if log.exists() and log.stat().st_size:
+            raise StoreError(
+                f"store '{path.parent}': its last commits are in {log.name}, for which SQLite needs to write beside it, and "
+                "the disk is read-only; make it writable and open the store once, or copy the store to another disk"
+            ) from error
+        connection = sqlite3.connect(f"{uri}&immutable=1", **options)
+    return connection
 
 
 def _unreadable(what: str, error: Exception) -> StoreError:

@@ -10,9 +10,10 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from weightstream.errors import StoreError
-from weightstream.store.futures import done, gather, new_future, settle
+from weightstream.store.futures import gather, new_future, settle
 from weightstream.store.layout import Part, RecordLayout
-from weightstream.store.records import Entry
+from weightstream.store.manifest import RecordRow
+from weightstream.store.records import Entry, Record
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.tiers import Extent
 
@@ -23,7 +24,6 @@ Writing = tuple[int, RecordBuffer, int, int, Mapping[str, int] | None]
 """Index, image, version, optimizer steps, checksums of all parts if they are known."""
 
 _ASKED_AT_ONCE = 500
-_CLAIMED = done(None)
 
 
 def write_many(versions: "Versions", records: Sequence[Writing]) -> "Future[None]":
@@ -37,16 +37,20 @@ def write_many(versions: "Versions", records: Sequence[Writing]) -> "Future[None
     out: Future[None] = new_future()
     copies: list[Future[None]] = []
     written: dict[str, list[tuple[Entry, RecordLayout, RecordBuffer]]] = defaultdict(list)
+    latest: dict[int, int] = {}
     with versions.shared.lock:
         versions.check_usable()
+        states = _states(versions, [index for index, _, _, _, _ in records])
         entries = []
         for index, record, version, steps, sums in records:
-            versions.check_write(index, record, version)
-            entries.append(Entry(version, steps, checksums=sums or {}, ready=out, claimed=_CLAIMED))
+            newest = max(states[index].newest.version, latest.get(index, 0))
+            versions.check_write(index, record, version, newest)
+            latest[index] = version
+            entries.append(Entry(version, steps, checksums=sums or {}, ready=out))
         _place(versions, records, entries)
         for (index, record, _, _, _), entry in zip(records, entries, strict=True):
-            versions.make_newest(index, entry)
-            state = versions.records[index]
+            state = versions.records.keep(index, states[index])
+            versions.make_newest(index, state, entry)
             copies += [versions.copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
             assert entry.slot is not None
             written[entry.slot].append((entry, record.layout, record))
@@ -59,6 +63,17 @@ def write_many(versions: "Versions", records: Sequence[Writing]) -> "Future[None
         lambda finished: settle(out, lambda: versions.written(finished, failing))
     )
     return out
+
+
+def _states(versions: "Versions", indices: Sequence[int]) -> dict[int, Record]:
+    """These records; what the manifest says of those that are not in memory is asked for together."""
+    found = {index: versions.records.known(index) for index in indices}
+    cold = [index for index, record in found.items() if record is None]
+    rows: dict[int, RecordRow] = {}
+    for start in range(0, len(cold), _ASKED_AT_ONCE):
+        living = versions.shared.manifest.living(cold[start : start + _ASKED_AT_ONCE])
+        rows.update((row.block, row) for row in living)
+    return {index: record or Record.load([rows[index]] if index in rows else [], ()) for index, record in found.items()}
 
 
 def _place(versions: "Versions", records: Sequence[Writing], entries: Sequence[Entry]) -> None:

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from weightstream.store.futures import done, new_future
+from weightstream.store.futures import NOW
 from weightstream.store.manifest import RecordRow
 from weightstream.store.segments import AlignedBuffer
 
 FILES_PER_RECORD = 3
 """The last commit, one that is being committed, and one that is being written; snapshots come on top."""
-MEMBERS_KEPT, FORGOTTEN_AT_ONCE = 1024, 8
+MEMBERS_KEPT, FORGOTTEN_AT_ONCE = 1024, 2
 _ELSEWHERE = "./"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Entry:
     """One version of one record. Without a slot it is made by the generator: nobody has updated it yet.
 
@@ -30,9 +30,9 @@ class Entry:
     slot: str | None = None
     checksums: Mapping[str, int] = field(default_factory=dict)
     offset: int = 0
-    ready: "Future[Any]" = field(default_factory=lambda: done(None))  # its file is written and synced
+    ready: "Future[Any]" = NOW  # its file is written and synced
     readers: "list[Future[Any]]" = field(default_factory=list)
-    claimed: "Future[None]" = field(default_factory=new_future)  # it has a file, though perhaps not written
+    claimed: "Future[None]" = NOW  # it has a file, though perhaps not written
     unchecked: set[str] = field(default_factory=set)  # parts that were read without a check
 
     def users(self) -> "list[Future[Any]]":
@@ -50,7 +50,7 @@ class PinnedPart:
 
     buffer: AlignedBuffer
     entry: Entry | None = None
-    ready: "Future[Any]" = field(default_factory=lambda: done(None))
+    ready: "Future[Any]" = NOW
     users: "list[Future[Any]]" = field(default_factory=list)
 
     def busy(self) -> "list[Future[Any]]":
@@ -72,7 +72,7 @@ class PinnedPart:
         self.entry = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """One record: its versions and files.
 
@@ -90,7 +90,7 @@ class Record:
     unsynced: set[str] = field(default_factory=set)  # files whose names may not be on the medium
     doubtful: set[str] = field(default_factory=set)  # files of commits that failed, which may be found after a crash
     pinned: dict[str, PinnedPart] = field(default_factory=dict)
-    claimed: "Future[None]" = field(default_factory=lambda: done(None))  # of the version written last
+    claimed: "Future[None]" = NOW  # of the version written last
     folder: str = ""  # that this rank's segments are in
 
     @property
@@ -217,13 +217,7 @@ class Records:
         if index < len(self._blocks):
             return self._blocks[index]
         with self._lock:
-            found = self._members.get(index)
-            if found is None:
-                found = self._members[index] = self._load(index)
-            self._members.move_to_end(index)
-            if len(self._members) > MEMBERS_KEPT:
-                self._forget_idle()
-            return found
+            return self.keep(index, self._members.get(index) or self._load(index))
 
     def known(self, index: int) -> Record | None:
         """The record if it is in memory."""
@@ -231,6 +225,15 @@ class Records:
             return self._blocks[index]
         with self._lock:
             return self._members.get(index)
+
+    def keep(self, index: int, record: Record) -> Record:
+        """Take in a family's record, unless it is in memory; gives the one that is."""
+        with self._lock:
+            found = self._members.setdefault(index, record)
+            self._members.move_to_end(index)
+            if len(self._members) > MEMBERS_KEPT:
+                self._forget_idle()
+            return found
 
     def in_memory(self) -> list[tuple[int, Record]]:
         """Every record that is in memory, with its index."""

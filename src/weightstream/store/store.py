@@ -22,7 +22,7 @@ from torch import Tensor
 from weightstream.blocks import PANEL_ELEMENTS, Block, Parameter, Unit, cut
 from weightstream.cluster import owners
 from weightstream.errors import StoreError, StoreMismatchError
-from weightstream.store import audit, directory, integrity
+from weightstream.store import audit, directory, figures, integrity
 from weightstream.store.branch import branch
 from weightstream.store.facts import block_rows, blocks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
@@ -149,6 +149,8 @@ class Store:
         facts = block_rows(blocks, units, recipes)
         layouts = Layouts(units, families, precision, optimizer)
         assert [block.index for block in blocks] == list(range(len(blocks))), "blocks are numbered in order"
+        _require_text(*(block.name for block in blocks), *(family.name for family in families))
+        _require_text(*(p.name for block in (*blocks, *families) for p in block.parameters))
         lock_handle = directory.make(store_path)
         try:
             _sync_names_above(store_path, disk.device)
@@ -542,13 +544,19 @@ class Store:
         self._require_writable()
         return integrity.repair(self)
 
-    def info(self) -> dict[str, Any]:
-        """Sizes, versions and counters, as JSON."""
-        return audit.info(self)
+    def info(self, *, tbw_bytes: float | None = None) -> dict[str, Any]:
+        """Sizes, versions, space by snapshot, tiers and counters, as JSON; with `tbw_bytes`, what a disk is said to stand
+        in its life, also how many days of that are left at the rate of the last session."""
+        return figures.info(self, tbw_bytes=tbw_bytes)
 
     def snapshot(self, name: str) -> None:
-        """Hold the last commit under a name: one row, no data is copied."""
+        """Hold the last commit under a name: one row, no data is copied.
+
+        Raises:
+            StoreError: the name is taken, or no text.
+        """
         self._require_writable()
+        _require_text(name)
         self.before_look()
         self.versions.add_snapshot(name)
 
@@ -702,6 +710,19 @@ def _ranges(blocks: Sequence[Block], units: Sequence[Unit]) -> list[range]:
     counts = Counter(unit.block for unit in units)
     ends = list(accumulate(counts[block.index] for block in blocks))
     return [range(end - counts[block.index], end) for block, end in zip(blocks, ends, strict=True)]
+
+
+def _require_text(*names: str) -> None:
+    """Refuse names that no file could hold: Python has strings that are no Unicode text.
+
+    Raises:
+        StoreError: naming the first.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise StoreError(f"name {name!r} cannot be written as text: {error.reason}; give another name") from None
 
 
 def _as_json(what: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from weightstream.store import directory
 from weightstream.store.checksums import checksums
 from weightstream.store.compaction import Copied, compact
 from weightstream.store.families import Layouts
+from weightstream.store.figures import Session
 from weightstream.store.futures import chain, forward, gather, new_future, settle
 from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
@@ -34,6 +35,7 @@ from weightstream.store.members import ALONE, Members, folder_of
 from weightstream.store.records import (
     Entry,
     PinnedPart,
+    Record,
     Records,
     file_name,
     is_elsewhere,
@@ -86,6 +88,7 @@ class Versions:
         self._in_flight: set[Future[Any]] = set()
         self._failure: BaseException | None = None
         self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
+        self.session = Session(manifest.life(), {"disk": disk.traffic, "ram": memory.traffic})
         self.shared = SharedFiles(path / directory.SEGMENTS, disk, manifest, self._lock)
 
     def write(
@@ -104,10 +107,10 @@ class Versions:
         out: Future[None] = new_future()
         with self._lock:
             self.check_usable()
-            self.check_write(block_index, record, version)
             state = self.records[block_index]
+            self.check_write(block_index, record, version, state.newest.version)
             record.image[: layout.header_nbytes] = layout.header(version)
-            entry = Entry(version, optimizer_steps, checksums=sums or {}, ready=out)
+            entry = Entry(version, optimizer_steps, checksums=sums or {}, ready=out, claimed=new_future())
             state.newest = entry
             self.changed.add(block_index)
             self.track(out)
@@ -136,25 +139,23 @@ class Versions:
         """Fill each buffer with the newest version of a record."""
         return read_many(self, records, parts, kind)
 
-    def check_write(self, block_index: int, record: RecordBuffer, version: int) -> None:
+    def check_write(self, block_index: int, record: RecordBuffer, version: int, newest: int) -> None:
         """Refuse a version that cannot be written."""
-        if record.layout != self.layouts[block_index]:
+        if not self.layouts.fits(block_index, record.layout):
             raise ValueError(f"write of block {block_index}: the buffer is bound to block {record.layout.block!r}")
-        newest = self.records[block_index].newest.version
         if version < newest:
             raise ValueError(f"write of block {block_index}: version {version} after {newest}")
 
-    def make_newest(self, block_index: int, entry: Entry) -> None:
-        """From now on this version is served; it has its place in a file."""
-        state = self.records[block_index]
+    def make_newest(self, block_index: int, state: Record, entry: Entry) -> None:
+        """From now on this version of a family's record is served; it has its place in a file."""
         before, state.newest = state.newest, entry
         self.changed.add(block_index)
-        self._let_go(block_index, before)
+        self._let_go(state, before)
 
-    def _let_go(self, block_index: int, *entries: Entry) -> None:
+    def _let_go(self, state: Record, *entries: Entry) -> None:
         """Places of versions that nobody will serve or publish can be used again."""
         for entry in entries:
-            if entry.offset and not self.records[block_index].has(entry):
+            if entry.offset and not state.has(entry):
                 self.shared.let_go(entry)
 
     def commit(self, step: int, progress: dict[str, Any]) -> "Future[None]":
@@ -168,7 +169,7 @@ class Versions:
                 state = self.records[index]
                 state.committing.append(entry)
                 before, state.accepted = state.accepted, entry
-                self._let_go(index, before)
+                self._let_go(state, before)
             batch = self.shared.take(published.values())
             waits = [entry.ready for entry in published.values()] + self._commits[-1:]
             self._commits.append(out)
@@ -182,7 +183,7 @@ class Versions:
             for index in self.changed:
                 state = self.records[index]
                 before, state.accepted = state.accepted, state.newest
-                self._let_go(index, before)
+                self._let_go(state, before)
 
     def discard(self) -> None:
         """Go back to what was accepted last; after a failure, to the last commit that was asked for."""
@@ -192,7 +193,7 @@ class Versions:
                 state = self.records[index]
                 before = state.newest, state.accepted
                 state.undo(to_commit=failed)
-                self._let_go(index, *before)
+                self._let_go(state, *before)
             self.changed = {index for index in self.changed if self.records[index].pending}
 
     def pin(self, block_index: int, parts: Collection[str]) -> None:
@@ -527,9 +528,10 @@ class Versions:
             shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
             rows = [self._row(index, entry) for index, entry in published.items()]
             gone = self._sync_names(published)
+            life = self.session.row(self.pinned_bytes)
             batch.asked = True
             with self._doubting(published):
-                self._manifest.publish(step, progress, rows, shared=shared, moves=copied.moves, gone=gone)
+                self._manifest.publish(step, progress, rows, shared=shared, moves=copied.moves, gone=gone, life=life)
         return copied, shared, gone
 
     def _publish_together(self, step: int, progress: dict[str, Any], published: Mapping[int, Entry]) -> list[str]:
@@ -546,7 +548,10 @@ class Versions:
         self._check_all(step, [reason for reason, *_ in told])
         rows = [RecordRow.from_json(row) for _, _, own in told for row in own]
         with _Noted() as done_here, self._committing(step), self._doubting(published):
-            self._manifest.publish(step, progress, rows, ranks=together.count, name=told[0][1], keep_before=True)
+            life = self.session.row(self.pinned_bytes)
+            self._manifest.publish(
+                step, progress, rows, ranks=together.count, name=told[0][1], keep_before=True, life=life
+            )
         # until all have it, the files of the commit before are left alone
         self._check_all(step, together.exchange(done_here.reason))
         return gone
@@ -578,7 +583,7 @@ class Versions:
     def _row(self, index: int, entry: Entry) -> RecordRow:
         assert entry.slot is not None
         name = self.file_name(index, entry.slot)
-        nbytes = self.layouts[index].parts_nbytes if entry.offset else 0
+        nbytes = self.layouts.parts_nbytes(index) if entry.offset else 0
         return RecordRow(
             index, entry.version, name, entry.checksums, entry.optimizer_steps, offset=entry.offset, nbytes=nbytes
         )
