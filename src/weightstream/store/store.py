@@ -150,7 +150,8 @@ class Store:
         layouts = Layouts(units, families, precision, optimizer)
         assert [block.index for block in blocks] == list(range(len(blocks))), "blocks are numbered in order"
         _require_text(*(block.name for block in blocks), *(family.name for family in families))
-        _require_text(*(p.name for block in (*blocks, *families) for p in block.parameters))
+        _require_text(*(parameter.name for unit in units for parameter in unit.parameters))
+        _require_text(*(parameter.name for family in families for parameter in family.parameters))
         lock_handle = directory.make(store_path)
         try:
             _sync_names_above(store_path, disk.device)
