@@ -99,9 +99,7 @@ def steps(arguments: argparse.Namespace, path: Path, cluster: Cluster | None, li
     with engine:
         for step in range(arguments.steps):
             generator = torch.Generator().manual_seed(step)
-            ids = torch.randint(
-                0, VOCABULARY, (arguments.micro_batches, 1, arguments.length), generator=generator
-            )
+            ids = torch.randint(0, VOCABULARY, (arguments.micro_batches, 1, arguments.length), generator=generator)
             engine.step([{"input_ids": row, "labels": row} for row in ids])
         engine.commit()
 

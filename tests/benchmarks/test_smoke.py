@@ -47,3 +47,15 @@ def test_store(tmp_path: Path) -> None:
         assert found[key] > 0
     assert found["commit_records"] == round(0.02e9 / (14 * 200_960))
     assert found["write_bytes"] > found["read_bytes"] >= 3 * 14 * 200_960
+
+
+@pytest.mark.slow
+def test_fabric(tmp_path: Path) -> None:
+    small = ("--ranks", "2", "3", "--mebibytes", "0.5", "--units", "4", "--turns", "2", "--warm-up", "1")
+    found = measured(tmp_path, "fabric.py", *small)
+    assert found["egress_bytes"] == {"2": 1 << 19, "3": 1 << 19}
+    for what in ("broadcast", "reduce"):
+        assert found[f"{what}_ratio_min"] > 0
+        for layout in ("apart", "colocated"):
+            least, most = found[layout]["3"][f"{what}_s_spread"]
+            assert 0 < least <= most
