@@ -139,7 +139,7 @@ class Sides:
     def calls(self) -> dict[str, Call]:
         """What is timed, ours and the library's by turns."""
         found = {"broadcast": self.broadcast, "broadcast calls of broadcast": self.broadcast_by_owner}
-        if len(self.parts) == self.cluster.size:
+        if len(self.parts) == self.cluster.size and len(self.spans) % self.cluster.size == 0:
             found["broadcast all_gather"] = self.all_gather
         return found | {
             "reduce": self.reduce, "reduce calls of reduce": self.reduce_by_owner, "reduce all_reduce": self.all_reduce,

@@ -17,7 +17,7 @@ from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Route, broadcast_route
 from weightstream.store.futures import new_future
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 AHEAD = 32  # receives that are posted before their bytes come
 JOBS, UNITS, CHUNKS = 1 << 7, 1 << 7, 1 << 14
 

@@ -136,10 +136,10 @@ class Reduction:
             for number, unit in enumerate(units):
                 own = {node: by_unit[unit.unit] for node, by_unit in heads.items()}
                 steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
-                work = _UnitSum(self._channel, steps, (job, number), unit, own, sums, sends)
-                work.run()
-                if unit.unit in targets:
-                    head = work.finish((0, self._groups), targets[unit.unit])
+                target = targets.get(unit.unit)
+                work = _UnitSum(self._channel, steps, (job, number), unit, own, sums, target, sends)
+                head = work.run((0, self._groups))
+                if target is not None:
                     total.found |= head.found
                     flags = [any(layer[i] for layer in head.layers.values()) for i in range(len(unit.pieces))]
                     total.present[unit.unit] = tuple(flags)
@@ -162,19 +162,19 @@ class _UnitSum:
         unit: UnitGradient,
         heads: dict[Node, Head],
         sums: Sums,
+        target: Tensor | None,
         sends: list[Handle],
     ) -> None:
-        self._channel, self._unit, self._sends = channel, unit, sends
+        self._channel, self._unit, self._target, self._sends = channel, unit, target, sends
         self._job, self._number = place
         self._steps, self._heads = steps, heads
         self._others: dict[int, Head] = {}  # by step: of the sum that comes
         self._memory_of = {node: node for node in heads}  # a sum is made in the memory of one of those it is made of
         self._sums = sums
-        self._taken: dict[int, Tensor] = {}  # by layer, where this rank computes nothing
         self._what = f"gradient of unit {unit.unit}"
 
-    def run(self) -> None:
-        """Carries out all steps."""
+    def run(self, root: Node) -> Head:
+        """Carries out all steps; what there is of the whole sum, where this rank is its owner."""
         self._exchange_heads()
         start, stop = self._unit.span
         chunks = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
@@ -197,10 +197,13 @@ class _UnitSum:
                         for layer in self._heads[node].layers:
                             data = self._sums[layer, self._memory_of[node]][chunk[0] : chunk[1]]
                             self._sends.append(self._channel.send(data, to, self._tag(index, layer), self._what))
-                    case Take(_, _):
-                        for layer, data in next(coming[number]):
-                            whole = self._taken.setdefault(layer, torch.empty(stop - start))
-                            whole[chunk[0] - start : chunk[1] - start].copy_(data)
+                    case Take(node, _):
+                        self._deliver(node, next(coming[number]), chunk)
+            if self._target is not None and root in self._memory_of:
+                memory = self._memory_of[root]
+                own = [(layer, self._sums[layer, memory][chunk[0] : chunk[1]]) for layer in self._heads[root].layers]
+                self._deliver(root, own, chunk)
+        return self._heads.get(root) or Head()
 
     def _tag(self, chunk: int, layer: int) -> int:
         return tag(self._job, self._number, chunk, layer)
@@ -242,9 +245,15 @@ class _UnitSum:
                     self._sums[key] = torch.empty(self._unit.image)
 
     def _receives(self, step: Merge | Take, head: Head, chunks: Sequence[Range]) -> Iterator[list[tuple[int, Tensor]]]:
-        """Chunk by chunk what comes of every layer; a few are under way at once."""
+        """Chunk by chunk what comes of every layer; a few are under way at once.
+
+        The first layer of a finished sum comes straight to where it is to be.
+        """
         layers = list(head.layers)
-        buffers = [{layer: torch.empty(CHUNK) for layer in layers} for _ in range(min(AHEAD, len(chunks)))]
+        direct = layers[0] if layers and isinstance(step, Take) else None
+        buffers = [
+            {layer: torch.empty(CHUNK) for layer in layers if layer != direct} for _ in range(min(AHEAD, len(chunks)))
+        ]
         posted: deque[list[tuple[int, Tensor, Handle]]] = deque()
 
         def post(index: int) -> None:
@@ -252,7 +261,12 @@ class _UnitSum:
                 length = chunks[index][1] - chunks[index][0]
                 found = []
                 for layer in layers:
-                    data = buffers[index % AHEAD][layer][:length]
+                    if layer == direct:
+                        assert self._target is not None
+                        at = chunks[index][0] - self._unit.span[0]
+                        data = self._target[at : at + length]
+                    else:
+                        data = buffers[index % AHEAD][layer][:length]
                     handle = self._channel.receive(data, step.source, self._tag(index, layer), self._what)
                     found.append((layer, data, handle))
                 posted.append(found)
@@ -274,9 +288,8 @@ class _UnitSum:
         if flags is not None and all(flags) and all(other):
             target[chunk[0] : chunk[1]].add_(data)
             return
-        for index, (start, stop) in enumerate(self._unit.pieces):
-            low, high = max(start, chunk[0]), min(stop, chunk[1])
-            if low >= high or not other[index]:
+        for index, low, high in self._pieces_in(chunk):
+            if not other[index]:
                 continue
             piece = data[low - chunk[0] : high - chunk[0]]
             if flags is not None and flags[index]:
@@ -284,24 +297,31 @@ class _UnitSum:
             else:
                 target[low:high].copy_(piece)
 
-    def finish(self, root: Node, target: Tensor) -> Head:
+    def _pieces_in(self, chunk: Range) -> Iterator[tuple[int, int, int]]:
+        """The pieces that reach into a chunk: which, from where, to where."""
+        for index, (start, stop) in enumerate(self._unit.pieces):
+            low, high = max(start, chunk[0]), min(stop, chunk[1])
+            if low < high:
+                yield index, low, high
+
+    def _deliver(self, root: Node, layers: Sequence[tuple[int, Tensor]], chunk: Range) -> None:
         """Over uses, in order: what there is of each piece goes to the target, or is added to it."""
-        start, stop = self._unit.span
-        head = self._heads[root]
-        for index, (low, high) in enumerate(self._unit.pieces):
-            place = target[low - start : high - start]
-            begun = False
-            for layer, flags in head.layers.items():
-                if not flags[index]:
-                    continue
-                whole = self._taken[layer] if self._taken else self._sums[layer, self._memory_of[root]][start:stop]
-                piece = whole[low - start : high - start]
-                if begun:
-                    place.add_(piece)
-                else:
-                    place.copy_(piece)
-                begun = True
-        return head
+        assert self._target is not None
+        start = self._unit.span[0]
+        begun: bytearray | None = None
+        for layer, data in layers:
+            target = self._target[chunk[0] - start : chunk[1] - start]
+            flags = self._heads[root].layers[layer]
+            if begun is None:
+                if data.data_ptr() != target.data_ptr():  # else it came straight here
+                    target.copy_(data)
+                begun = bytearray(flags)  # what else was copied is no gradient, and nobody reads it
+                continue
+            for index, low, high in self._pieces_in(chunk):
+                if flags[index]:
+                    place, piece = target[low - chunk[0] : high - chunk[0]], data[low - chunk[0] : high - chunk[0]]
+                    place.add_(piece) if begun[index] else place.copy_(piece)
+                    begun[index] = 1
 
 
 def layer_of(uses: Sequence[int], use: int, name: str) -> int:
