@@ -23,7 +23,7 @@ from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Hand, Join, Merge, Node, Step, Take, reduce_plan
 from weightstream.store.futures import new_future
 
-CHUNK = 1 << 18  # elements
+CHUNK = 1 << 19  # elements
 AHEAD = 2  # chunks of a sibling's sum that are under way at once
 MOST_LAYERS = 6
 _HEAD_LAYER, _HEAD_CHUNK = 7, (1 << 14) - 1
@@ -97,6 +97,7 @@ class Reduction:
         self._channel, self._cluster, self._groups = channel, cluster, groups
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-up")
         self._job = 0
+        self._chunks: list[Tensor] = []  # memory for what comes, free at the moment
 
     def start(
         self,
@@ -137,7 +138,7 @@ class Reduction:
                 own = {node: by_unit[unit.unit] for node, by_unit in heads.items()}
                 steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
                 target = targets.get(unit.unit)
-                work = _UnitSum(self._channel, steps, (job, number), unit, own, sums, target, sends)
+                work = _UnitSum(self._channel, steps, (job, number), unit, own, sums, target, sends, self._chunks)
                 head = work.run((0, self._groups))
                 if target is not None:
                     total.found |= head.found
@@ -164,8 +165,9 @@ class _UnitSum:
         sums: Sums,
         target: Tensor | None,
         sends: list[Handle],
+        free: list[Tensor],
     ) -> None:
-        self._channel, self._unit, self._target, self._sends = channel, unit, target, sends
+        self._channel, self._unit, self._target, self._sends, self._free = channel, unit, target, sends, free
         self._job, self._number = place
         self._steps, self._heads = steps, heads
         self._others: dict[int, Head] = {}  # by step: of the sum that comes
@@ -179,7 +181,7 @@ class _UnitSum:
         start, stop = self._unit.span
         chunks = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
         coming = {
-            number: self._receives(step, self._others[number], chunks)
+            number: self._incoming(number, step, chunks)
             for number, step in enumerate(self._steps)
             if isinstance(step, Merge | Take)
         }
@@ -187,7 +189,7 @@ class _UnitSum:
             for number, step in enumerate(self._steps):
                 match step:
                     case Merge(own, _, _, _):
-                        for layer, data in next(coming[number]):
+                        for layer, data in coming[number].next():
                             self._add(layer, own, self._others[number].layers[layer], data, chunk)
                     case Join(own, other, _):
                         for layer, flags in self._heads[other].layers.items():
@@ -198,11 +200,13 @@ class _UnitSum:
                             data = self._sums[layer, self._memory_of[node]][chunk[0] : chunk[1]]
                             self._sends.append(self._channel.send(data, to, self._tag(index, layer), self._what))
                     case Take(node, _):
-                        self._deliver(node, next(coming[number]), chunk)
+                        self._deliver(node, coming[number].next(), chunk)
             if self._target is not None and root in self._memory_of:
                 memory = self._memory_of[root]
-                own = [(layer, self._sums[layer, memory][chunk[0] : chunk[1]]) for layer in self._heads[root].layers]
-                self._deliver(root, own, chunk)
+                whole = [(layer, self._sums[layer, memory][chunk[0] : chunk[1]]) for layer in self._heads[root].layers]
+                self._deliver(root, whole, chunk)
+        for incoming in coming.values():
+            incoming.close()
         return self._heads.get(root) or Head()
 
     def _tag(self, chunk: int, layer: int) -> int:
@@ -244,42 +248,12 @@ class _UnitSum:
                 if key not in self._sums:
                     self._sums[key] = torch.empty(self._unit.image)
 
-    def _receives(self, step: Merge | Take, head: Head, chunks: Sequence[Range]) -> Iterator[list[tuple[int, Tensor]]]:
-        """Chunk by chunk what comes of every layer; a few are under way at once.
-
-        The first layer of a finished sum comes straight to where it is to be.
-        """
-        layers = list(head.layers)
-        direct = layers[0] if layers and isinstance(step, Take) else None
-        buffers = [
-            {layer: torch.empty(CHUNK) for layer in layers if layer != direct} for _ in range(min(AHEAD, len(chunks)))
-        ]
-        posted: deque[list[tuple[int, Tensor, Handle]]] = deque()
-
-        def post(index: int) -> None:
-            if index < len(chunks):
-                length = chunks[index][1] - chunks[index][0]
-                found = []
-                for layer in layers:
-                    if layer == direct:
-                        assert self._target is not None
-                        at = chunks[index][0] - self._unit.span[0]
-                        data = self._target[at : at + length]
-                    else:
-                        data = buffers[index % AHEAD][layer][:length]
-                    handle = self._channel.receive(data, step.source, self._tag(index, layer), self._what)
-                    found.append((layer, data, handle))
-                posted.append(found)
-
-        for index in range(AHEAD):
-            post(index)
-        for index in range(len(chunks)):
-            arrived = []
-            for layer, data, handle in posted.popleft():
-                handle.wait()
-                arrived.append((layer, data))
-            yield arrived
-            post(index + AHEAD)
+    def _incoming(self, number: int, step: Merge | Take, chunks: Sequence[Range]) -> "_Incoming":
+        """What comes in a step; the first layer of a finished sum comes straight to where it is to be."""
+        straight = self._target if isinstance(step, Take) else None
+        layers = list(self._others[number].layers)
+        messages = [[(layer, step.source, self._tag(index, layer)) for layer in layers] for index in range(len(chunks))]
+        return _Incoming(self._channel, messages, chunks, self._what, straight, self._free)
 
     def _add(self, layer: int, own: Node, other: bytearray, data: Tensor, chunk: Range) -> None:
         """`own + other` for pieces of both, what there is for pieces of one, on one chunk."""
@@ -322,6 +296,66 @@ class _UnitSum:
                     place, piece = target[low - chunk[0] : high - chunk[0]], data[low - chunk[0] : high - chunk[0]]
                     place.add_(piece) if begun[index] else place.copy_(piece)
                     begun[index] = 1
+
+
+class _Incoming:
+    """Chunk by chunk what comes of every layer of a sum; a few chunks are under way at once.
+
+    Args:
+        messages: of each chunk, the layers with sender and tag.
+        straight: where the first layer goes, from the first chunk on; other layers, or all, go to memory from `free`.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        messages: Sequence[Sequence[tuple[int, int, int]]],
+        chunks: Sequence[Range],
+        what: str,
+        straight: Tensor | None,
+        free: list[Tensor],
+    ) -> None:
+        self._channel, self._messages, self._chunks, self._what = channel, messages, chunks, what
+        self._straight, self._free = straight, free
+        self._posted: deque[list[tuple[int, Tensor, Handle]]] = deque()
+        self._buffers: deque[list[Tensor]] = deque()  # of the chunk that is in use, if any, and of those posted
+        self._next = 0
+        self._in_use = False
+        for _ in range(min(AHEAD, len(chunks))):
+            self._post()
+
+    def _post(self) -> None:
+        start, stop = self._chunks[self._next]
+        posted, buffers = [], []
+        for place, (layer, source, where) in enumerate(self._messages[self._next]):
+            if self._straight is not None and not place:
+                first = self._chunks[0][0]
+                data = self._straight[start - first : stop - first]
+            else:
+                buffers.append(self._free.pop() if self._free else torch.empty(CHUNK))
+                data = buffers[-1][: stop - start]
+            posted.append((layer, data, self._channel.receive(data, source, where, self._what)))
+        self._posted.append(posted)
+        self._buffers.append(buffers)
+        self._next += 1
+
+    def next(self) -> list[tuple[int, Tensor]]:
+        """Every layer of the next chunk, once it is here; what was given out before is overwritten."""
+        if self._in_use:
+            self.close()
+            if self._next < len(self._chunks):
+                self._post()
+        self._in_use = True
+        arrived = self._posted.popleft()
+        for _, _, handle in arrived:
+            handle.wait()
+        return [(layer, data) for layer, data, _ in arrived]
+
+    def close(self) -> None:
+        """What was given out last is no longer needed."""
+        if self._in_use:
+            self._free += self._buffers.popleft()
+            self._in_use = False
 
 
 def layer_of(uses: Sequence[int], use: int, name: str) -> int:
