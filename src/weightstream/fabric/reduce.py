@@ -332,7 +332,9 @@ class _Incoming:
                 first = self._chunks[0][0]
                 data = self._straight[start - first : stop - first]
             else:
-                buffers.append(self._free.pop() if self._free else torch.empty(CHUNK))
+                buffers.append(
+                    self._free.pop() if self._free else torch.empty(CHUNK)
+                )  # untouched beyond a smaller unit
                 data = buffers[-1][: stop - start]
             posted.append((layer, data, self._channel.receive(data, source, where, self._what)))
         self._posted.append(posted)

@@ -27,9 +27,13 @@ Uses = Callable[[int, str], Sequence[int]]
 """Block and parameter → the visits that use it, in order."""
 
 
-def fabric_bytes(cluster: Cluster) -> int:
-    """Memory for chunks of sums on their way, at most: those of one unit's siblings."""
-    return ceil(log2(max(cluster.workers, 2)) + 1) * AHEAD * CHUNK * 4
+def fabric_bytes(cluster: Cluster, unit_bytes: int) -> int:
+    """Memory for chunks of sums on their way, at most: those of one unit's siblings.
+
+    Args:
+        unit_bytes: of the largest unit's gradient, which may be less than a chunk.
+    """
+    return ceil(log2(max(cluster.workers, 2)) + 1) * AHEAD * min(CHUNK * 4, unit_bytes)
 
 
 @dataclass(frozen=True, slots=True)
