@@ -1,0 +1,127 @@
+"""Ranks that are processes and do one job after another, since every start of one costs time.
+
+They are forked from a server that has imported everything. Where the ranks meet outlives them, as under torchrun.
+"""
+
+import multiprocessing as mp
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from weightstream import errors
+from weightstream.cluster import Cluster
+from weightstream.fabric.distributed import connect
+from weightstream.fabric.links import Links
+
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])
+LOST = ("Lost", "no answer")
+
+
+class Processes:
+    """The ranks of a cluster.
+
+    Args:
+        facts: by rank, what it compares with the others.
+        world: how many ranks there are said to be.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        timeout_s: float = 30.0,
+        facts: Mapping[int, Mapping[str, Any]] | None = None,
+        world: int | None = None,
+    ) -> None:
+        # the store stays with the ranks' parent, whatever becomes of them
+        self._meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.pipes: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        for rank in range(cluster.size):
+            ours, theirs = _CONTEXT.Pipe()
+            environment = {
+                "RANK": f"{rank}", "WORLD_SIZE": f"{cluster.size if world is None else world}", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": f"{self._meeting.port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }  # fmt: skip
+            arguments = (theirs, environment, cluster, dict((facts or {}).get(rank, {})), timeout_s)
+            process = _CONTEXT.Process(target=_rank, args=arguments)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self.started = [self._answer(rank, timeout_s + 60) for rank in range(cluster.size)]
+
+    def ask(self, work: Callable[..., Any], *arguments: Any, within_s: float = 60.0) -> list[tuple[str, Any]]:
+        """By rank, ("done", result), (class of the error, message), or `LOST`."""
+        for pipe in self.pipes:
+            pipe.send((work, arguments))
+        until = time.monotonic() + within_s
+        return [self._answer(rank, until - time.monotonic()) for rank in range(len(self.pipes))]
+
+    def run(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Results in order of rank, or the first error."""
+        answers = self.ask(work, *arguments)
+        for kind, value in answers:
+            if kind != "done":
+                raise getattr(errors, kind, AssertionError)(value)
+        return [value for _, value in answers]
+
+    def _answer(self, rank: int, within_s: float) -> tuple[str, Any]:
+        try:
+            return self.pipes[rank].recv() if self.pipes[rank].poll(max(within_s, 0)) else LOST
+        except EOFError:
+            return LOST
+
+    def end(self, within_s: float = 30.0) -> list[int | None]:
+        """Lets all go; their exit codes, None for one that had to be killed."""
+        for pipe in self.pipes:
+            pipe.close()
+        until = time.monotonic() + within_s
+        for process in self.processes:
+            process.join(max(until - time.monotonic(), 0))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        return codes
+
+
+def _rank(pipe: Connection, environment: dict[str, str], cluster: Cluster, facts: Any, timeout_s: float) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
+    try:
+        links = connect(cluster, facts, timeout_s=timeout_s)
+    except BaseException as error:
+        pipe.send((type(error).__name__, str(error)))
+        return
+    pipe.send(("done", None))
+    while True:
+        try:
+            work, arguments = pipe.recv()
+        except EOFError:
+            break
+        try:
+            answer = "done", work(links, *arguments)
+        except BaseException as error:
+            answer = type(error).__name__, str(error)
+        pipe.send(answer)
+    links.close()
+
+
+def dies(links: Links) -> None:
+    """Ends this process as a crash does."""
+    os._exit(1)
+
+
+def stops(links: Links) -> None:
+    """Stops this process where it is."""
+    os.kill(os.getpid(), signal.SIGSTOP)
