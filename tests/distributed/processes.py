@@ -5,9 +5,8 @@ They are forked from a server that has imported everything. Where the ranks meet
 
 import multiprocessing as mp
 import os
-import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -18,7 +17,6 @@ import torch.distributed as dist
 from weightstream import errors
 from weightstream.cluster import Cluster
 from weightstream.fabric.distributed import connect
-from weightstream.fabric.links import Links
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
@@ -31,6 +29,7 @@ class Processes:
     Args:
         facts: by rank, what it compares with the others.
         world: how many ranks there are said to be.
+        leave_out: ranks that never come.
     """
 
     def __init__(
@@ -40,6 +39,7 @@ class Processes:
         timeout_s: float = 30.0,
         facts: Mapping[int, Mapping[str, Any]] | None = None,
         world: int | None = None,
+        leave_out: Collection[int] = (),
     ) -> None:
         # the store stays with the ranks' parent, whatever becomes of them
         self._meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -53,18 +53,22 @@ class Processes:
             }  # fmt: skip
             arguments = (theirs, environment, cluster, dict((facts or {}).get(rank, {})), timeout_s)
             process = _CONTEXT.Process(target=_rank, args=arguments)
+            if rank in leave_out:
+                theirs.close()
+                self.pipes.append(ours)
+                continue
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
-        self.started = [self._answer(rank, timeout_s + 60) for rank in range(cluster.size)]
+        self.started = [self.answer(rank, timeout_s + 60) for rank in range(cluster.size)]
 
     def ask(self, work: Callable[..., Any], *arguments: Any, within_s: float = 60.0) -> list[tuple[str, Any]]:
         """By rank, ("done", result), (class of the error, message), or `LOST`."""
         for pipe in self.pipes:
             pipe.send((work, arguments))
         until = time.monotonic() + within_s
-        return [self._answer(rank, until - time.monotonic()) for rank in range(len(self.pipes))]
+        return [self.answer(rank, until - time.monotonic()) for rank in range(len(self.pipes))]
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Results in order of rank, or the first error."""
@@ -74,11 +78,16 @@ class Processes:
                 raise getattr(errors, kind, AssertionError)(value)
         return [value for _, value in answers]
 
-    def _answer(self, rank: int, within_s: float) -> tuple[str, Any]:
+    def answer(self, rank: int, within_s: float) -> tuple[str, Any]:
+        """What one rank says to the last question."""
         try:
             return self.pipes[rank].recv() if self.pipes[rank].poll(max(within_s, 0)) else LOST
         except EOFError:
             return LOST
+
+    def kill(self, rank: int) -> None:
+        """Ends a process that may be stopped."""
+        self.processes[rank].kill()
 
     def end(self, within_s: float = 30.0) -> list[int | None]:
         """Lets all go; their exit codes, None for one that had to be killed."""
@@ -115,13 +124,3 @@ def _rank(pipe: Connection, environment: dict[str, str], cluster: Cluster, facts
             answer = type(error).__name__, str(error)
         pipe.send(answer)
     links.close()
-
-
-def dies(links: Links) -> None:
-    """Ends this process as a crash does."""
-    os._exit(1)
-
-
-def stops(links: Links) -> None:
-    """Stops this process where it is."""
-    os.kill(os.getpid(), signal.SIGSTOP)
