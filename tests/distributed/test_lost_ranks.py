@@ -3,8 +3,10 @@
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +14,32 @@ from tests.distributed.processes import LOST, Processes
 
 from weightstream.cluster import Cluster
 from weightstream.errors import ConfigError, FabricError
+from weightstream.fabric.broadcast import Broadcast, Span
 from weightstream.fabric.distributed import connect
 from weightstream.fabric.links import Handle, Links
 from weightstream.fabric.local import run_ranks
-from weightstream.fabric.lost import Blame
+from weightstream.fabric.lost import Blame, Lost
+from weightstream.store.futures import new_future
 
 CLUSTER = Cluster(2, 2)
 TIMEOUT_S = 3.0
 SLACK_S = 6.0  # of a busy machine, beyond the timeout and the time it takes to find out who it was
 BYTES = 1 << 20
+Start = Callable[..., Processes]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts ranks, of which none outlives the test."""
+    started: list[Processes] = []
+
+    def one(*arguments: Any, **keywords: Any) -> Processes:
+        started.append(Processes(*arguments, **keywords))
+        return started[-1]
+
+    yield one
+    for ranks in started:
+        ranks.end(0)
 
 
 def falls(how: str) -> None:
@@ -62,8 +81,8 @@ def until_one_falls(links: Links, pattern: str, victim: int, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["dies", "stops"])
 @pytest.mark.parametrize(("pattern", "victim"), [("ring", 2), ("to one", 1), ("gather", 3), ("gather", 0)])
-def test_every_rank_names_the_lost_one(pattern: str, victim: int, how: str) -> None:
-    ranks = Processes(CLUSTER, timeout_s=TIMEOUT_S)
+def test_every_rank_names_the_lost_one(start: Start, pattern: str, victim: int, how: str) -> None:
+    ranks = start(CLUSTER, timeout_s=TIMEOUT_S)
     started = time.monotonic()
     for pipe in ranks.pipes:
         pipe.send((until_one_falls, (pattern, victim, how)))
@@ -80,14 +99,50 @@ def test_every_rank_names_the_lost_one(pattern: str, victim: int, how: str) -> N
     assert [codes[rank] for rank in others] == [0] * len(others)
 
 
+def stops_while_its_threads_wait(links: Links) -> float:
+    """Rank 0 stops while all others wait for it, or for one that does; after how long its own threads let it go."""
+    down = Broadcast(links.down, CLUSTER)
+    read: Future[object] = new_future()
+    here, _ = down.start(memoryview(bytearray(BYTES)), [Span(0, 0, BYTES, 0)], {} if links.rank else {0: read})
+    started = time.monotonic()
+    try:
+        if links.rank == 0:
+            time.sleep(0.5)
+            links.down.receive(torch.empty(1), 3, 99, "what never comes")
+            links.stop("its disk is full")
+        elif links.rank == 1:
+            links.control.gather("never complete")
+        else:
+            here.result()
+            raise AssertionError("nothing can have come")
+    except FabricError as error:
+        links.stop(str(error))
+        raise
+    finally:
+        read.set_result(None)
+        down.close()
+    return time.monotonic() - started
+
+
+def test_a_rank_that_stops_says_why_to_all_at_once(start: Start) -> None:
+    ranks = start(CLUSTER, timeout_s=60)
+    (kind, value), *others = ranks.ask(stops_while_its_threads_wait, within_s=20)
+    assert kind == "done", value
+    assert value < 5
+    for kind, value in others:
+        assert kind == "FabricError", value
+        assert "rank 0 stopped: its disk is full" in value
+    assert ranks.end() == [0] * CLUSTER.size
+
+
 def test_what_stops_one_local_rank_stops_all() -> None:
     with pytest.raises(ConfigError, match="its disk is full"):
         run_ranks(CLUSTER, lambda links: until_one_falls(links, "ring", 2, "raises"), timeout_s=60)
 
 
-def test_ranks_with_other_facts_are_refused_by_all_alike() -> None:
+def test_ranks_with_other_facts_are_refused_by_all_alike(start: Start) -> None:
     facts = {rank: {"configuration": "a1" if rank != 2 else "b2", "seed": 1} for rank in range(CLUSTER.size)}
-    ranks = Processes(CLUSTER, facts=facts, timeout_s=20)
+    ranks = start(CLUSTER, facts=facts, timeout_s=20)
     assert {kind for kind, _ in ranks.started} == {"ConfigError"}
     (message,) = {text for _, text in ranks.started}
     assert "configuration: rank 0 has 'a1', rank 2 has 'b2'" in message
@@ -95,16 +150,16 @@ def test_ranks_with_other_facts_are_refused_by_all_alike() -> None:
     assert ranks.end() == [0] * CLUSTER.size
 
 
-def test_another_number_of_ranks_is_refused_before_they_meet() -> None:
-    ranks = Processes(CLUSTER, world=3, timeout_s=20)
+def test_another_number_of_ranks_is_refused_before_they_meet(start: Start) -> None:
+    ranks = start(CLUSTER, world=3, timeout_s=20)
     (answer,) = set(ranks.started)
     assert answer[0] == "ConfigError"
     assert "is 4 ranks, torchrun started 3" in answer[1]
     assert ranks.end() == [0] * CLUSTER.size
 
 
-def test_ranks_that_do_not_come_are_named() -> None:
-    ranks = Processes(CLUSTER, timeout_s=1.5, leave_out={1, 3})
+def test_ranks_that_do_not_come_are_named(start: Start) -> None:
+    ranks = start(CLUSTER, timeout_s=1.5, leave_out={1, 3})
     assert [kind for kind, _ in ranks.started] == ["FabricError", LOST[0], "FabricError", LOST[0]]
     assert "ranks 1, 3 of 4 were not there" in ranks.started[0][1]
     ranks.end()
@@ -142,7 +197,7 @@ def test_the_end_of_the_chain_is_lost(tmp_path: Path, waits_for: dict[int, int],
             for rank, other in waits_for.items()
         }
     for rank, future in found.items():
-        assert future.result() == (waits_for[rank] if lost is None else lost)
+        assert future.result() == Lost(waits_for[rank] if lost is None else lost)
 
 
 class DeadBoard(FileBoard):
@@ -159,7 +214,7 @@ class SilentBoard(FileBoard):
 def test_without_a_board_the_rank_that_was_waited_for_is_named(tmp_path: Path, board: type[FileBoard]) -> None:
     started = time.monotonic()
     blame = Blame(board(tmp_path), 0, 1.0)
-    assert [blame.on(3, closed=True), blame.on(4, closed=True)] == [3, 3]
+    assert [blame.on(3, closed=True), blame.on(4, closed=True)] == [Lost(3), Lost(3)]
     assert time.monotonic() - started < 5
 
 

@@ -30,7 +30,7 @@ from weightstream.fabric.lost import Blame
 
 TIMEOUT_S = 120.0
 _INTERFACE = "GLOO_SOCKET_IFNAME"
-_HEAD_BYTES, _HEAD_TAG = 4096, (1 << 31) - 4
+_HEAD_BYTES, _HEAD_TAG, _CUT_TAG = 4096, (1 << 31) - 4, (1 << 31) - 2
 
 
 @dataclass(slots=True)
@@ -56,14 +56,16 @@ class _Failed:
     timeout_s: float
 
     def __call__(self, error: RuntimeError) -> FabricError:
-        silent = "imed out" in str(error) or "imeout" in str(error)
+        silent = _ran_out(error)
         lost = self.blame.on(self.other, closed=not silent)
-        if lost != self.other:
-            return FabricError(f"{self.what}: waited for rank {lost}, which is lost; the last commit is whole")
-        if silent:
-            why = f"nothing for {self.timeout_s:g} s: rank {lost} hangs, or the link to it is down"
+        if lost.reason is not None:
+            why = f"rank {lost.rank} stopped: {lost.reason}"
+        elif lost.rank != self.other:
+            why = f"waited for rank {lost.rank}, which is lost"
+        elif silent:
+            why = f"nothing for {self.timeout_s:g} s: rank {lost.rank} hangs, or the link to it is down"
         else:
-            why = f"rank {lost} is gone ({_first_line(error)})"
+            why = f"rank {lost.rank} is gone ({_first_line(error)})"
         return FabricError(f"{self.what}: {why}; the last commit is whole")
 
 
@@ -103,6 +105,20 @@ class _GroupChannel(Channel):
                 handle.wait()
         return [json.loads(text) for text in texts]
 
+    def cut(self) -> None:
+        """Ends every wait of this rank, and every wait of others for it."""
+        for other in self.members:
+            if self.rank not in self.members or other == self.rank:
+                continue
+            try:
+                # Gloo has no call for it; but a wait that runs out of time closes all connections of its group. One on a
+                # connection that is closed already ends before.
+                never = self._group.recv([torch.empty(1)], other - self.members.start, _CUT_TAG)
+                never.wait(timedelta(milliseconds=1))
+            except RuntimeError as error:
+                if _ran_out(error):
+                    return
+
     def _send_text(self, text: bytes, to: int) -> list[Handle]:
         """In one message that has its length, and another one with what goes beyond it."""
         head = len(text).to_bytes(8, "little") + text[: _HEAD_BYTES - 8]
@@ -135,6 +151,11 @@ class _GroupChannel(Channel):
 class GroupLinks(Links):
     """The channels of this process; made by `connect`."""
 
+    down: _GroupChannel
+    up: _GroupChannel
+    control: _GroupChannel
+    commits: _GroupChannel
+
     def __init__(self, cluster: Cluster, blame: Blame, timeout_s: float) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         timeout = timedelta(seconds=timeout_s)
@@ -144,8 +165,14 @@ class GroupLinks(Links):
             return _GroupChannel(name, self.rank, members, group, blame, timeout_s)
 
         every = range(self.size)
+        self._blame = blame
         self.down, self.up, self.control = (channel(name, every) for name in ("down", "up", "control"))
         self.commits = channel("commits", cluster.memory_ranks)
+
+    def stop(self, reason: str) -> None:
+        self._blame.stop(reason)
+        for channel in (self.down, self.up, self.control, self.commits):
+            channel.cut()
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -249,6 +276,10 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
     except OSError:
         return False
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    return "imed out" in str(error) or "imeout" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -89,5 +89,9 @@ class Links(ABC):
         return nullcontext()
 
     @abstractmethod
+    def stop(self, reason: str) -> None:
+        """This rank goes no further: every wait of it ends at once, and every wait of others for it, with this reason."""
+
+    @abstractmethod
     def close(self) -> None:
         """Lets the others go. After an error nobody is waited for."""

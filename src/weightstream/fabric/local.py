@@ -125,6 +125,9 @@ class LocalLinks(Links):
     def computing(self) -> AbstractContextManager[object]:
         return self.hub.computing
 
+    def stop(self, reason: str) -> None:
+        self.hub.fail(f"rank {self.rank} stopped: {reason}")
+
     def close(self) -> None:
         pass
 
@@ -139,11 +142,12 @@ def run_ranks(cluster: Cluster, work: Callable[[Links], T], *, timeout_s: float 
     errors: list[BaseException] = []
 
     def one(rank: int) -> T | None:
+        links = hub.links(rank)
         try:
-            return work(hub.links(rank))
+            return work(links)
         except BaseException as error:
             errors.append(error)
-            hub.fail(f"rank {rank} stopped: {error}")
+            links.stop(str(error))
             return None
 
     with ThreadPoolExecutor(cluster.size, thread_name_prefix="rank") as pool:
