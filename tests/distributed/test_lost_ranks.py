@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,49 +170,49 @@ def test_a_process_that_is_no_rank_says_how_to_become_one(monkeypatch: pytest.Mo
         connect(CLUSTER)
 
 
-class FileBoard:
-    """A board of files, so that nothing is sent."""
+class OwnBoard:
+    """A board that only this process sees."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
 
     def set(self, key: str, value: str, /) -> None:
-        (self._folder / key.replace("/", "-")).write_text(value)
+        self._values[key] = value.encode()
 
     def get(self, key: str, /) -> bytes:
-        return (self._folder / key.replace("/", "-")).read_bytes()
+        return self._values[key]
 
     def check(self, keys: list[str], /) -> bool:
-        return all((self._folder / key.replace("/", "-")).exists() for key in keys)
+        return all(key in self._values for key in keys)
 
 
 @pytest.mark.parametrize(
     ("waits_for", "lost"), [({0: 1, 1: 2, 2: 3, 4: 2}, 3), ({0: 5}, 5), ({1: 0, 0: 1, 2: 0}, None)]
 )
-def test_the_end_of_the_chain_is_lost(tmp_path: Path, waits_for: dict[int, int], lost: int | None) -> None:
+def test_the_end_of_the_chain_is_lost(waits_for: dict[int, int], lost: int | None) -> None:
+    board = OwnBoard()
     with ThreadPoolExecutor(len(waits_for)) as pool:
         found = {
-            rank: pool.submit(Blame(FileBoard(tmp_path), rank, 2.0).on, other, closed=False)
-            for rank, other in waits_for.items()
+            rank: pool.submit(Blame(board, rank, 2.0).on, other, closed=False) for rank, other in waits_for.items()
         }
     for rank, future in found.items():
         assert future.result() == Lost(waits_for[rank] if lost is None else lost)
 
 
-class DeadBoard(FileBoard):
+class DeadBoard(OwnBoard):
     def set(self, key: str, value: str, /) -> None:
         raise RuntimeError("connection reset")
 
 
-class SilentBoard(FileBoard):
+class SilentBoard(OwnBoard):
     def set(self, key: str, value: str, /) -> None:
         time.sleep(20)
 
 
 @pytest.mark.parametrize("board", [DeadBoard, SilentBoard])
-def test_without_a_board_the_rank_that_was_waited_for_is_named(tmp_path: Path, board: type[FileBoard]) -> None:
+def test_without_a_board_the_rank_that_was_waited_for_is_named(board: type[OwnBoard]) -> None:
     started = time.monotonic()
-    blame = Blame(board(tmp_path), 0, 1.0)
+    blame = Blame(board(), 0, 1.0)
     assert [blame.on(3, closed=True), blame.on(4, closed=True)] == [Lost(3), Lost(3)]
     assert time.monotonic() - started < 5
 

@@ -92,6 +92,7 @@ class Broadcast:
         try:
             self._move(job, view, spans, local, sends)
         except BaseException as error:
+            self._channel.stop(str(error))  # others wait for what does not come from here
             here.set_exception(error)
             passed.set_exception(error)
             return

@@ -105,8 +105,8 @@ class _GroupChannel(Channel):
                 handle.wait()
         return [json.loads(text) for text in texts]
 
-    def cut(self) -> None:
-        """Ends every wait of this rank, and every wait of others for it."""
+    def stop(self, reason: str) -> None:
+        self._blame.stop(reason)
         for other in self.members:
             if self.rank not in self.members or other == self.rank:
                 continue
@@ -151,11 +151,6 @@ class _GroupChannel(Channel):
 class GroupLinks(Links):
     """The channels of this process; made by `connect`."""
 
-    down: _GroupChannel
-    up: _GroupChannel
-    control: _GroupChannel
-    commits: _GroupChannel
-
     def __init__(self, cluster: Cluster, blame: Blame, timeout_s: float) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         timeout = timedelta(seconds=timeout_s)
@@ -165,14 +160,8 @@ class GroupLinks(Links):
             return _GroupChannel(name, self.rank, members, group, blame, timeout_s)
 
         every = range(self.size)
-        self._blame = blame
         self.down, self.up, self.control = (channel(name, every) for name in ("down", "up", "control"))
         self.commits = channel("commits", cluster.memory_ranks)
-
-    def stop(self, reason: str) -> None:
-        self._blame.stop(reason)
-        for channel in (self.down, self.up, self.control, self.commits):
-            channel.cut()
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -69,6 +69,10 @@ class Channel(ABC):
             FabricError: a rank is gone or silent.
         """
 
+    @abstractmethod
+    def stop(self, reason: str) -> None:
+        """This rank goes no further: its waits here, and those of others for it, end at once and with this reason."""
+
 
 class Links(ABC):
     """One rank's channels.
@@ -88,9 +92,10 @@ class Links(ABC):
         """Entered while this rank computes; ranks that share a process take turns."""
         return nullcontext()
 
-    @abstractmethod
     def stop(self, reason: str) -> None:
-        """This rank goes no further: every wait of it ends at once, and every wait of others for it, with this reason."""
+        """This rank goes no further: all its waits, and those of others for it, end at once and with this reason."""
+        for channel in (self.down, self.up, self.control, self.commits):
+            channel.stop(reason)
 
     @abstractmethod
     def close(self) -> None:

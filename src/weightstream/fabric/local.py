@@ -112,6 +112,9 @@ class _LocalChannel(Channel):
         self._turn += 1
         return self._hub.gather(self.name, self._turn, self.rank, value, self.members)
 
+    def stop(self, reason: str) -> None:
+        self._hub.fail(f"rank {self.rank} stopped: {reason}")
+
 
 class LocalLinks(Links):
     """The channels of one rank of a `Hub`."""
@@ -124,9 +127,6 @@ class LocalLinks(Links):
 
     def computing(self) -> AbstractContextManager[object]:
         return self.hub.computing
-
-    def stop(self, reason: str) -> None:
-        self.hub.fail(f"rank {self.rank} stopped: {reason}")
 
     def close(self) -> None:
         pass

@@ -147,6 +147,7 @@ class Reduction:
             for handle in sends:
                 handle.wait()
         except BaseException as error:
+            self._channel.stop(str(error))  # others wait for what does not come from here
             out.set_exception(error)
         else:
             out.set_result(total)
