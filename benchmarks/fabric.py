@@ -33,8 +33,9 @@ from torch import Tensor
 from weightstream.cluster import Cluster
 from weightstream.fabric.broadcast import Broadcast, Span
 from weightstream.fabric.distributed import connect
+from weightstream.fabric.heads import Head
 from weightstream.fabric.links import Links
-from weightstream.fabric.reduce import Head, Reduction, UnitGradient
+from weightstream.fabric.reduce import Reduction, UnitGradient
 from weightstream.schedule.reduction import subtrees
 from weightstream.store.futures import done
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from weightstream.cluster import Cluster
-from weightstream.errors import FabricError
-from weightstream.fabric.broadcast import tag
+from weightstream.fabric.broadcast import UNITS, tag
+from weightstream.fabric.heads import Head, head_bytes
 from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Hand, Join, Merge, Node, Step, Take, reduce_plan
 from weightstream.store.futures import new_future
 
 CHUNK = 1 << 19  # elements
 AHEAD = 2  # chunks of a sibling's sum that are under way at once
-MOST_LAYERS = 6
+BEGUN = UNITS // 2  # units that are begun before the one that is summed; fewer than tags tell apart
 _HEAD_LAYER, _HEAD_CHUNK = 7, (1 << 14) - 1
 
 Range = tuple[int, int]
@@ -43,43 +43,6 @@ class UnitGradient:
     span: Range
     pieces: tuple[Range, ...]
     image: int
-
-
-@dataclass(slots=True)
-class Head:
-    """Which pieces of a sum are there, by layer; `found`: some rank had a gradient of this block, of whatever unit."""
-
-    found: bool = False
-    layers: dict[int, bytearray] = field(default_factory=dict)
-
-    def merged(self, other: "Head") -> "Head":
-        """Of the sum of both."""
-        layers = {layer: bytearray(flags) for layer, flags in self.layers.items()}
-        for layer, flags in other.layers.items():
-            own = layers.setdefault(layer, bytearray(len(flags)))
-            for index, flag in enumerate(flags):
-                own[index] |= flag
-        return Head(self.found or other.found, dict(sorted(layers.items())))
-
-    def packed(self, pieces: int) -> Tensor:
-        """As bytes of a size that both sides know: `found`, number of layers, then each with its number."""
-        data = bytearray([self.found, len(self.layers)])
-        for layer, flags in self.layers.items():
-            data += bytes([layer]) + flags
-        return torch.frombuffer(data.ljust(head_bytes(pieces), b"\0"), dtype=torch.uint8)
-
-    @classmethod
-    def unpacked(cls, data: Tensor, pieces: int) -> "Head":
-        values = bytes(data.tolist())
-        head = cls(bool(values[0]))
-        for number in range(values[1]):
-            start = 2 + number * (1 + pieces)
-            head.layers[values[start]] = bytearray(values[start + 1 : start + 1 + pieces])
-        return head
-
-
-def head_bytes(pieces: int) -> int:
-    return 2 + MOST_LAYERS * (1 + pieces)
 
 
 @dataclass(slots=True)
@@ -134,12 +97,14 @@ class Reduction:
         try:
             total = Total(any(head.found for by_unit in heads.values() for head in by_unit.values()))
             sends: list[Handle] = []
+            works: deque[_UnitSum] = deque()
             for number, unit in enumerate(units):
-                own = {node: by_unit[unit.unit] for node, by_unit in heads.items()}
-                steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
+                for ahead in range(number + len(works), min(number + BEGUN, len(units))):
+                    coming = units[ahead]
+                    own = {node: by_unit[coming.unit] for node, by_unit in heads.items()}
+                    works.append(self._unit_sum((job, ahead), coming, own, sums, targets.get(coming.unit), sends))
                 target = targets.get(unit.unit)
-                work = _UnitSum(self._channel, steps, (job, number), unit, own, sums, target, sends, self._chunks)
-                head = work.run((0, self._groups))
+                head = works.popleft().run((0, self._groups))
                 if target is not None:
                     total.found |= head.found
                     flags = [any(layer[i] for layer in head.layers.values()) for i in range(len(unit.pieces))]
@@ -151,6 +116,20 @@ class Reduction:
             out.set_exception(error)
         else:
             out.set_result(total)
+
+    def _unit_sum(
+        self,
+        place: tuple[int, int],
+        unit: UnitGradient,
+        heads: dict[Node, Head],
+        sums: Sums,
+        target: Tensor | None,
+        sends: list[Handle],
+    ) -> "_UnitSum":
+        steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
+        work = _UnitSum(self._channel, steps, place, unit, heads, sums, target, sends, self._chunks)
+        work.begin()
+        return work
 
 
 class _UnitSum:
@@ -171,16 +150,35 @@ class _UnitSum:
         self._channel, self._unit, self._target, self._sends, self._free = channel, unit, target, sends, free
         self._job, self._number = place
         self._steps, self._heads = steps, heads
+        self._coming_heads: dict[int, tuple[Tensor, Handle]] = {}  # by step
+        self._given: set[int] = set()  # the steps that were done at the beginning
         self._others: dict[int, Head] = {}  # by step: of the sum that comes
         self._memory_of = {node: node for node in heads}  # a sum is made in the memory of one of those it is made of
         self._sums = sums
         self._what = f"gradient of unit {unit.unit}"
 
-    def run(self, root: Node) -> Head:
-        """Carries out all steps; what there is of the whole sum, where this rank is its owner."""
-        self._exchange_heads()
+    def begin(self) -> None:
+        """Asks for the heads that come, and sends what needs no sum: so nobody waits for it while this rank sums others."""
+        for number, step in enumerate(self._steps):
+            if isinstance(step, Merge | Take):
+                data = torch.empty(head_bytes(len(self._unit.pieces)), dtype=torch.uint8)
+                handle = self._channel.receive(data, step.source, self._tag(_HEAD_CHUNK, _HEAD_LAYER), self._what)
+                self._coming_heads[number] = data, handle
+        for number, step in enumerate(self._steps):
+            if isinstance(step, Hand) and step.node in self._heads:
+                self._given.add(number)
+                self._hand_head(step)
+                for index, chunk in enumerate(self._chunks()):
+                    self._hand(step, index, chunk)
+
+    def _chunks(self) -> list[Range]:
         start, stop = self._unit.span
-        chunks = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
+        return [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
+
+    def run(self, root: Node) -> Head:
+        """Carries out all other steps; what there is of the whole sum, where this rank is its owner."""
+        self._exchange_heads()
+        chunks = self._chunks()
         coming = {
             number: self._incoming(number, step, chunks)
             for number, step in enumerate(self._steps)
@@ -196,10 +194,9 @@ class _UnitSum:
                         for layer, flags in self._heads[other].layers.items():
                             data = self._sums[layer, self._memory_of[other]][chunk[0] : chunk[1]]
                             self._add(layer, own, flags, data, chunk)
-                    case Hand(node, to):
-                        for layer in self._heads[node].layers:
-                            data = self._sums[layer, self._memory_of[node]][chunk[0] : chunk[1]]
-                            self._sends.append(self._channel.send(data, to, self._tag(index, layer), self._what))
+                    case Hand():
+                        if number not in self._given:
+                            self._hand(step, index, chunk)
                     case Take(node, _):
                         self._deliver(node, coming[number].next(), chunk)
             if self._target is not None and root in self._memory_of:
@@ -216,28 +213,33 @@ class _UnitSum:
     def _exchange_heads(self) -> None:
         """Every rank learns what there is of each sum before the sums themselves come."""
         pieces = len(self._unit.pieces)
-        where = self._tag(_HEAD_CHUNK, _HEAD_LAYER)
-        coming = {}
-        for number, step in enumerate(self._steps):
-            if isinstance(step, Merge | Take):
-                data = torch.empty(head_bytes(pieces), dtype=torch.uint8)
-                coming[number] = data, self._channel.receive(data, step.source, where, self._what)
         for number, step in enumerate(self._steps):
             match step:
-                case Hand(node, to):
-                    data = self._heads[node].packed(pieces)
-                    self._sends.append(self._channel.send(data, to, where, self._what))
+                case Hand():
+                    if number not in self._given:
+                        self._hand_head(step)
                 case Join(own, other, parent):
                     self._become(own, parent, self._heads[other])
                 case Merge(own, _, _, parent):
-                    data, handle = coming[number]
+                    data, handle = self._coming_heads[number]
                     handle.wait()
                     self._others[number] = Head.unpacked(data, pieces)
                     self._become(own, parent, self._others[number])
                 case Take(node, _):
-                    data, handle = coming[number]
+                    data, handle = self._coming_heads[number]
                     handle.wait()
                     self._others[number] = self._heads[node] = Head.unpacked(data, pieces)
+
+    def _hand_head(self, step: Hand) -> None:
+        data = self._heads[step.node].packed(len(self._unit.pieces))
+        where = self._tag(_HEAD_CHUNK, _HEAD_LAYER)
+        self._sends.append(self._channel.send(data, step.to, where, self._what))
+
+    def _hand(self, step: Hand, index: int, chunk: Range) -> None:
+        memory = self._memory_of[step.node]
+        for layer in self._heads[step.node].layers:
+            data = self._sums[layer, memory][chunk[0] : chunk[1]]
+            self._sends.append(self._channel.send(data, step.to, self._tag(index, layer), self._what))
 
     def _become(self, own: Node, parent: Node, other: Head) -> None:
         """The parent's sum is made in the memory of `own`."""
@@ -359,17 +361,3 @@ class _Incoming:
         if self._in_use:
             self._free += self._buffers.popleft()
             self._in_use = False
-
-
-def layer_of(uses: Sequence[int], use: int, name: str) -> int:
-    """The layer of a parameter's use: its place among the visits that use it.
-
-    Raises:
-        FabricError: more uses than a head has room for.
-    """
-    layer = uses.index(use)
-    if layer >= MOST_LAYERS:
-        raise FabricError(
-            f"parameter '{name}' is used by {len(uses)} visits: with several ranks at most {MOST_LAYERS} are possible"
-        )
-    return layer

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from weightstream.cluster import Cluster
 from weightstream.fabric.broadcast import Broadcast, Span
+from weightstream.fabric.heads import Head, layer_of
 from weightstream.fabric.links import Links
 from weightstream.fabric.peers import Arrival, Reduced
-from weightstream.fabric.reduce import AHEAD, CHUNK, Head, Reduction, Sums, Total, UnitGradient, layer_of
+from weightstream.fabric.reduce import AHEAD, CHUNK, Reduction, Sums, Total, UnitGradient
 from weightstream.fabric.reduction import BlockSum
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.trees import Node
