@@ -202,6 +202,8 @@ def connect(cluster: Cluster, facts: Mapping[str, Any] | None = None, *, timeout
     except (RuntimeError, ValueError) as error:
         if dist.is_initialized():
             dist.destroy_process_group()
+        if isinstance(error, FabricError):
+            raise
         raise FabricError(f"rank {rank} could not meet the others: {_first_line(error)}") from error
     versions = {name: metadata.version(name) for name in ("weightstream", "torch")}
     try:

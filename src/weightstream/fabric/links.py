@@ -94,8 +94,9 @@ class Links(ABC):
 
     def stop(self, reason: str) -> None:
         """This rank goes no further: all its waits, and those of others for it, end at once and with this reason."""
-        for channel in (self.down, self.up, self.control, self.commits):
-            channel.stop(reason)
+        for name in ("down", "up", "control", "commits"):
+            if (channel := getattr(self, name, None)) is not None:  # a rank may stop before it has all of them
+                channel.stop(reason)
 
     @abstractmethod
     def close(self) -> None:
