@@ -1,173 +1,204 @@
-"""Broadcast and reduce of 64 MiB blocks over processes on loopback, beside the library's own collectives.
+"""A block down to every rank and its gradient back up, beside the library's own collectives in the same processes.
 
     python benchmarks/fabric.py --json
 
-Rank 0 owns the block, the others compute: they receive it (broadcast), and their fp32 gradients of it are summed in the
-contract's order on the way back to rank 0 (reduce). In turn with `torch.distributed.broadcast` and `reduce` (Gloo) of as
-many bytes over the same processes, in which rank 0 takes part with zeros. One turn is timed from a barrier to the moment
-when the last rank is done; the library sums in an order of its own, which changes with the number of ranks.
+Ranks are processes on loopback. Two layouts: `apart`, where rank 0 owns the block and the others compute (the library
+broadcasts from rank 0, and sums to it), and `colocated`, where all ranks compute and own a part each (the library: the
+faster of one call for each owner, and of the collective that serves all of them). Both sides move the same memory, in
+turn; a call's time is from its first start to its last end over all ranks. Sums are compared once.
 
-Keys: `broadcast_ratio_min`, `reduce_ratio_min` = the library's seconds / ours, the least over `processes`; seconds and
-ratios by number of processes; `egress_bytes`: what rank 0 sent for one block, by number of processes, as its channel
-counts them; `cpu_s_per_block`: processor seconds of all ranks for one block, ours and the library's.
+Keys: `broadcast_ratio_min`, `reduce_ratio_min` (the library's seconds by ours, least over layouts and numbers of ranks),
+`egress_bytes` (by ranks: what the owner sends of one block, apart); by layout and number of ranks `broadcast_s`,
+`reduce_s`, those of the `library`, `*_spread` (least and most), `*_ratio`; and `*_cpu_s`, the processor time of all ranks.
 """
 
 import argparse
+import json
 import os
 import socket
-import sys
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from results import provenance, summary, write
+import torch.multiprocessing as mp
+from results import SCRATCH, provenance, summary, write
+from scratch import scratch
+from torch import Tensor
 
 from weightstream.cluster import Cluster
 from weightstream.fabric.broadcast import Broadcast, Span
 from weightstream.fabric.distributed import connect
-from weightstream.fabric.reduce import Head, Reduction, UnitGradient
+from weightstream.fabric.heads import Head
+from weightstream.fabric.links import Links
+from weightstream.fabric.reduce import Reduction, UnitGradient
 from weightstream.schedule.reduction import subtrees
 from weightstream.store.futures import done
-from weightstream.store.segments import AlignedBuffer
 
-GROUPS = 8
+Call = Callable[[], None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 3, 4, 8])
-    parser.add_argument("--mebibytes", type=int, default=64, help="of a block")
-    parser.add_argument("--units", type=int, default=4, help="that a block is cut into")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--layouts", nargs="+", choices=["apart", "colocated"], default=["apart", "colocated"])
+    parser.add_argument("--mebibytes", type=float, default=64, help="of a block, in its slab and as a gradient")
+    parser.add_argument("--units", type=int, default=8, help="of a block")
+    parser.add_argument("--turns", type=int, default=7, help="counted turns of each side")
+    parser.add_argument("--warm-up", type=int, default=2, help="turns that do not count")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
     arguments = parser.parse_args()
-    found = {count: measure(count, arguments) for count in arguments.processes}
-    result: dict[str, Any] = {"benchmark": "fabric", "block_bytes": arguments.mebibytes << 20, "units": arguments.units}
-    for kind in ("broadcast", "reduce"):
-        ratios = {}
-        for count, taken in found.items():
-            ours, library = taken[kind], taken[f"library_{kind}"]
-            ratios[count] = median(library) / median(ours)
-            result |= summary(f"{kind}_{count}_s", ours) | summary(f"library_{kind}_{count}_s", library)
-        result[f"{kind}_ratio"] = ratios
-        result[f"{kind}_ratio_min"] = min(ratios.values())
-    result["egress_bytes"] = {count: taken["egress_bytes"] for count, taken in found.items()}
-    result["egress_equal"] = len(set(result["egress_bytes"].values())) == 1
-    result["cpu_s_per_block"] = {count: taken["cpu_s"] for count, taken in found.items()}
+    found: dict[str, dict[int, Any]] = {layout: {} for layout in arguments.layouts}
+    with scratch(arguments.scratch, "fabric") as folder:
+        for layout in arguments.layouts:
+            for ranks in arguments.ranks:
+                answer = folder / f"{layout}-{ranks}.json"
+                with socket.create_server(("127.0.0.1", 0)) as free:
+                    port = free.getsockname()[1]
+                mp.spawn(one_rank, (ranks, layout, port, arguments, answer), nprocs=ranks)
+                found[layout][ranks] = json.loads(answer.read_text())
+    every = [each for by_ranks in found.values() for each in by_ranks.values()]
+    result = {
+        "benchmark": "fabric", "block_bytes": int(arguments.mebibytes * (1 << 20)), "units": arguments.units,
+        **{f"{what}_ratio_min": min(each[f"{what}_ratio"] for each in every) for what in ("broadcast", "reduce")},
+        "egress_bytes": {ranks: each["egress_bytes"] for ranks, each in found.get("apart", {}).items()},
+        **found,
+    }  # fmt: skip
     write("fabric", result | provenance(arguments.turns), as_json=arguments.json, record=not arguments.no_record)
 
 
-def measure(count: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All turns over so many processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(one_rank, (count, port, arguments, results), nprocs=count)  # type: ignore[no-untyped-call]
-    found: dict[str, Any] = results.get()
-    print(f"{count} processes: " + ", ".join(f"{k} {median(v):.3f} s" for k, v in found.items() if isinstance(v, list)),
-          file=sys.stderr)  # fmt: skip
-    return found
-
-
-def one_rank(rank: int, count: int, port: int, arguments: argparse.Namespace, results: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    cluster = Cluster(count - 1, 1)
-    links = connect(timeout_s=120)
+def one_rank(rank: int, ranks: int, layout: str, port: int, arguments: argparse.Namespace, answer: Path) -> None:
+    """The process of one rank; rank 0 leaves the figures in `answer`."""
+    os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    torch.set_num_threads(1)  # as torchrun has it
+    cluster = Cluster(ranks - 1, 1) if layout == "apart" else Cluster(ranks)
+    links = connect()
     links.divide(cluster)
-    turn = Turn(links, cluster, arguments)
-    found: dict[str, Any] = {}
-    ways = {
-        "broadcast": turn.broadcast, "library_broadcast": turn.library_broadcast,
-        "reduce": turn.reduce, "library_reduce": turn.library_reduce,
-    }  # fmt: skip
-    cpu: dict[str, float] = dict.fromkeys(ways, 0.0)
-    for number in range(arguments.warm_up + arguments.turns):
-        for name, way in ways.items():
-            links.gather(None)
-            spent, started = time.process_time(), time.perf_counter()
-            way()
-            seconds, spent = time.perf_counter() - started, time.process_time() - spent
-            told = links.gather([seconds, spent])
-            if number >= arguments.warm_up:
-                found.setdefault(name, []).append(max(seconds for seconds, _ in told))
-                cpu[name] += sum(spent for _, spent in told) / arguments.turns
-    turn.check()
+    sides = Sides(links, cluster, int(arguments.mebibytes * (1 << 20)), arguments.units)
+    sides.compare()
+    calls = sides.calls()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-arguments.warm_up, arguments.turns):
+        for name, call in calls.items():
+            dist.barrier()
+            before, started = time.process_time(), time.monotonic()
+            call()
+            measured = links.control.gather([started, time.monotonic(), time.process_time() - before])
+            if turn >= 0:
+                starts, ends, used = zip(*measured, strict=True)
+                seconds[name].append(max(ends) - min(starts))
+                cpu[name].append(sum(used))
     if rank == 0:
-        blocks = arguments.warm_up + arguments.turns
-        found |= {"egress_bytes": links.down.traffic.sent.total() / blocks, "cpu_s": cpu}
-        results.put(found)
-    turn.close()
+        answer.write_text(json.dumps(figures(seconds, cpu) | {"egress_bytes": sides.egress_bytes}))
+    sides.close()
     links.close()
 
 
-class Turn:
-    """One rank's part in each way of moving a block."""
+def figures(seconds: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians and spreads; the library's is its fastest call."""
+    result: dict[str, Any] = {}
+    for what in ("broadcast", "reduce"):
+        others = [name for name in seconds if name.startswith(f"{what} ")]
+        best = min(others, key=lambda name: median(seconds[name]))
+        result[f"{what}_ratio"] = median(seconds[best]) / median(seconds[what])
+        result |= summary(f"{what}_s", seconds[what]) | {f"{what}_cpu_s": median(cpu[what])}
+        result |= summary(f"library_{what}_s", seconds[best])
+        result |= {f"library_{what}": best.removeprefix(f"{what} "), f"library_{what}_cpu_s": median(cpu[best])}
+    return result
 
-    def __init__(self, links: Any, cluster: Cluster, arguments: argparse.Namespace) -> None:
-        self.links, self.rank = links, links.rank
-        self.nbytes = arguments.mebibytes << 20
-        each = self.nbytes // arguments.units
-        self.slab, self.target = AlignedBuffer(self.nbytes), AlignedBuffer(self.nbytes)
-        self.spans = [Span(unit, unit * each, (unit + 1) * each, 0) for unit in range(arguments.units)]
-        elements = each // 4
-        self.units = [
-            UnitGradient(unit, 0, (unit * elements, (unit + 1) * elements), ((unit * elements, (unit + 1) * elements),),
-                         self.nbytes // 4)
-            for unit in range(arguments.units)
-        ]  # fmt: skip
-        self.nodes = subtrees(GROUPS, cluster.groups_of(self.rank, GROUPS))
-        self.sums = {(0, node): torch.empty(self.nbytes // 4) for node in self.nodes}
-        self.down, self.up = Broadcast(links.down, cluster), Reduction(links.up, cluster, GROUPS)
-        self.bytes = self.slab.tensor(torch.uint8, 0, (self.nbytes,))
-        self.whole = torch.zeros(self.nbytes // 4)
-        if self.rank == 0:
-            self.bytes.random_(0, 255, generator=torch.Generator().manual_seed(0))
+
+class Sides:
+    """One rank's part in moving a block, by the fabric and by the library."""
+
+    def __init__(self, links: Links, cluster: Cluster, nbytes: int, units: int) -> None:
+        self.links, self.cluster, self.rank = links, cluster, links.rank
+        self.groups = cluster.workers
+        self.down, self.up = Broadcast(links.down, cluster), Reduction(links.up, cluster, self.groups)
+        each = ceil(nbytes / units / 4096) * 4096
+        self.slab = bytearray(each * units)
+        self.whole = torch.frombuffer(self.slab, dtype=torch.float32)
+        self.gradient, self.total = torch.zeros(len(self.whole)), torch.zeros(len(self.whole))
+        owners = [unit * len(cluster.memory_ranks) // units for unit in range(units)]
+        self.spans = [Span(unit, unit * each, (unit + 1) * each, owner) for unit, owner in enumerate(owners)]
+        self.parts = {
+            owner: slice(owners.index(owner) * each // 4, (units - owners[::-1].index(owner)) * each // 4)
+            for owner in sorted(set(owners))
+        }
+        self.unit_gradients = [
+            UnitGradient(span.unit, span.owner, where, (where,), len(self.whole))
+            for span in self.spans
+            for where in [(span.start // 4, span.stop // 4)]
+        ]
+        self.egress_bytes = 0
+
+    def calls(self) -> dict[str, Call]:
+        """What is timed, ours and the library's by turns."""
+        found = {"broadcast": self.broadcast, "broadcast calls of broadcast": self.broadcast_by_owner}
+        if len(self.parts) == self.cluster.size and len(self.spans) % self.cluster.size == 0:
+            found["broadcast all_gather"] = self.all_gather
+        return found | {
+            "reduce": self.reduce, "reduce calls of reduce": self.reduce_by_owner, "reduce all_reduce": self.all_reduce,
+        }  # fmt: skip
 
     def broadcast(self) -> None:
-        local: dict[int, Future[object]] = {}
-        if self.rank == 0:
-            local = {span.unit: done(None) for span in self.spans}
-        here, passed = self.down.start(self.slab.view, self.spans, local)
-        here.result()
-        passed.result()
-
-    def library_broadcast(self) -> None:
-        dist.broadcast(self.bytes, 0)
+        before = self.links.down.traffic.sent.total()
+        local = {span.unit: done(None) for span in self.spans if span.owner == self.rank}
+        for future in self.down.start(memoryview(self.slab), self.spans, local):
+            future.result()
+        self.egress_bytes = self.links.down.traffic.sent.total() - before
 
     def reduce(self) -> None:
-        for total in self.sums.values():
-            total.fill_(1.0)
-        heads = {node: {unit.unit: Head(True, {0: bytearray([1])}) for unit in self.units} for node in self.nodes}
-        targets = {}
-        if self.rank == 0:
-            targets = {
-                unit.unit: self.target.tensor(torch.float32, unit.span[0] * 4, (unit.span[1] - unit.span[0],))
-                for unit in self.units
-            }
-        self.up.start(self.units, heads, dict(self.sums), targets).result()
+        nodes = subtrees(self.groups, self.cluster.groups_of(self.rank, self.groups))
+        flags = {unit.unit: Head(True, {0: bytearray([1])}) for unit in self.unit_gradients}
+        sums = {(0, node): self.gradient for node in nodes}  # as many groups as workers: at most one
+        targets = {unit.unit: self.total[slice(*unit.span)] for unit in self.unit_gradients if unit.owner == self.rank}
+        self.up.start(self.unit_gradients, dict.fromkeys(nodes, flags), sums, targets).result()
 
-    def library_reduce(self) -> None:
-        self.whole.fill_(0.0 if self.rank == 0 else 1.0)
-        dist.reduce(self.whole, 0)
+    def broadcast_by_owner(self) -> None:
+        self._wait([dist.broadcast(self.whole[part], owner, async_op=True) for owner, part in self.parts.items()])
 
-    def check(self) -> None:
-        """What came is what was sent."""
-        told = self.links.gather(int(self.bytes.long().sum()))
-        assert len(set(told)) == 1, told
-        if self.rank == 0:
-            nodes = sum(len(subtrees(GROUPS, Cluster(self.links.size - 1, 1).groups_of(rank, GROUPS)))
-                        for rank in range(1, self.links.size))  # fmt: skip
-            found = self.target.tensor(torch.float32, 0, (self.nbytes // 4,))
-            assert bool((found == nodes).all()), found
+    def all_gather(self) -> None:
+        parts = [self.whole[part] for part in self.parts.values()]
+        dist.all_gather(parts, parts[self.rank].clone())
+
+    def reduce_by_owner(self) -> None:
+        self._wait([dist.reduce(self.gradient[part], owner, async_op=True) for owner, part in self.parts.items()])
+
+    def all_reduce(self) -> None:
+        dist.all_reduce(self.gradient)
+
+    def _wait(self, works: list[Any]) -> None:
+        for work in works:
+            work.wait()
+
+    def compare(self) -> None:
+        """Both sides end with the same numbers, of values whose sums are exact."""
+        generator = torch.Generator()
+
+        def values(rank: int) -> Tensor:
+            generator.manual_seed(rank)
+            return torch.randint(-1000, 1000, (len(self.whole),), generator=generator).float()
+
+        own = self.parts.get(self.rank, slice(0))
+        self.whole.zero_()
+        self.whole[own] = values(99)[own]
+        self.broadcast()
+        computes = self.rank in self.cluster.compute_ranks
+        if computes and not torch.equal(self.whole, values(99)):
+            raise AssertionError(f"rank {self.rank} did not get the block")
+        self.gradient.copy_(values(self.rank) if computes else torch.zeros(1))
+        self.reduce()
+        expected = sum(values(rank) for rank in self.cluster.compute_ranks)
+        if not torch.equal(self.total[own], expected[own]):
+            raise AssertionError(f"rank {self.rank} did not get the sum")
+        self.gradient.zero_()  # sums in place would grow without end
 
     def close(self) -> None:
         self.down.close()

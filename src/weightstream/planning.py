@@ -62,16 +62,20 @@ class Division:
 def divide(catalogue: Store, cluster: Cluster, owner: Sequence[int], groups: int) -> Division:
     """The division of a store's records among the memory ranks that own them (`owner`, by unit)."""
     owned = [{unit for unit, rank in enumerate(owner) if rank == memory} for memory in cluster.memory_ranks]
-    records, gradients = [], []
+    records, gradients, largest_unit = [], [], 0
     for block in catalogue.blocks:
         units = [catalogue.units[index] for index in catalogue.units_of(block.index)]
         layouts = [catalogue.layout(unit.index) for unit in units]
         records.append(largest([block_bytes(units, layouts, own) for own in owned]))
-        gradients.append(gradient_image(units).nbytes)
+        image = gradient_image(units)
+        gradients.append(image.nbytes)
+        largest_unit = max([largest_unit, *(stop - start for start, stop in image.spans)])
     if cluster.size == 1:
         return Division(cluster, tuple(records), tuple(gradients))
     images = max(len(subtrees(groups, cluster.groups_of(rank, groups))) for rank in cluster.compute_ranks)
-    return Division(cluster, tuple(records), tuple(gradients), SUMS_TRAVELLING * images, fabric_bytes(cluster))
+    return Division(
+        cluster, tuple(records), tuple(gradients), SUMS_TRAVELLING * images, fabric_bytes(cluster, largest_unit)
+    )
 
 
 def facts_of(

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def measured(folder: Path, *arguments: str) -> dict[str, Any]:
     """The JSON that a benchmark prints; nothing is kept under results/."""
     command = [sys.executable, ROOT / "benchmarks" / arguments[0], *arguments[1:]]
-    command += ["--json", "--no-record", *([] if arguments[0] == "fabric.py" else ["--scratch", folder])]
+    command += ["--json", "--no-record", "--scratch", folder]
     sources = str(Path(weightstream.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([sources, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -60,8 +60,11 @@ def test_ranks192(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fabric(tmp_path: Path) -> None:
-    small = ("--processes", "2", "3", "--mebibytes", "2", "--units", "2", "--turns", "2", "--warm-up", "1")
+    small = ("--ranks", "2", "3", "--mebibytes", "0.5", "--units", "4", "--turns", "2", "--warm-up", "1")
     found = measured(tmp_path, "fabric.py", *small)
-    assert found["egress_bytes"] == {"2": 2 << 20, "3": 2 << 20}
-    assert found["broadcast_ratio_min"] > 0
-    assert found["reduce_ratio_min"] > 0
+    assert found["egress_bytes"] == {"2": 1 << 19, "3": 1 << 19}
+    for what in ("broadcast", "reduce"):
+        assert found[f"{what}_ratio_min"] > 0
+        for layout in ("apart", "colocated"):
+            least, most = found[layout]["3"][f"{what}_s_spread"]
+            assert 0 < least <= most

@@ -69,6 +69,9 @@ class Delayed(Channel):
         time.sleep(self._random.random() * 0.01)
         return self._channel.gather(value)
 
+    def stop(self, reason: str) -> None:
+        self._channel.stop(reason)
+
 
 def train(
     zoo: ZooModel, store: Path, steps: range, count: int, cluster: Cluster | None = None, links: Links | None = None,

@@ -17,7 +17,7 @@ from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Route, broadcast_route
 from weightstream.store.futures import new_future
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 AHEAD = 32  # receives that are posted before their bytes come
 JOBS, UNITS, CHUNKS = 1 << 7, 1 << 7, 1 << 14
 
@@ -92,6 +92,7 @@ class Broadcast:
         try:
             self._move(job, view, spans, local, sends)
         except BaseException as error:
+            self._channel.stop(str(error))  # others wait for what does not come from here
             here.set_exception(error)
             passed.set_exception(error)
             return
@@ -125,19 +126,24 @@ class Broadcast:
 
         for _ in range(AHEAD):
             post()
-        ready: int | None = None
+        own = deque(piece for piece in pieces if piece.route.source is None)
+
+        def send(piece: _Piece) -> None:
+            for target in piece.route.targets:
+                sends.append(channel.send(piece.data, target, piece.tag, f"unit {piece.unit}"))
+
         for piece in pieces:
+            # what is read here leaves as soon as it may, so that links are busy in both directions; waiting for it only
+            # in order keeps ranks from waiting for each other
+            while own and (own[0] is piece or local[own[0].unit].done()):
+                local[own[0].unit].result()
+                send(own.popleft())
             if piece.route.source is not None:
                 posted.popleft().wait()
                 post()
-            elif ready != piece.unit:
-                local[piece.unit].result()
-                ready = piece.unit
-            for target in piece.route.targets:
-                sends.append(channel.send(piece.data, target, piece.tag, f"unit {piece.unit}"))
-        for unit, future in local.items():
-            if unit != ready:
-                future.result()
+                send(piece)
+        for future in local.values():
+            future.result()
 
     def _pieces(self, job: int, view: memoryview, spans: Sequence[Span]) -> list[_Piece]:
         found = []

@@ -72,6 +72,10 @@ class Channel(ABC):
             FabricError: a rank is gone or silent.
         """
 
+    @abstractmethod
+    def stop(self, reason: str) -> None:
+        """This rank goes no further: its waits here, and those of others for it, end at once and with this reason."""
+
 
 class Links(ABC):
     """One rank's channels.
@@ -106,6 +110,12 @@ class Links(ABC):
     def computing(self) -> AbstractContextManager[object]:
         """Entered while this rank computes; ranks that share a process take turns."""
         return nullcontext()
+
+    def stop(self, reason: str) -> None:
+        """This rank goes no further: all its waits, and those of others for it, end at once and with this reason."""
+        for name in ("down", "up", "control", "commits"):
+            if (channel := getattr(self, name, None)) is not None:  # a rank may stop before it has all of them
+                channel.stop(reason)
 
     @abstractmethod
     def close(self) -> None:

@@ -112,6 +112,9 @@ class _LocalChannel(Channel):
         self._turn += 1
         return self._hub.gather(self.name, self._turn, self.rank, value, self.members)
 
+    def stop(self, reason: str) -> None:
+        self._hub.fail(f"rank {self.rank} stopped: {reason}")
+
 
 class LocalLinks(Links):
     """The channels of one rank of a `Hub`."""
@@ -139,11 +142,12 @@ def run_ranks(cluster: Cluster, work: Callable[[Links], T], *, timeout_s: float 
     errors: list[BaseException] = []
 
     def one(rank: int) -> T | None:
+        links = hub.links(rank)
         try:
-            return work(hub.links(rank))
+            return work(links)
         except BaseException as error:
             errors.append(error)
-            hub.fail(f"rank {rank} stopped: {error}")
+            links.stop(str(error))
             return None
 
     with ThreadPoolExecutor(cluster.size, thread_name_prefix="rank") as pool:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from weightstream.cluster import Cluster
-from weightstream.errors import FabricError
-from weightstream.fabric.broadcast import tag
+from weightstream.fabric.broadcast import UNITS, tag
+from weightstream.fabric.heads import Head, head_bytes
 from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Hand, Join, Merge, Node, Step, Take, reduce_plan
 from weightstream.store.futures import new_future
 
-CHUNK = 1 << 18  # elements
+CHUNK = 1 << 19  # elements
 AHEAD = 2  # chunks of a sibling's sum that are under way at once
-MOST_LAYERS = 6
+BEGUN = UNITS // 2  # units that are begun before the one that is summed; fewer than tags tell apart
 _HEAD_LAYER, _HEAD_CHUNK = 7, (1 << 14) - 1
 
 Range = tuple[int, int]
@@ -46,43 +46,6 @@ class UnitGradient:
 
 
 @dataclass(slots=True)
-class Head:
-    """Which pieces of a sum are there, by layer; `found`: some rank had a gradient of this block, of whatever unit."""
-
-    found: bool = False
-    layers: dict[int, bytearray] = field(default_factory=dict)
-
-    def merged(self, other: "Head") -> "Head":
-        """Of the sum of both."""
-        layers = {layer: bytearray(flags) for layer, flags in self.layers.items()}
-        for layer, flags in other.layers.items():
-            own = layers.setdefault(layer, bytearray(len(flags)))
-            for index, flag in enumerate(flags):
-                own[index] |= flag
-        return Head(self.found or other.found, dict(sorted(layers.items())))
-
-    def packed(self, pieces: int) -> Tensor:
-        """As bytes of a size that both sides know: `found`, number of layers, then each with its number."""
-        data = bytearray([self.found, len(self.layers)])
-        for layer, flags in self.layers.items():
-            data += bytes([layer]) + flags
-        return torch.frombuffer(data.ljust(head_bytes(pieces), b"\0"), dtype=torch.uint8)
-
-    @classmethod
-    def unpacked(cls, data: Tensor, pieces: int) -> "Head":
-        values = bytes(data.tolist())
-        head = cls(bool(values[0]))
-        for number in range(values[1]):
-            start = 2 + number * (1 + pieces)
-            head.layers[values[start]] = bytearray(values[start + 1 : start + 1 + pieces])
-        return head
-
-
-def head_bytes(pieces: int) -> int:
-    return 2 + MOST_LAYERS * (1 + pieces)
-
-
-@dataclass(slots=True)
 class Total:
     """What came of a block: by unit of this rank, which of its pieces are gradients; and whether any rank had any."""
 
@@ -97,6 +60,7 @@ class Reduction:
         self._channel, self._cluster, self._groups = channel, cluster, groups
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-up")
         self._job = 0
+        self._chunks: list[Tensor] = []  # memory for what comes, free at the moment
 
     def start(
         self,
@@ -133,23 +97,39 @@ class Reduction:
         try:
             total = Total(any(head.found for by_unit in heads.values() for head in by_unit.values()))
             sends: list[Handle] = []
+            works: deque[_UnitSum] = deque()
             for number, unit in enumerate(units):
-                own = {node: by_unit[unit.unit] for node, by_unit in heads.items()}
-                steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
-                work = _UnitSum(self._channel, steps, (job, number), unit, own, sums, sends)
+                for ahead in range(number + len(works), min(number + BEGUN, len(units))):
+                    coming = units[ahead]
+                    own = {node: by_unit[coming.unit] for node, by_unit in heads.items()}
+                    works.append(self._unit_sum((job, ahead), coming, own, sums, targets.get(coming.unit), sends))
                 target = targets.get(unit.unit)
-                work.run(target)
+                head = works.popleft().run((0, self._groups))
                 if target is not None:
-                    head = work.finish((0, self._groups), target)
                     total.found |= head.found
                     flags = [any(layer[i] for layer in head.layers.values()) for i in range(len(unit.pieces))]
                     total.present[unit.unit] = tuple(flags)
             for handle in sends:
                 handle.wait()
         except BaseException as error:
+            self._channel.stop(str(error))  # others wait for what does not come from here
             out.set_exception(error)
         else:
             out.set_result(total)
+
+    def _unit_sum(
+        self,
+        place: tuple[int, int],
+        unit: UnitGradient,
+        heads: dict[Node, Head],
+        sums: Sums,
+        target: Tensor | None,
+        sends: list[Handle],
+    ) -> "_UnitSum":
+        steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
+        work = _UnitSum(self._channel, steps, place, unit, heads, sums, target, sends, self._chunks)
+        work.begin()
+        return work
 
 
 class _UnitSum:
@@ -163,25 +143,44 @@ class _UnitSum:
         unit: UnitGradient,
         heads: dict[Node, Head],
         sums: Sums,
+        target: Tensor | None,
         sends: list[Handle],
+        free: list[Tensor],
     ) -> None:
-        self._channel, self._unit, self._sends = channel, unit, sends
+        self._channel, self._unit, self._target, self._sends, self._free = channel, unit, target, sends, free
         self._job, self._number = place
         self._steps, self._heads = steps, heads
+        self._coming_heads: dict[int, tuple[Tensor, Handle]] = {}  # by step
+        self._given: set[int] = set()  # the steps that were done at the beginning
         self._others: dict[int, Head] = {}  # by step: of the sum that comes
         self._memory_of = {node: node for node in heads}  # a sum is made in the memory of one of those it is made of
         self._sums = sums
-        self._taken: dict[int, Tensor] = {}  # by layer, where this rank computes nothing
-        self._in_place = False  # the whole sum comes where it is wanted
         self._what = f"gradient of unit {unit.unit}"
 
-    def run(self, target: Tensor | None) -> None:
-        """Carries out all steps; `target` is where the finished sum is wanted, on its owner."""
-        self._exchange_heads()
+    def begin(self) -> None:
+        """Asks for the heads that come, and sends what needs no sum: so nobody waits for it while this rank sums others."""
+        for number, step in enumerate(self._steps):
+            if isinstance(step, Merge | Take):
+                data = torch.empty(head_bytes(len(self._unit.pieces)), dtype=torch.uint8)
+                handle = self._channel.receive(data, step.source, self._tag(_HEAD_CHUNK, _HEAD_LAYER), self._what)
+                self._coming_heads[number] = data, handle
+        for number, step in enumerate(self._steps):
+            if isinstance(step, Hand) and step.node in self._heads:
+                self._given.add(number)
+                self._hand_head(step)
+                for index, chunk in enumerate(self._chunks()):
+                    self._hand(step, index, chunk)
+
+    def _chunks(self) -> list[Range]:
         start, stop = self._unit.span
-        chunks = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
+        return [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
+
+    def run(self, root: Node) -> Head:
+        """Carries out all other steps; what there is of the whole sum, where this rank is its owner."""
+        self._exchange_heads()
+        chunks = self._chunks()
         coming = {
-            number: self._receives(step, self._others[number], chunks, target)
+            number: self._incoming(number, step, chunks)
             for number, step in enumerate(self._steps)
             if isinstance(step, Merge | Take)
         }
@@ -189,21 +188,24 @@ class _UnitSum:
             for number, step in enumerate(self._steps):
                 match step:
                     case Merge(own, _, _, _):
-                        for layer, data in next(coming[number]):
+                        for layer, data in coming[number].next():
                             self._add(layer, own, self._others[number].layers[layer], data, chunk)
                     case Join(own, other, _):
                         for layer, flags in self._heads[other].layers.items():
                             data = self._sums[layer, self._memory_of[other]][chunk[0] : chunk[1]]
                             self._add(layer, own, flags, data, chunk)
-                    case Hand(node, to):
-                        for layer in self._heads[node].layers:
-                            data = self._sums[layer, self._memory_of[node]][chunk[0] : chunk[1]]
-                            self._sends.append(self._channel.send(data, to, self._tag(index, layer), self._what))
-                    case Take(_, _):
-                        for layer, data in next(coming[number]):
-                            if not self._in_place:
-                                whole = self._taken.setdefault(layer, torch.empty(stop - start))
-                                whole[chunk[0] - start : chunk[1] - start].copy_(data)
+                    case Hand():
+                        if number not in self._given:
+                            self._hand(step, index, chunk)
+                    case Take(node, _):
+                        self._deliver(node, coming[number].next(), chunk)
+            if self._target is not None and root in self._memory_of:
+                memory = self._memory_of[root]
+                whole = [(layer, self._sums[layer, memory][chunk[0] : chunk[1]]) for layer in self._heads[root].layers]
+                self._deliver(root, whole, chunk)
+        for incoming in coming.values():
+            incoming.close()
+        return self._heads.get(root) or Head()
 
     def _tag(self, chunk: int, layer: int) -> int:
         return tag(self._job, self._number, chunk, layer)
@@ -211,28 +213,33 @@ class _UnitSum:
     def _exchange_heads(self) -> None:
         """Every rank learns what there is of each sum before the sums themselves come."""
         pieces = len(self._unit.pieces)
-        where = self._tag(_HEAD_CHUNK, _HEAD_LAYER)
-        coming = {}
-        for number, step in enumerate(self._steps):
-            if isinstance(step, Merge | Take):
-                data = torch.empty(head_bytes(pieces), dtype=torch.uint8)
-                coming[number] = data, self._channel.receive(data, step.source, where, self._what)
         for number, step in enumerate(self._steps):
             match step:
-                case Hand(node, to):
-                    data = self._heads[node].packed(pieces)
-                    self._sends.append(self._channel.send(data, to, where, self._what))
+                case Hand():
+                    if number not in self._given:
+                        self._hand_head(step)
                 case Join(own, other, parent):
                     self._become(own, parent, self._heads[other])
                 case Merge(own, _, _, parent):
-                    data, handle = coming[number]
+                    data, handle = self._coming_heads[number]
                     handle.wait()
                     self._others[number] = Head.unpacked(data, pieces)
                     self._become(own, parent, self._others[number])
                 case Take(node, _):
-                    data, handle = coming[number]
+                    data, handle = self._coming_heads[number]
                     handle.wait()
                     self._others[number] = self._heads[node] = Head.unpacked(data, pieces)
+
+    def _hand_head(self, step: Hand) -> None:
+        data = self._heads[step.node].packed(len(self._unit.pieces))
+        where = self._tag(_HEAD_CHUNK, _HEAD_LAYER)
+        self._sends.append(self._channel.send(data, step.to, where, self._what))
+
+    def _hand(self, step: Hand, index: int, chunk: Range) -> None:
+        memory = self._memory_of[step.node]
+        for layer in self._heads[step.node].layers:
+            data = self._sums[layer, memory][chunk[0] : chunk[1]]
+            self._sends.append(self._channel.send(data, step.to, self._tag(index, layer), self._what))
 
     def _become(self, own: Node, parent: Node, other: Head) -> None:
         """The parent's sum is made in the memory of `own`."""
@@ -244,43 +251,12 @@ class _UnitSum:
                 if key not in self._sums:
                     self._sums[key] = torch.empty(self._unit.image)
 
-    def _receives(
-        self, step: Merge | Take, head: Head, chunks: Sequence[Range], target: Tensor | None
-    ) -> Iterator[list[tuple[int, Tensor]]]:
-        """Chunk by chunk what comes of every layer; a few are under way at once.
-
-        The one layer of a whole sum, of which nothing is missing, comes where it is wanted.
-        """
-        layers, start = list(head.layers), self._unit.span[0]
-        straight = isinstance(step, Take) and target is not None and len(layers) == 1 and all(head.layers[layers[0]])
-        self._in_place |= straight
-        ahead = 0 if straight else min(AHEAD, len(chunks))
-        buffers = [{layer: torch.empty(CHUNK) for layer in layers} for _ in range(ahead)]
-        posted: deque[list[tuple[int, Tensor, Handle]]] = deque()
-
-        def post(index: int) -> None:
-            if index < len(chunks):
-                length = chunks[index][1] - chunks[index][0]
-                found = []
-                for layer in layers:
-                    if straight:
-                        assert target is not None
-                        data = target[chunks[index][0] - start : chunks[index][1] - start]
-                    else:
-                        data = buffers[index % AHEAD][layer][:length]
-                    handle = self._channel.receive(data, step.source, self._tag(index, layer), self._what)
-                    found.append((layer, data, handle))
-                posted.append(found)
-
-        for index in range(AHEAD):
-            post(index)
-        for index in range(len(chunks)):
-            arrived = []
-            for layer, data, handle in posted.popleft():
-                handle.wait()
-                arrived.append((layer, data))
-            yield arrived
-            post(index + AHEAD)
+    def _incoming(self, number: int, step: Merge | Take, chunks: Sequence[Range]) -> "_Incoming":
+        """What comes in a step; the first layer of a finished sum comes straight to where it is to be."""
+        straight = self._target if isinstance(step, Take) else None
+        layers = list(self._others[number].layers)
+        messages = [[(layer, step.source, self._tag(index, layer)) for layer in layers] for index in range(len(chunks))]
+        return _Incoming(self._channel, messages, chunks, self._what, straight, self._free)
 
     def _add(self, layer: int, own: Node, other: bytearray, data: Tensor, chunk: Range) -> None:
         """`own + other` for pieces of both, what there is for pieces of one, on one chunk."""
@@ -289,9 +265,8 @@ class _UnitSum:
         if flags is not None and all(flags) and all(other):
             target[chunk[0] : chunk[1]].add_(data)
             return
-        for index, (start, stop) in enumerate(self._unit.pieces):
-            low, high = max(start, chunk[0]), min(stop, chunk[1])
-            if low >= high or not other[index]:
+        for index, low, high in self._pieces_in(chunk):
+            if not other[index]:
                 continue
             piece = data[low - chunk[0] : high - chunk[0]]
             if flags is not None and flags[index]:
@@ -299,37 +274,90 @@ class _UnitSum:
             else:
                 target[low:high].copy_(piece)
 
-    def finish(self, root: Node, target: Tensor) -> Head:
+    def _pieces_in(self, chunk: Range) -> Iterator[tuple[int, int, int]]:
+        """The pieces that reach into a chunk: which, from where, to where."""
+        for index, (start, stop) in enumerate(self._unit.pieces):
+            low, high = max(start, chunk[0]), min(stop, chunk[1])
+            if low < high:
+                yield index, low, high
+
+    def _deliver(self, root: Node, layers: Sequence[tuple[int, Tensor]], chunk: Range) -> None:
         """Over uses, in order: what there is of each piece goes to the target, or is added to it."""
-        start, stop = self._unit.span
-        head = self._heads[root]
-        if self._in_place:
-            return head
-        for index, (low, high) in enumerate(self._unit.pieces):
-            place = target[low - start : high - start]
-            begun = False
-            for layer, flags in head.layers.items():
-                if not flags[index]:
-                    continue
-                whole = self._taken[layer] if self._taken else self._sums[layer, self._memory_of[root]][start:stop]
-                piece = whole[low - start : high - start]
-                if begun:
-                    place.add_(piece)
-                else:
-                    place.copy_(piece)
-                begun = True
-        return head
+        assert self._target is not None
+        start = self._unit.span[0]
+        begun: bytearray | None = None
+        for layer, data in layers:
+            target = self._target[chunk[0] - start : chunk[1] - start]
+            flags = self._heads[root].layers[layer]
+            if begun is None:
+                if data.data_ptr() != target.data_ptr():  # else it came straight here
+                    target.copy_(data)
+                begun = bytearray(flags)  # what else was copied is no gradient, and nobody reads it
+                continue
+            for index, low, high in self._pieces_in(chunk):
+                if flags[index]:
+                    place, piece = target[low - chunk[0] : high - chunk[0]], data[low - chunk[0] : high - chunk[0]]
+                    place.add_(piece) if begun[index] else place.copy_(piece)
+                    begun[index] = 1
 
 
-def layer_of(uses: Sequence[int], use: int, name: str) -> int:
-    """The layer of a parameter's use: its place among the visits that use it.
+class _Incoming:
+    """Chunk by chunk what comes of every layer of a sum; a few chunks are under way at once.
 
-    Raises:
-        FabricError: more uses than a head has room for.
+    Args:
+        messages: of each chunk, the layers with sender and tag.
+        straight: where the first layer goes, from the first chunk on; other layers, or all, go to memory from `free`.
     """
-    layer = uses.index(use)
-    if layer >= MOST_LAYERS:
-        raise FabricError(
-            f"parameter '{name}' is used by {len(uses)} visits: with several ranks at most {MOST_LAYERS} are possible"
-        )
-    return layer
+
+    def __init__(
+        self,
+        channel: Channel,
+        messages: Sequence[Sequence[tuple[int, int, int]]],
+        chunks: Sequence[Range],
+        what: str,
+        straight: Tensor | None,
+        free: list[Tensor],
+    ) -> None:
+        self._channel, self._messages, self._chunks, self._what = channel, messages, chunks, what
+        self._straight, self._free = straight, free
+        self._posted: deque[list[tuple[int, Tensor, Handle]]] = deque()
+        self._buffers: deque[list[Tensor]] = deque()  # of the chunk that is in use, if any, and of those posted
+        self._next = 0
+        self._in_use = False
+        for _ in range(min(AHEAD, len(chunks))):
+            self._post()
+
+    def _post(self) -> None:
+        start, stop = self._chunks[self._next]
+        posted, buffers = [], []
+        for place, (layer, source, where) in enumerate(self._messages[self._next]):
+            if self._straight is not None and not place:
+                first = self._chunks[0][0]
+                data = self._straight[start - first : stop - first]
+            else:
+                buffers.append(
+                    self._free.pop() if self._free else torch.empty(CHUNK)
+                )  # untouched beyond a smaller unit
+                data = buffers[-1][: stop - start]
+            posted.append((layer, data, self._channel.receive(data, source, where, self._what)))
+        self._posted.append(posted)
+        self._buffers.append(buffers)
+        self._next += 1
+
+    def next(self) -> list[tuple[int, Tensor]]:
+        """Every layer of the next chunk, once it is here; what was given out before is overwritten."""
+        if self._in_use:
+            self.close()
+            if self._next < len(self._chunks):
+                self._post()
+        self._in_use = True
+        arrived = self._posted.popleft()
+        for _, _, handle in arrived:
+            handle.wait()
+        return [(layer, data) for layer, data, _ in arrived]
+
+    def close(self) -> None:
+        """What was given out last is no longer needed."""
+        if self._in_use:
+            self._free += self._buffers.popleft()
+            self._in_use = False

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from weightstream.cluster import Cluster
 from weightstream.fabric.broadcast import Broadcast, Span
+from weightstream.fabric.heads import Head, layer_of
 from weightstream.fabric.links import Links
 from weightstream.fabric.peers import Arrival, Reduced
-from weightstream.fabric.reduce import AHEAD, CHUNK, Head, Reduction, Sums, Total, UnitGradient, layer_of
+from weightstream.fabric.reduce import AHEAD, CHUNK, Reduction, Sums, Total, UnitGradient
 from weightstream.fabric.reduction import BlockSum
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.trees import Node
@@ -27,9 +28,13 @@ Uses = Callable[[int, str], Sequence[int]]
 """Block and parameter → the visits that use it, in order."""
 
 
-def fabric_bytes(cluster: Cluster) -> int:
-    """Memory for chunks of sums on their way, at most: those of one unit's siblings."""
-    return ceil(log2(max(cluster.workers, 2)) + 1) * AHEAD * CHUNK * 4
+def fabric_bytes(cluster: Cluster, unit_bytes: int) -> int:
+    """Memory for chunks of sums on their way, at most: those of one unit's siblings.
+
+    Args:
+        unit_bytes: of the largest unit's gradient, which may be less than a chunk.
+    """
+    return ceil(log2(max(cluster.workers, 2)) + 1) * AHEAD * min(CHUNK * 4, unit_bytes)
 
 
 @dataclass(frozen=True, slots=True)
