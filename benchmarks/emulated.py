@@ -82,6 +82,8 @@ class EmulatedWorker(Worker):
 
     forward_s = 0.0
     backward_s = 0.0
+    turned = 0.0
+    """When the last micro-batch had its loss (`time.perf_counter`)."""
 
     def begin(
         self,
@@ -110,6 +112,7 @@ class EmulatedWorker(Worker):
 
     def turn(self, micro_batch: int) -> float:
         self._turned.add(micro_batch)
+        self.turned = time.perf_counter()
         return 1.0
 
     def backward(self, visit: int, micro_batch: int) -> None:
@@ -146,7 +149,7 @@ class EmulatedEngine(ws.Engine):
         self._seconds = forward_s, backward_s
         super().__init__(*args, **kwargs)
 
-    def _make_worker(self) -> Worker:
+    def _make_worker(self) -> EmulatedWorker:
         worker = EmulatedWorker(self.model, self.store.blocks, self.parameters, self.device, self._gradient)
         worker.forward_s, worker.backward_s = self._seconds
         return worker

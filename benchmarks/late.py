@@ -55,6 +55,10 @@ class LateChannel(Channel):
         time.sleep(self._latency_s)
         return self._channel.gather(value)
 
+    def stop(self, reason: str) -> None:
+        """What the channel itself does where it can say that a rank stops."""
+        self._channel.stop(reason)
+
 
 class LateLinks(Links):
     """All channels of a rank, late."""
