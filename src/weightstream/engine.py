@@ -213,8 +213,7 @@ class Engine:
     def _start(self) -> None:
         self.parameters = Parameters(self.model, self.store.blocks, self.device, DTYPES[self.precision])
         self.model.to(self.device)
-        side_outputs: SideOutputs | None = find_side_outputs(self.model)
-        self.worker = Worker(self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs)
+        self.worker = self._make_worker()
         self._restore_cache = without_cache(self.model)
         self.step_count = self.store.step
         self.progress: dict[str, Any] = {k: v for k, v in self.store.progress.items() if k != "(engine)"}
@@ -239,6 +238,11 @@ class Engine:
         facts = self._facts(cluster.workers)
         self.runtime = self._runtime(facts, allot(facts))
         self.store.before_look, self.store.attached = self._before_look, True
+
+    def _make_worker(self) -> Worker:
+        """What computes; benchmarks of all the rest put an emulated one in its place."""
+        side_outputs: SideOutputs | None = find_side_outputs(self.model)
+        return Worker(self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs)
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""

@@ -65,10 +65,13 @@ def facts(draw: st.DrawFn) -> Facts:
     visits = tuple(Visit(index, f"b{index}.{position}") for position, index in enumerate(order))
     sizes = st.lists(st.integers(0, 256 * KIB), min_size=len(visits), max_size=len(visits)).map(tuple)
     measured = draw(st.booleans())
+    micro_batches = draw(st.integers(1, 9))
+    ranks = draw(st.integers(1, micro_batches))
     return Facts(
         blocks=tuple(blocks),
         visits=visits,
-        micro_batches=draw(st.integers(1, 9)),
+        micro_batches=micro_batches,
+        share=None if ranks == 1 else -(-micro_batches // ranks),
         reduction_groups=draw(st.integers(1, 9)),
         deferred=draw(st.booleans()),
         device_memory=PLENTY,

@@ -24,6 +24,7 @@ CASES = {
     "tied": (chain(2, visits=TIED), True, {}),
     "two_slabs": (chain(5, prefetch=1), True, {"slabs": 2}),
     "one_record_buffer": (chain(3, micro_batches=1), True, {"record_buffers": 1}),
+    "ranks": (chain(micro_batches=2, share=1, share_groups=1, sum_buffers=2, **MEASURED), True, {"slabs": 3}),
     "frozen": (chain(blocks=(block(0), block(1, trainable=False), block(2)), visits=tuple(
         Visit(index, f"b{index}") for index in range(3))), True, {}),
 }  # fmt: skip

@@ -384,8 +384,10 @@ class _Builder:
             block = self.access[ahead]
             if block in self.slab_of:
                 continue
-            if ahead > position and block in self.pending and block not in self.updated:
+            alone = self.facts.share is None
+            if alone and ahead > position and block in self.pending and block not in self.updated:
                 break  # its copy comes out of its update, which computes: not before its turn
+                # (with several ranks its way to all of them is longer than its update, and begins as early as it can)
             slab = self._slab(set(self.access[position : ahead + 1]), ahead)
             if slab is None:
                 break
