@@ -48,7 +48,8 @@ def train(wanted: dict[str, Any], cluster: Cluster, links: Links) -> dict[str, A
         for _ in range(wanted["steps"]):
             result = engine.step(micro_batches, weights=[1 / len(micro_batches)] * len(micro_batches))
             steps.append({
-                "ended": time.perf_counter(), "turned": engine.worker.turned, "cpu_s": time.process_time(), "machine_s": machine_seconds(),
+                "ended": time.perf_counter(), "turned": engine.worker.turned,
+                "cpu_s": time.process_time(), "machine_s": machine_seconds(),
                 "stalled_s": result.stalled_s, "seconds": dict(result.seconds),
                 "sent": [links.down.traffic.sent.total(), links.up.traffic.sent.total()],
                 "received": [links.down.traffic.received.total(), links.up.traffic.received.total()],

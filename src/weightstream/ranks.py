@@ -172,6 +172,11 @@ def joined(place: Place, read: Callable[[], RunConfig], board: Board | None) -> 
         agreed = together(links, own)
         _check_same(links, agreed)
         yield Ranks(place, agreed.cluster.roles, links, board), agreed
+    except RefusedError:  # all ranks have it
+        raise
+    except Exception as error:
+        links.stop(str(error))
+        raise
     finally:
         links.close()
 
