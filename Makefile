@@ -1,10 +1,11 @@
 # make setup   a virtual environment in .venv with weightstream and its test tools; quick when nothing changed
 # make train   the main job: a 60 M parameter model on the standard library's source; repeat it to go on
-# make test    lint, types and all tests;  make test-fast leaves out those marked slow
+# make test    lint, types and all tests, two at a time (JOBS=1: one);  make test-fast leaves out those marked slow
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: setup train demo test test-fast lint format clean
@@ -38,10 +39,10 @@ format: setup
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

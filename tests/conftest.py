@@ -1,8 +1,16 @@
-"""Order of the tests: from the fast and elementary to the slow and whole, so that a first failure is the cause."""
+"""Order of the tests: from the fast and elementary to the slow and whole, so that a first failure is the cause.
 
+`make test` runs two at a time (pytest-xdist). Those of one file stay together, as some keep processes or counts between
+them; parity, the longest file, has neither.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside another one, threads that wait for each other would wait long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 # Where a folder or file is not named, it runs after those that are and before the last ones.
 _FIRST = ("test_layers.py", "test_units.py", "test_blocks.py", "test_config.py", "schedule", "store", "data", "worker")
@@ -21,4 +29,7 @@ def _rank(item: pytest.Item) -> tuple[bool, int]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name != "parity":
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     items.sort(key=_rank)  # stable: within a file the order stays as written
