@@ -184,6 +184,7 @@ def test_a_plan_creates_nothing(shell: Shell) -> None:
     found = shell("plan", "config.yaml")
     assert found.code == 0, found.err
     assert "layers.1" in found.out
+    assert "three versions" in found.out
     assert shell("plan", "config.yaml", "--json").json()["device_bytes"] <= 16 << 20
     assert shell.state() == before
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from weightstream.planning import disk_bytes
 from weightstream.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def plan_text(engine: "Engine") -> str:
         )
     state = sum(block.load_bytes for block in facts.blocks)
     bound = engine.bytes_bound()
+    images, most = disk_bytes(engine.holding.bytes, deferred=facts.deferred)
     staged = f"{len(allotment.staged_in_ram)} of {sum(b.trainable for b in facts.blocks)} blocks in RAM"
     kept = "not measured yet" if facts.kept_bytes is None else f"{len(allotment.keep)} of {len(facts.visits)} visits"
     lines += [
@@ -39,5 +41,7 @@ def plan_text(engine: "Engine") -> str:
         f"RAM tier          copies of {len(allotment.pinned_copies)} blocks, states of {len(allotment.pinned_states)}",
         f"activations kept  {kept}",
         f"bytes per step    read {format_bytes(bound.read)}, written {format_bytes(bound.written)} (lower bound)",
+        f"disk              {format_bytes(images)} once all is written, up to {format_bytes(most)} (three versions, and "
+        f"{format_bytes(most - 3 * images)} of staged gradients); each snapshot up to {format_bytes(images)} more",
     ]
     return "\n".join(lines)

@@ -195,21 +195,28 @@ def check_blocks(
         )
 
 
-def check_disk(path: Path, records: Sequence[BlockBytes], *, deferred: bool) -> None:
-    """Three versions of every record and the staged gradients must fit before anything is made.
-
-    Raises:
-        PlanError: they do not.
-    """
+def disk_bytes(records: Sequence[BlockBytes], *, deferred: bool) -> tuple[int, int]:
+    """One version of every record; and the most that a run needs beyond what snapshots hold: three versions, since one may
+    be committed, one being committed and one being written, and staged gradients."""
     images = sum(record.stored for record in records)
     staged = sum(record.gradients for record in records) if deferred else 0
+    return images, 3 * images + staged
+
+
+def check_disk(path: Path, records: Sequence[BlockBytes], *, deferred: bool) -> None:
+    """What a run needs must fit before anything is made.
+
+    Raises:
+        PlanError: it does not.
+    """
+    images, most = disk_bytes(records, deferred=deferred)
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
-    if 3 * images + staged > free:
+    if most > free:
         raise PlanError(
-            f"store '{path}' needs up to {format_bytes(3 * images + staged)} (three versions of "
-            f"{format_bytes(images)}, staged gradients {format_bytes(staged)}), its disk has {format_bytes(free)} free; "
-            f"free some space or give a store on another disk"
+            f"store '{path}' needs up to {format_bytes(most)} (three versions of {format_bytes(images)}, staged gradients "
+            f"{format_bytes(most - 3 * images)}), its disk has {format_bytes(free)} free; free some space or give a store "
+            f"on another disk"
         )
 
 
