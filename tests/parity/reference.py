@@ -121,6 +121,18 @@ class Untied:
         return taken
 
 
+def without_cache(model: nn.Module) -> nn.Module:
+    """Turns `use_cache` off in every configuration of a model, as `transformers.Trainer` does.
+
+    A cache returns keys and values as contiguous copies, and a product's rounding can depend on its operands' layout.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+    return model
+
+
 def load_initial(model: nn.Module, initial: Mapping[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     assert parameters.keys() == initial.keys(), sorted(parameters.keys() ^ initial.keys())
@@ -158,7 +170,7 @@ class ContractTrainer:
         calls: Sequence[str] = (),
         device: str = "cpu",
     ) -> None:
-        self.model, self.device = build().train(), device
+        self.model, self.device = without_cache(build().train()), device
         load_initial(self.model, initial)
         self.settings, self.clip_norm, self.seed, self.groups = settings, clip_norm, seed, reduction_groups
         self.step_count = 0
@@ -265,7 +277,7 @@ class OrdinaryTrainer:
         seed: int = 0,
         fused: bool | None = None,
     ) -> None:
-        self.model = build().train()
+        self.model = without_cache(build().train())
         load_initial(self.model, initial)
         self.clip_norm, self.seed, self.settings, self.step_count = clip_norm, seed, settings, 0
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
