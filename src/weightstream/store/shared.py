@@ -223,7 +223,6 @@ class SharedFiles:
         self._fill_anew(path)
         file = SharedFile(self._next, name, header_nbytes, header_nbytes, header_nbytes)
         self._next += 1
-        self._changed.add(path.parent)
         batch.files.append(file)
         self._open[name] = file
         return file
@@ -259,10 +258,14 @@ class SharedFiles:
         files = [file for file in batch.files if any(id(place.entry) in wanted for place in file.places.values())]
         return gather([self._seal(file, wanted) for file in files])
 
-    def pending(self) -> tuple[set[Path], list[str]]:
-        """Folders to be synced before a commit, and the names of dead files that it may then forget."""
+    def pending(self, batch: Batch) -> tuple[set[Path], list[str]]:
+        """Folders to be synced before a commit, and the names of dead files that it may then forget.
+
+        Those of the commit's own files are among them: a file is made by its first write, which may come after an earlier
+        commit has synced the folder.
+        """
         folders, self._changed = self._changed, set()
-        return folders, list(self._gone)
+        return folders | {(self.segments / file.name).parent for file in batch.files}, list(self._gone)
 
     def again(self, folders: Collection[Path]) -> None:
         """These folders were not synced."""

@@ -527,7 +527,7 @@ class Versions:
             copied = compact(self, batch, published)
             shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
             rows = [self._row(index, entry) for index, entry in published.items()]
-            gone = self._sync_names(published)
+            gone = self._sync_names(published, batch)
             life = self.session.row(self.pinned_bytes)
             batch.asked = True
             with self._doubting(published):
@@ -606,11 +606,11 @@ class Versions:
                 if entry.slot is not None and not entry.offset:
                     self.records[index].doubtful.add(entry.slot)
 
-    def _sync_names(self, published: Mapping[int, Entry]) -> list[str]:
+    def _sync_names(self, published: Mapping[int, Entry], batch: Batch | None = None) -> list[str]:
         """Names of these versions' files are on the medium, also of a file that an undone version was the first in.
         Gives the dead files whose names are off it for good."""
         with self._lock:
-            folders, gone = self.shared.pending()
+            folders, gone = self.shared.pending(batch or Batch())
             unsynced = [(index, e.slot) for index, e in published.items() if e.slot in self.records[index].unsynced]
         names = {self._slot_path(index, slot).parent for index, slot in unsynced if slot is not None}
         if not self._names_synced:
