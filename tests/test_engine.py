@@ -66,6 +66,15 @@ class Plain(Model):
         super().__init__(dropout=0.0)
 
 
+class Wide(Model):
+    """Its head and its embedding have 300 rows of 16: three panels of at least 128 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 300, bias=False)
+        self.embedding = nn.Embedding(300, WIDTH)
+
+
 def tokens(step: int, count: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
     return [torch.randint(0, VOCABULARY, (2, 7 + index), generator=generator) for index in range(count)]
@@ -261,6 +270,32 @@ class TestBlocks:
         before = step_and_digest(tmp_path / "store")
         with pytest.raises(StoreMismatchError, match="blocks are fixed when a store is made"):
             open_engine(tmp_path / "store", **other)
+        assert step_and_digest(tmp_path / "store") == before
+
+    @MODES
+    @pytest.mark.parametrize("memory", [{}, TIGHT | {"host_memory": "400KiB"}, {"ram_tier": True}], ids=str)
+    def test_blocks_of_many_units(self, clip_norm: float | None, memory: dict[str, Any], tmp_path: Path) -> None:
+        """In pieces as in one go, in any tier; without a norm the same bits as uncut."""
+        settings = {"build": Wide, "clip_norm": clip_norm, "precision": "bf16", "panel_elements": 2048} | memory
+        whole = train(tmp_path / "whole", [4], **settings)
+        again = settings | {"panel_elements": None}
+        assert train(tmp_path / "pieces", [1], **settings)[0] == 1
+        assert train(tmp_path / "pieces", [2, 1], **again) == whole
+        with ws.Store.open(tmp_path / "whole", writable=False) as store:
+            assert len(store.units_with("head.weight")) == 3
+        uncut = train(tmp_path / "uncut", [4], **again)
+        if clip_norm is None:
+            assert uncut == whole
+
+    def test_units_of_another_size_than_the_store_has_are_refused(self, tmp_path: Path) -> None:
+        open_engine(tmp_path / "store", panel_elements=500).close()
+        before = step_and_digest(tmp_path / "store")
+        with pytest.raises(StoreMismatchError, match="panel_elements=500, this run has panel_elements=501"):
+            open_engine(tmp_path / "store", panel_elements=501)
+        with pytest.raises(ConfigError, match="panel_elements"):
+            open_engine(tmp_path / "other", panel_elements=0)
+        with open_engine(tmp_path / "store") as engine:
+            assert len(engine.store.units) > len(engine.store.blocks)
         assert step_and_digest(tmp_path / "store") == before
 
     def test_a_list_of_modules_cannot_be_one_block(self, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Gradients add up in the contract's order, bit for bit, in no more room than was planned."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from tests.fabric.contract import sum_over_uses
 from torch import Tensor
 
-from weightstream.fabric.reduction import NORM_PIECE, SUM_PIECE, BlockSum, sum_of_squares
+from weightstream.fabric.reduction import NORM_PIECE, SUM_PIECE, BlockSum, squares_of, sum_of_squares
 from weightstream.schedule.reduction import partial_sums
+from weightstream.store.images import Panel
 
 
 class Room:
@@ -95,6 +97,28 @@ def test_sums_of_several_pieces(size: int, held: int) -> None:
     assert total.close()["w"] is target
     assert torch.equal(target, sum_over_uses([grads], 4))
     assert total.squares == {("w", 0): sum_of_squares(target)}
+
+
+@pytest.mark.parametrize("held", [1, 2, 5])
+def test_squares_of_panels_are_summed_apart(held: int) -> None:
+    """Panels of more and of fewer elements than a piece; the sums are those of the whole."""
+    rows, width = 70, 4096
+    generator = torch.Generator().manual_seed(held)
+    grads = [torch.randn(rows, width, generator=generator) for _ in range(5)]
+    edges = [0, 40, 41, 70]
+    panels = tuple(Panel(low, low * width, high * width) for low, high in pairwise(edges))
+    target = torch.full((rows, width), math.nan)
+    total = BlockSum(
+        {"w": target}, lambda slot, name: torch.empty(rows, width), micro_batches=5, groups=4, held=held,
+        panels={"w": panels},
+    )  # fmt: skip
+    for index, grad in enumerate(grads):
+        total.add("w", 0, index, grad)
+    total.close()
+    assert torch.equal(target, sum_over_uses([grads], 4))
+    expected = {("w", low): sum_of_squares(target[low:high]) for low, high in pairwise(edges)}
+    assert total.squares == expected == squares_of("w", target, panels)
+    assert list(total.squares) == sorted(total.squares)
 
 
 def test_micro_batches_out_of_order_are_our_own_mistake() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tests.hub.conftest import SETTINGS, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -48,6 +49,21 @@ def test_a_directory_comes_back_as_it_was(model: Any, tmp_path: Path, shard: str
     result = export_store(tmp_path / "store", tmp_path / "out", max_shard_bytes=shard)
     assert (len(result["shards"]) > 1) == (shard == "20KiB")
     assert_same_weights(loaded(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tensors_that_are_cut_come_back_whole(model: Any, tmp_path: Path, precision: str) -> None:
+    model.save_pretrained(tmp_path / "source")
+    settings = SETTINGS | {"precision": precision}
+    import_directory(tmp_path / "source", tmp_path / "store", OPTIMIZER, **settings, panel_elements=2048)
+    import_directory(tmp_path / "source", tmp_path / "uncut", OPTIMIZER, **settings)
+    with ws.Store.open(tmp_path / "store", writable=False) as store:
+        assert any(p.rows is not None for unit in store.units for p in unit.parameters)
+    for name in ("store", "uncut"):
+        export_store(tmp_path / name, tmp_path / f"out-{name}", optimizer_state=True)
+        assert_same_weights(loaded(tmp_path / f"out-{name}"), model)
+    found, expected = (load_file(tmp_path / f"out-{name}" / "optimizer.safetensors") for name in ("store", "uncut"))
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
 
 
 def test_a_model_in_memory_comes_back_as_it_was(model: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 NORM_PIECE = 65_536  # elements whose squares are summed by one fp64 dot product
+PANEL_MULTIPLE = 2048  # elements
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -55,6 +56,16 @@ def square_sum(gradient: Tensor) -> float:
         piece = flat[start : start + NORM_PIECE].to(torch.float64)
         total += float(torch.dot(piece, piece))
     return total
+
+
+def row_panels(tensor: Tensor, panel_elements: int | None) -> list[Tensor]:
+    """What the norm sums apart: of a tensor above `panel_elements`, fixed panels of rows, else the whole tensor."""
+    if panel_elements is None or tensor.ndim < 2 or tensor.numel() <= panel_elements:
+        return [tensor]
+    rows, width = tensor.shape[0], tensor[0].numel()
+    without_gap = [height for height in range(1, rows + 1) if height * width % PANEL_MULTIPLE == 0]
+    fitting = [height for height in without_gap if height * width <= panel_elements]
+    return list(tensor.split(max(fitting, default=min(without_gap, default=rows))))
 
 
 def tree_sum(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -154,7 +165,8 @@ class ContractTrainer:
 
     `calls` names the modules each of whose calls is one use of the parameters below it; it matters only for parameters
     that are used more than once in a micro-batch. On a `device` other than the host, model and sums of gradients are
-    there, and masters, norm and optimizer on the host.
+    there, and masters, norm and optimizer on the host. `panel_elements` says which tensors are cut into panels; only the
+    norm knows it.
     """
 
     def __init__(
@@ -169,7 +181,9 @@ class ContractTrainer:
         reduction_groups: int = 8,
         calls: Sequence[str] = (),
         device: str = "cpu",
+        panel_elements: int | None = None,
     ) -> None:
+        self.panel_elements = panel_elements
         self.model, self.device = without_cache(build().train()), device
         load_initial(self.model, initial)
         self.settings, self.clip_norm, self.seed, self.groups = settings, clip_norm, seed, reduction_groups
@@ -193,7 +207,8 @@ class ContractTrainer:
         self.step_count += 1
         micro_batches = tree_map_only(Tensor, lambda x: x.to(self.device), list(micro_batches))
         losses, gradients = self._gradients(micro_batches, loss_fn, weights)
-        norm = math.sqrt(sum((square_sum(gradients[name]) for name in sorted(gradients)), start=0.0))
+        panels = (panel for name in sorted(gradients) for panel in row_panels(gradients[name], self.panel_elements))
+        norm = math.sqrt(sum(map(square_sum, panels), start=0.0))
         loss = sum(weight * value for weight, value in zip(weights, losses, strict=True))
         if not math.isfinite(norm):
             return Outcome(loss, norm, skipped=True)

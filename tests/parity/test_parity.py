@@ -180,17 +180,19 @@ def run_both(
     clip_norm: float | None = 0.5,
     precision: str = "fp32",
     on: str = "cpu",
+    panel_elements: int | None = None,
     **rest: Any,
 ) -> None:
     """A run of its own beside the table: ragged, clipped, AdamW unless said otherwise."""
     loss_fn = loss_fn or zoo.loss_fn
     common = {
         "optimizer": optimizer or OPTIMIZERS["adamw"][1](), "clip_norm": clip_norm, "precision": precision, "device": on,
+        "panel_elements": panel_elements,
     }  # fmt: skip
     with open_engine(zoo, store, **common, **rest) as engine:
         resident = ContractTrainer(
             zoo.build, initial_values(engine), settings or OPTIMIZERS["adamw"][0], clip_norm=clip_norm,
-            precision=precision, calls=zoo.calls if calls is None else calls, device=on,
+            precision=precision, calls=zoo.calls if calls is None else calls, device=on, panel_elements=panel_elements,
         )  # fmt: skip
         for step in range(1, steps + 1):
             batch = zoo.micro_batches(count, ragged=True, step=step)
@@ -207,6 +209,50 @@ def test_layers_that_are_split(name: str, precision: str, on: str, tmp_path: Pat
     """Blocks below a layer: attention, MLP and norms by themselves, with the residual stream as glue between them."""
     zoo = ZOO[name].with_(dropout=0.1)
     run_both(zoo, tmp_path / "store", steps=4, count=3, precision=precision, max_block_bytes=9000, on=on)
+
+
+@pytest.mark.parametrize("on", DEVICES)
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "moe", "glue"])
+def test_tensors_that_are_cut(name: str, precision: str, clip_norm: float | None, on: str, tmp_path: Path) -> None:
+    """Blocks of several units, and panels of rows: only the norm's order of sums knows of them."""
+    zoo = ZOO[name].with_(dropout=0.1, frozen=name == "moe")
+    run_both(
+        zoo, tmp_path / "store", steps=4, count=9, precision=precision, clip_norm=clip_norm, on=on, panel_elements=3000
+    )
+    with ws.Store.open(tmp_path / "store", writable=False) as store:
+        assert any(parameter.rows is not None for unit in store.units for parameter in unit.parameters)
+        assert any(len(store.units_of(block.index)) > 1 for block in store.blocks)
+
+
+class Tied(SkipNet):
+    """An embedding of several panels that is the head as well."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__(width, dropout, glue=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_tied_tensor_that_is_cut(precision: str, optimizer: str, tmp_path: Path) -> None:
+    zoo = replace(
+        ZOO["skip"], build_with_dropout=lambda p: Tied(32, p), calls=("shared", "embedding", "head"), block_rules={}
+    )
+    settings, make = OPTIMIZERS[optimizer]
+    run_both(
+        zoo, tmp_path / "store", steps=4, count=3, precision=precision, settings=settings, optimizer=make(),
+        panel_elements=2048, activations="recompute", device_memory=64 << 20,
+    )  # fmt: skip
+
+
+def test_an_optimizer_that_is_not_elementwise_has_whole_tensors(tmp_path: Path) -> None:
+    with open_engine(ZOO["llama"], tmp_path / "store", optimizer=ws.Adafactor(), panel_elements=1000) as engine:
+        assert all(parameter.rows is None for unit in engine.store.units for parameter in unit.parameters)
+        assert len(engine.store.units) > len(engine.store.blocks)
+        batch = ZOO["llama"].micro_batches(2, ragged=True, step=1)
+        assert not engine.step(batch, ZOO["llama"].loss_fn).skipped
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
