@@ -470,3 +470,40 @@ def test_the_folder_of_names_is_synced_before_the_commit(tmp_path: Path) -> None
         put(store, 2, *indices(store, 0))
         file = segment(store, *indices(store, 0))
         assert device.events[:3] == [file.name, file.parent.name, "publish"]
+
+
+class LateFile(Logged):
+    """Files are made only once the gate is open, and the first one is synced only once `first` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.first = threading.Event(), threading.Event()
+        self.first.set()
+
+    def open(self, path: Path, *, write: bool) -> int:
+        if path.name.startswith("000000002"):
+            assert self.gate.wait(timeout=30)
+        return super().open(path, write=write)
+
+    def sync(self, handle: int) -> None:
+        assert self.first.wait(timeout=30)
+        super().sync(handle)
+
+
+def test_a_file_that_is_made_after_the_folder_was_synced_for_an_earlier_commit(tmp_path: Path) -> None:
+    device = LateFile()
+    disk = Disk(device=device, write_depth=64)  # type: ignore[arg-type]  # those that wait do not keep others waiting
+    with experts(tmp_path / "store", disk=disk) as store:
+        one, other = indices(store, 0, 1)
+        device.first.clear()
+        store.write(one, filled(store.layout(one), 1), 1, 1)
+        earlier = store.commit(1, {"value": 1})
+        written = store.write(other, filled(store.layout(other), 2), 1, 1)  # its file has a name, and is not made
+        device.first.set()
+        earlier.result(timeout=30)
+        device.gate.set()
+        written.result(timeout=30)
+        store.commit(2, {"value": 2}).result(timeout=30)
+        file = segment(store, other)
+        assert file.name.startswith("000000002")
+        assert device.events[-2:] == [file.name, file.parent.name]
