@@ -24,7 +24,7 @@ def main() -> None:
     wanted = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     cluster = Cluster(wanted["workers"], wanted["memory"])
-    links: Links = connect(cluster)
+    links: Links = connect()
     if wanted["latency_s"]:
         links = LateLinks(links, wanted["latency_s"])
     found = train(wanted, cluster, links)

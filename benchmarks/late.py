@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from weightstream.cluster import Cluster
 from weightstream.fabric.links import Channel, Handle, Links
 
 
@@ -64,10 +65,14 @@ class LateLinks(Links):
     """All channels of a rank, late."""
 
     def __init__(self, links: Links, latency_s: float) -> None:
-        self._links, self.rank, self.size = links, links.rank, links.size
-        self.down, self.up, self.control, self.commits = (
-            LateChannel(channel, latency_s) for channel in (links.down, links.up, links.control, links.commits)
+        self._links, self._latency_s, self.rank, self.size = links, latency_s, links.rank, links.size
+        self.down, self.up, self.control = (
+            LateChannel(channel, latency_s) for channel in (links.down, links.up, links.control)
         )
+
+    def divide(self, cluster: Cluster) -> None:
+        self._links.divide(cluster)
+        self.commits = LateChannel(self._links.commits, self._latency_s)
 
     def close(self) -> None:
         self._links.close()

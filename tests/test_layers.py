@@ -22,7 +22,7 @@ LAYERS = (
     ("runtime", "keeping", "improvising", "simulator", "streaming"),
     ("captures", "planning", "opening", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report"),
-    ("config", "architectures", "presets", "board", "processes", "hosts", "launcher", "agent", "ranks"),
+    ("config", "architectures", "presets", "board", "folders", "processes", "hosts", "launcher", "agent", "ranks"),
     ("preflight", "run", "commands", "transfer", "demo", "demo_workers", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

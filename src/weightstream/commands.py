@@ -62,7 +62,7 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
     start = Launch(
         command=("-m", "weightstream", "fit"), arguments=tuple(arguments), ranks=roles.size, address=address,
         port=cluster.port, threads=threads or max(1, len(os.sched_getaffinity(0)) // roles.size),
-        restarts=cluster.restarts,
+        store=config.store, restarts=cluster.restarts,
     )  # fmt: skip
 
     def progress() -> int:

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ from pathlib import Path
 from types import FrameType
 
 from weightstream.board import Board, Ending
+from weightstream.folders import memory_folder, temporary_folder
 from weightstream.processes import Process, children
+from weightstream.store.lasting import VARIABLE
 
 Say = Callable[[str], None]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,6 +40,8 @@ class Launch:
     port: int
     threads: int
     """What OMP_NUM_THREADS is for each rank; torchrun would make it 1."""
+    store: Path
+    """For which memory is kept from one start of the ranks to the next."""
     restarts: int
     """How many losses in a row, without progress in between, are answered by starting anew."""
 
@@ -57,8 +60,12 @@ class Launcher:
 
     def run(self) -> int:
         """The exit code of the command: 0, 1 if ranks were lost again and again, 2, or 128 and a signal's number."""
-        with tempfile.TemporaryDirectory(prefix="weightstream-ranks-") as folder, self._listening():
-            self._board = Board(Path(folder))
+        with (
+            temporary_folder("weightstream-ranks-") as folder,
+            memory_folder(self.launch.store) as memory,
+            self._listening(),
+        ):
+            self._board, self._memory = Board(folder), memory
             last, losses = self._progress(), 0
             while True:
                 self._start_and_watch()
@@ -98,10 +105,13 @@ class Launcher:
             "--ranks", str(launch.ranks), "--address", launch.address, "--port", str(launch.port), "--",
             *launch.command, "--launched", str(board.folder), *launch.arguments,
         ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": str(launch.threads)}
+        if self._memory is not None:
+            environment[VARIABLE] = str(self._memory)
         self._agent = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": str(launch.threads)},
+            env=environment,
             start_new_session=True,  # a terminal's Ctrl-C is for the launcher alone
         )
         try:

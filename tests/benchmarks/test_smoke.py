@@ -68,3 +68,26 @@ def test_fabric(tmp_path: Path) -> None:
         for layout in ("apart", "colocated"):
             least, most = found[layout]["3"][f"{what}_s_spread"]
             assert 0 < least <= most
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    small = (
+        "--workers",
+        "1",
+        "2",
+        "--layers",
+        "2",
+        "--shrink",
+        "64",
+        "--groups",
+        "2",
+        "--steps",
+        "2",
+        "--warm-up",
+        "1",
+    )
+    found = measured(tmp_path, "scaling.py", *small, "--no-limited")
+    assert found["efficiency"]["1"] == 1
+    assert 0 < found["efficiency"]["2"] < 2
+    assert found["factor"] > 1000

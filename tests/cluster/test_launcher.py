@@ -25,7 +25,7 @@ def progress():
     except FileNotFoundError:
         return 0
 launch = Launch(command=(sys.argv[5],), arguments=(str(folder), *sys.argv[6:]), ranks=ranks, address="127.0.0.1",
-                port=port, threads=3, restarts=restarts)
+                port=port, threads=3, store=folder / "store", restarts=restarts)
 sys.exit(Launcher(launch, lambda text: print(text, file=sys.stderr, flush=True), progress).run())
 """
 _PATIENCE_S = 60.0

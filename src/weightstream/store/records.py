@@ -279,14 +279,17 @@ def is_elsewhere(slot: str) -> bool:
     return slot.startswith(_ELSEWHERE)
 
 
-def pin_parts(record: Record, parts: Iterable[tuple[str, int]]) -> None:
-    """Keep these parts (name, bytes) in memory from their next read or write on."""
-    for name, nbytes in parts:
-        if name not in record.pinned:
-            record.pinned[name] = PinnedPart(AlignedBuffer(nbytes))
+def pin_parts(
+    record: Record, parts: Iterable[tuple[str, int]], memory: Callable[[str, int], AlignedBuffer]
+) -> list[tuple[str, PinnedPart]]:
+    """Keep these parts (name, bytes) in memory from their next read or write on; gives those that were not pinned yet."""
+    new = [(name, PinnedPart(memory(name, nbytes))) for name, nbytes in parts if name not in record.pinned]
+    record.pinned.update(new)
+    return new
 
 
 def unpin_parts(record: Record, parts: Collection[str]) -> None:
     """Let the memory go; what still reads it keeps it until it has ended."""
     for name in parts:
-        record.pinned.pop(name, None)
+        if (pin := record.pinned.pop(name, None)) is not None:
+            pin.buffer.discard()

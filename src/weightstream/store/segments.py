@@ -64,6 +64,9 @@ class AlignedBuffer:
             return torch.empty(tuple(shape), dtype=dtype)
         return torch.frombuffer(self.view, dtype=dtype, count=count, offset=offset).reshape(tuple(shape))
 
+    def discard(self) -> None:
+        """Give up what outlives the process: of this memory, nothing."""
+
     def close(self) -> None:
         """Drop this object's hold; tensors and views that are still in use keep the memory until they go."""
         self.view = memoryview(b"")

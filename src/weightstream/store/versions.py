@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from weightstream.store.checksums import checksums
 from weightstream.store.compaction import Copied, compact
 from weightstream.store.families import Layouts
 from weightstream.store.figures import Session
-from weightstream.store.futures import chain, forward, gather, new_future, settle
+from weightstream.store.futures import NOW, chain, forward, gather, new_future, settle
 from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
+from weightstream.store.lasting import LastingBuffer, LastingMemory
 from weightstream.store.layout import Part
 from weightstream.store.manifest import CommitRow, Manifest, RecordRow, SharedRow
 from weightstream.store.many import Writing, extents_of, read_many, write_many
@@ -81,6 +83,7 @@ class Versions:
         self._memory = memory
         self._recipes = recipes
         self._seed = seed
+        self._lasting = LastingMemory(manifest.meta()["id"])
         self._lock = threading.RLock()
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
         self._commits: list[Future[None]] = []  # under way, in order
@@ -201,7 +204,20 @@ class Versions:
         layout = self.layouts[block_index]
         wanted = [(name, layout.part(name).nbytes) for name in parts if layout.has(name)]
         with self._lock:
-            pin_parts(self.records[block_index], wanted)
+            state = self.records[block_index]
+            entry = state.newest
+            new = pin_parts(state, wanted, partial(self._lasting.buffer, block_index))
+        for name, pin in new:
+            self._attach(state, entry, name, pin)
+
+    def _attach(self, state: Record, entry: Entry, name: str, pin: PinnedPart) -> None:
+        """Memory that an earlier process left is of use if it holds this version."""
+        if not (isinstance(pin.buffer, LastingBuffer) and pin.buffer.found and name in entry.checksums):
+            return
+        (found,) = checksums([pin.buffer.view], self._disk.chunk_bytes)
+        with self._lock:
+            if found == entry.checksums[name] and state.newest is entry and pin.entry is None:
+                pin.expect(entry, NOW)
 
     def unpin(self, block_index: int, parts: Collection[str] | None) -> None:
         """Let go of these parts, or of all."""
