@@ -406,10 +406,13 @@ class Engine:
         """Whether this rank computes micro-batches."""
         return self.ranks.computes
 
-    def sent_bytes(self) -> tuple[int, int]:
-        """What this rank has sent to others so far: of weights, of gradients."""
+    def sent_bytes(self) -> dict[int, tuple[int, int]]:
+        """What this rank has sent so far, by the rank that it went to: of weights, of gradients."""
         links = self.ranks.links
-        return (0, 0) if links is None else (links.down.traffic.sent.total(), links.up.traffic.sent.total())
+        if links is None:
+            return {}
+        down, up = dict(links.down.traffic.sent), dict(links.up.traffic.sent)
+        return {rank: (down.get(rank, 0), up.get(rank, 0)) for rank in sorted(down.keys() | up.keys())}
 
     def gather(self, value: Any) -> list[Any]:
         """A small JSON value of every rank, in order of rank; every rank calls it."""

@@ -91,6 +91,7 @@ def test_a_killed_rank_costs_nothing_but_time_and_sizes_change(alone: dict[str, 
     assert "was killed by SIGKILL" in err
     assert err.count("starting all 3 ranks anew") == 1
     assert (tmp_path / "run" / "metrics" / "rank-2.jsonl").exists()
+    assert "sent_to_" in (tmp_path / "run" / "metrics" / "rank-2.jsonl").read_text()
     found = command("fit", config, "training.steps=5", "optimizer.steps=6", "cluster.workers=2", "cluster.memory=2")
     assert found["step"] == 5
     report = command("fit", config, "optimizer.steps=6")

@@ -17,6 +17,7 @@ from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
 from weightstream.preflight import require_memory, require_same_text, store_exists
 from weightstream.ranks import ALONE, Place, Ranks, _check_same
+from weightstream.training.ranks import RankFacts, describe
 
 SIZE = 3
 
@@ -143,3 +144,18 @@ def test_a_plan_beyond_a_hosts_memory_is_refused_over_all_its_ranks() -> None:
     assert everywhere(lambda links: require_memory(engine, 13 << 30, ranks(links))) == [None] * SIZE
     assert everywhere(lambda links: require_memory(engine, None, ranks(links))) == [None] * SIZE
     require_memory(engine, 1, ALONE)
+
+
+def test_the_line_of_the_ranks_names_the_busiest_link_and_the_slowest_rank() -> None:
+    ranks = [
+        RankFacts(seconds=1.0, stalled_s=0.0, sent={1: (5 << 20, 1 << 20), 2: (3 << 20, 0)}, rss_bytes=1),
+        RankFacts(seconds=1.0, stalled_s=0.5, sent={0: (0, 2 << 20)}, rss_bytes=1),
+        RankFacts(seconds=1.0, stalled_s=0.1, sent={}, rss_bytes=1),
+    ]
+    line = describe(ranks, first_computing=1)
+    assert line == "3 ranks  down 8.00 MiB  up 3.00 MiB  0→1 6.00 MiB  slowest 2  waited 0.30 s", line
+    assert len(line) <= 80
+    assert ranks[0].sent_figures() == {
+        "down_bytes": 8 << 20, "up_bytes": 1 << 20, "sent_to_1_bytes": 6 << 20, "sent_to_2_bytes": 3 << 20
+    }  # fmt: skip
+    assert describe([], 0) == ""

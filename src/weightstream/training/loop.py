@@ -161,8 +161,7 @@ class Trainer:
             bound_bytes=facts.bound_bytes,
             rss_bytes=facts.rss_bytes,
             skipped=facts.skipped,
-            **({} if not ranks else {"down_bytes": ranks[self.engine.rank].down_bytes}),
-            **({} if not ranks else {"up_bytes": ranks[self.engine.rank].up_bytes}),
+            **({} if not ranks else ranks[self.engine.rank].sent_figures()),
         )
         return facts
 

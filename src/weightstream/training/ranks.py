@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightstream.units import format_bytes, format_seconds
@@ -13,13 +13,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """One rank's step: seconds in all, those in which it waited for bytes, and bytes that it sent each way."""
+    """One rank's step: seconds in all, those in which it waited for bytes, and what it sent by the rank that it went to:
+    bytes of weights, of gradients."""
 
     seconds: float
     stalled_s: float
-    down_bytes: int
-    up_bytes: int
+    sent: dict[int, tuple[int, int]]
     rss_bytes: int
+
+    @property
+    def down_bytes(self) -> int:
+        """Of weights, to all."""
+        return sum(down for down, _ in self.sent.values())
+
+    @property
+    def up_bytes(self) -> int:
+        """Of gradients, to all."""
+        return sum(up for _, up in self.sent.values())
+
+    def sent_figures(self) -> dict[str, int]:
+        """For metrics: in all each way, and by link."""
+        by_link = {f"sent_to_{rank}_bytes": down + up for rank, (down, up) in self.sent.items()}
+        return {"down_bytes": self.down_bytes, "up_bytes": self.up_bytes, **by_link}
 
 
 class RankTalk:
@@ -31,7 +46,7 @@ class RankTalk:
 
     def __init__(self, engine: "Engine", stop_asked: Callable[[], signal.Signals | None]) -> None:
         self._engine, self._stop_asked = engine, stop_asked
-        self._sent = (0, 0)
+        self._sent: dict[int, tuple[int, int]] = {}
         self._agreed: signal.Signals | None = None
 
     @property
@@ -50,15 +65,20 @@ class RankTalk:
         """The facts of every rank, in order; of one alone none."""
         if self._engine.cluster.size == 1:
             return []
-        down, up = self._engine.sent_bytes()
-        before, self._sent = self._sent, (down, up)
-        own = RankFacts(
-            seconds=seconds, stalled_s=result.stalled_s, down_bytes=down - before[0], up_bytes=up - before[1],
-            rss_bytes=rss_bytes,
-        )  # fmt: skip
-        told: list[Any] = self._engine.gather([self._stop_asked(), asdict(own)])
-        self._agree([number for number, _ in told])
-        return [RankFacts(**facts) for _, facts in told]
+        before, self._sent = self._sent, self._engine.sent_bytes()
+        sent = [
+            [rank, *(now - then for now, then in zip(both, before.get(rank, (0, 0)), strict=True))]
+            for rank, both in self._sent.items()
+        ]
+        told: list[Any] = self._engine.gather([self._stop_asked(), seconds, result.stalled_s, sent, rss_bytes])
+        self._agree([number for number, *_ in told])
+        return [
+            RankFacts(
+                seconds=seconds, stalled_s=stalled_s, sent={rank: (down, up) for rank, down, up in links},
+                rss_bytes=rss_bytes,
+            )
+            for _, seconds, stalled_s, links, rss_bytes in told
+        ]  # fmt: skip
 
     def _agree(self, asked: list[int | None]) -> None:
         number = next((number for number in asked if number is not None), None)
@@ -66,14 +86,17 @@ class RankTalk:
 
 
 def describe(ranks: list[RankFacts], first_computing: int) -> str:
-    """One line: ranks present, bytes between them, and who waited least, which is whom the others waited for."""
+    """One line: ranks present, bytes between them, the link with the most, and who waited least, which is whom the others
+    waited for."""
     if not ranks:
         return ""
     computing = ranks[first_computing:]
     slowest = min(range(len(computing)), key=lambda index: computing[index].stalled_s)
     lost = sum(facts.stalled_s for facts in computing) / len(computing)
+    links = {(sum(both), rank, to) for rank, facts in enumerate(ranks) for to, both in facts.sent.items()}
+    most, source, target = max(links, default=(0, 0, 0))
     return (
         f"{len(ranks)} ranks  down {format_bytes(sum(facts.down_bytes for facts in ranks))}  up "
-        f"{format_bytes(sum(facts.up_bytes for facts in ranks))}  slowest rank {first_computing + slowest}  waited "
-        f"{format_seconds(lost)} each"
+        f"{format_bytes(sum(facts.up_bytes for facts in ranks))}  {source}\u2192{target} {format_bytes(most)}  slowest "
+        f"{first_computing + slowest}  waited {format_seconds(lost)}"
     )
