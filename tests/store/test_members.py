@@ -1,6 +1,8 @@
 """Several memory ranks: a step is committed when all hold it, whichever dies when, and any number of ranks goes on."""
 
+import errno
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -239,6 +241,105 @@ def test_snapshots_are_what_they_were(
         assert look(path) == (step, digests[step])
         go_on(path, 3, step + 1)
         assert look(path) == (step + 1, digests[step + 1])
+
+
+def lagging(path: Path) -> None:
+    """Rank 1 of two holds step 2, rank 0 step 3."""
+    go_on(path, 2, 2)
+    kept = path.with_name("kept")
+    shutil.copytree(path / "memory-1", kept)
+    go_on(path, 2, 3)
+    shutil.rmtree(path / "memory-1")
+    kept.rename(path / "memory-1")
+
+
+def test_a_rank_that_dies_while_it_takes_a_manifest_has_its_old_one(
+    path: Path, digests: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lagging(path)
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(OSError, match="No space left"):
+            go_on(path, 2, 3)
+    go_on(path, 2, 4)
+    assert look(path) == (4, digests[4])
+    with reopen(path) as store:
+        assert store.verify() == []
+
+
+def test_a_rank_without_its_manifest_is_refused(path: Path, digests: dict[int, str]) -> None:
+    go_on(path, 2, 3)
+    (path / "memory-1" / "manifest.sqlite").rename(path / "elsewhere")
+    with pytest.raises(StoreError, match=r"memory rank 1 took part in the last commit \(step 3\) and has no manifest"):
+        go_on(path, 2, 4)
+    (path / "elsewhere").rename(path / "memory-1" / "manifest.sqlite")
+    go_on(path, 2, 4)
+    assert look(path) == (4, digests[4])
+
+
+def test_no_file_of_a_snapshot_goes_before_all_ranks_have_forgotten_it(
+    path: Path, digests: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget = Manifest.remove_snapshot
+
+    def full_on_the_first(self: Manifest, name: str) -> Any:
+        if self.path.parent == path:
+            raise sqlite3.OperationalError("database or disk is full")
+        return forget(self, name)
+
+    def work(members: Members) -> None:
+        with reopen(path, members) as store:
+            write_step(store, 1)
+            store.snapshot("held")
+            write_step(store, 2)
+            write_step(store, 3)
+            with pytest.raises(StoreError, match="disk is full"):
+                store.remove_snapshot("held")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "remove_snapshot", full_on_the_first)
+        as_ranks(2, work)
+    with reopen(path) as store:
+        assert store.snapshots() == {"held": 1}
+        assert store.verify() == []
+        store.restore("held", discard=True)
+    assert look(path) == (1, digests[1])
+
+
+def test_a_commit_that_one_rank_alone_could_make_is_not_gone_on_from(
+    path: Path, digests: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on(path, 2, 2)
+    publish = Manifest.publish
+
+    def full_on_the_second(self: Manifest, *arguments: Any, **options: Any) -> Any:
+        if self.path.parent != path:
+            raise sqlite3.OperationalError("database or disk is full")
+        return publish(self, *arguments, **options)
+
+    def work(members: Members) -> None:
+        store = reopen(path, members)
+        try:
+            with pytest.raises(StoreError, match="disk is full"):
+                write_step(store, 3)
+            store.discard()
+            with pytest.raises(StoreError, match="open it anew"):
+                write_step(store, 3)
+        finally:
+            store.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "publish", full_on_the_second)
+        as_ranks(2, work)
+    go_on(path, 2, 4)
+    assert look(path) == (4, digests[4])
 
 
 class TestRefusals:

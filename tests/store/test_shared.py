@@ -507,3 +507,20 @@ def test_a_file_that_is_made_after_the_folder_was_synced_for_an_earlier_commit(t
         file = segment(store, other)
         assert file.name.startswith("000000002")
         assert device.events[-2:] == [file.name, file.parent.name]
+
+
+def test_a_new_folder_is_on_the_medium_before_the_commit(tmp_path: Path, small: None) -> None:
+    """Also when the process was killed, or the sync failed, between making it and the commit."""
+    device = Logged()
+    with experts(tmp_path / "store", device) as store:
+        for number in range(4):
+            device.events.clear()
+            put(store, number, *indices(store, 0))
+            folder = segment(store, *indices(store, 0)).parent
+            assert device.events.index(folder.name) < len(device.events)
+            if number in (0, 1):  # the first folder of all, and the second one
+                assert "shared" in device.events
+    device = Logged()
+    with reopen(tmp_path / "store", device) as store:
+        put(store, 9, *indices(store, 0))
+        assert {"segments", "shared"} <= set(device.events), "a killed process may have left it"

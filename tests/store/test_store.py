@@ -689,3 +689,33 @@ def test_names_that_are_no_text_are_refused(where: str, tmp_path: Path) -> None:
         for attempt in (store.remove_snapshot, store.restore):
             with pytest.raises(StoreError, match="no snapshot"):
                 attempt(bad)
+
+
+def test_what_was_asked_for_after_a_commit_that_failed_is_not_published(tmp_path: Path) -> None:
+    device = Gated()
+    with make(tmp_path / "store", device=device) as store:
+        step(store, 1)
+        digest, publish = store.digest(), store.manifest.publish
+
+        def full(*arguments: object, **options: object) -> object:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        store.write(0, filled(store.layout(0), 2), 2, 2).result(timeout=30)
+        store.manifest.publish = full  # type: ignore[assignment, method-assign]
+        failing = store.commit(2, {"value": 2})
+        device.gate.clear()
+        store.write(1, filled(store.layout(1), 3), 1, 1)
+        after = store.commit(3, {"value": 3})  # waits for that write, not for the commit before
+        with pytest.raises(StoreError, match="disk is full"):
+            failing.result(timeout=30)
+        store.manifest.publish = publish  # type: ignore[method-assign]
+        store.discard()
+        device.gate.set()
+        with pytest.raises(StoreError, match="follows a commit that failed"):
+            after.result(timeout=30)
+        store.discard()
+        assert (store.step, store.progress, store.digest()) == (1, {"value": 1}, digest)
+        step(store, 2)
+    with reopen(tmp_path / "store") as store:
+        assert store.verify() == []
+        assert_holds(store, 0, 2, {})

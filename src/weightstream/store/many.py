@@ -153,8 +153,8 @@ def _read_some(
             entry.add_reader(future)
             versions.shared.reading(entry.slot, future)
             versions.track(future)
-    for name, found in files.items():
-        _read_file(versions, name, found, records, wanted, kind, futures)
+        for name, found in files.items():  # a commit may move them as soon as the lock is let go
+            _read_file(versions, name, found, records, wanted, kind, futures)
     alone = []
     for number, (index, record) in enumerate(records):
         targets = {part.name: record.view(part.name) for part in wanted[number]}

@@ -79,7 +79,12 @@ def _decide(path: Path, manifest: Manifest, found: list[Any]) -> dict[str, Any]:
                     f"the folder of rank {rank}, {place_of(path, rank).name}, is not there; bring it to this host, or start "
                     f"{last.ranks} memory ranks where their folders are"
                 }
-        if state is None or [last.number, last.name] not in state["commits"]:
+        if state is None:  # it had one before it could take part in a commit
+            return {
+                "refused": f"store '{path}': memory rank {rank} took part in the last commit (step {last.step}) and has no "
+                f"manifest now; restore {place_of(path, rank).name} from a copy of the store"
+            }
+        if [last.number, last.name] not in state["commits"]:
             before = manifest.commit_before(last.number)
             if before is None:
                 return {
@@ -118,13 +123,13 @@ def level(path: Path, manifest: Manifest | None, common: CommitRow, members: Mem
 
 def _replace(path: Path, data: bytes) -> Manifest:
     """Another manifest in place of this one, whole at every instant."""
-    for leftover in (path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm"), path):
-        leftover.unlink(missing_ok=True)  # a log of the old one would be played into the new one
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    for leftover in (path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        leftover.unlink(missing_ok=True)  # a log of the old one would be played into the new one
     partial.rename(path)
     handle = os.open(path.parent, os.O_RDONLY)
     try:

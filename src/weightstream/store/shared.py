@@ -219,7 +219,7 @@ class SharedFiles:
         path = self.segments / name
         if not path.parent.exists():
             path.parent.mkdir(parents=True)
-            self.disk.device.sync_directory(path.parent.parent)
+            self._changed |= {path.parent.parent, self.segments}
         self._fill_anew(path)
         file = SharedFile(self._next, name, header_nbytes, header_nbytes, header_nbytes)
         self._next += 1

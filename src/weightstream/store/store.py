@@ -668,6 +668,7 @@ def _first_look(path: Path, place: Path, members: Members, *, writable: bool) ->
             directory.require_store(path)
         else:
             directory.make_place(path, place, members.folder)
+            _sync_place(path, Device())
         handle = directory.lock(place) if writable else None
         file = place / directory.MANIFEST
         manifest = Manifest.open(file, writable=writable) if members.rank == 0 or file.is_file() else None
@@ -692,6 +693,16 @@ def _first_look(path: Path, place: Path, members: Members, *, writable: bool) ->
             directory.unlock(handle)
         raise
     return handle, manifest
+
+
+def _sync_place(path: Path, device: Device) -> None:
+    """The names of a memory rank's own directories are on the medium, before anything in them matters."""
+    try:
+        for folder in (path, path / directory.SEGMENTS):
+            device.sync_directory(folder)
+        _sync_names_above(path, device)
+    except OSError as error:
+        raise StoreError(f"store '{path}' cannot be written on this host: {error.strerror}") from error
 
 
 def _sync_names_above(path: Path, device: Device) -> None:

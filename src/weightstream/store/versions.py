@@ -46,7 +46,7 @@ from weightstream.store.records import (
     unpin_parts,
 )
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.shared import Batch, SharedFiles
+from weightstream.store.shared import SHARED, Batch, SharedFiles
 from weightstream.store.tiers import Disk, Extent, Memory
 
 Targets = Mapping[str, memoryview]
@@ -87,6 +87,7 @@ class Versions:
         self._lock = threading.RLock()
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
         self._commits: list[Future[None]] = []  # under way, in order
+        self._doomed: set[Future[None]] = set()  # those of them that followed one that failed
         self.changed: set[int] = set()  # records with versions that no commit was asked to publish
         self._in_flight: set[Future[Any]] = set()
         self._failure: BaseException | None = None
@@ -189,9 +190,16 @@ class Versions:
                 self._let_go(state, before)
 
     def discard(self) -> None:
-        """Go back to what was accepted last; after a failure, to the last commit that was asked for."""
+        """Go back to what was accepted last; after a failure, to the last commit that was asked for.
+
+        A commit that was asked for after one that failed fails, too, and is discarded like it. With several ranks a failed
+        commit cannot be discarded: the store must be opened anew."""
         with self._lock:
-            failed, self._failure = self._failure is not None, None
+            failed = self._failure is not None
+            if failed:
+                self._doomed.update(self._commits)  # what they were to publish builds on the one that failed
+            if self._members.count == 1:  # several ranks may hold different commits: only an opening levels them
+                self._failure = None
             for index in self.changed:
                 state = self.records[index]
                 before = state.newest, state.accepted
@@ -475,6 +483,10 @@ class Versions:
         out: Future[None] = new_future()
 
         def keep(finished: "Future[list[int]]") -> None:
+            if finished.exception() is not None:
+                with self._lock:  # its name may be new, or of another file
+                    self.records[block_index].unsynced.add(str(entry.slot))
+
             def checksums() -> None:
                 found = finished.result()[1:]
                 if not entry.checksums:
@@ -506,7 +518,7 @@ class Versions:
         batch: Batch,
     ) -> None:
         try:
-            copied, shared, gone = self._publish(step, progress, published, batch)
+            copied, shared, gone = self._publish(out, step, progress, published, batch)
         except BaseException as error:
             with self._lock:
                 self._failure = error
@@ -526,14 +538,20 @@ class Versions:
 
     def _end_commit(self, out: "Future[None]", published: Mapping[int, Entry]) -> None:
         self._commits.remove(out)
+        self._doomed.discard(out)
         for index, entry in published.items():
             self.records[index].committing.remove(entry)
 
     def _publish(
-        self, step: int, progress: dict[str, Any], published: Mapping[int, Entry], batch: Batch
+        self,
+        out: "Future[None]",
+        step: int,
+        progress: dict[str, Any],
+        published: Mapping[int, Entry],
+        batch: Batch,
     ) -> tuple[Copied, list[SharedRow], list[str]]:
         """Everything that the transaction will point to is on the medium before it begins."""
-        if self._failure is not None:
+        if self._failure is not None or out in self._doomed:
             raise StoreError(f"store '{self.path}': step {step} follows a commit that failed") from self._failure
         if self._members.count > 1:
             return Copied(), [], self._publish_together(step, progress, published)
@@ -631,6 +649,7 @@ class Versions:
         names = {self._slot_path(index, slot).parent for index, slot in unsynced if slot is not None}
         if not self._names_synced:
             names |= {self.path / directory.SEGMENTS, self.path / directory.SEGMENTS / self._members.folder}
+            names |= {shared for shared in (self.path / directory.SEGMENTS / SHARED,) if shared.is_dir()}
         try:
             for folder in sorted(folders | names):
                 self._disk.device.sync_directory(folder)
@@ -664,8 +683,11 @@ class Versions:
 
     def _remove_snapshot(self, name: str) -> int:
         nbytes, folders = 0, set[Path]()
-        with self._changing(f"deleting snapshot {name!r}"):
+        rows = list[RecordRow]()
+        with _Noted() as removed, self._changing(f"deleting snapshot {name!r}"):
             rows = self._manifest.remove_snapshot(name)
+        # no file goes before all ranks have forgotten it: whoever opens the store next may take any rank's word
+        self._check_all(self.step, self._members.exchange(removed.reason))
         for row in rows:
             if row.offset:
                 nbytes += row.nbytes
@@ -727,9 +749,12 @@ class Versions:
 
     def check_usable(self) -> None:
         if self._failure is not None:
-            raise StoreError(
-                f"store '{self.path}': a commit failed ({self._failure}); discard() goes back to step {self.step}"
-            ) from self._failure
+            remedy = f"discard() goes back to step {self.step}"
+            if self._members.count > 1:
+                remedy = (
+                    "close the store on all ranks and open it anew, which goes back to the last commit that all have"
+                )
+            raise StoreError(f"store '{self.path}': a commit failed ({self._failure}); {remedy}") from self._failure
 
 
 class _Noted:
