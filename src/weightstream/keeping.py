@@ -59,7 +59,7 @@ class Keeper:
         self.step = 0
         self.poisoned = False  # nothing of this step may be updated
         self.broken = False
-        self._interval = interval
+        self.interval = interval
         self._wait = wait
         self._loaded: dict[int, _Loaded] = {}
         self._writes: list[Future[Any]] = []
@@ -194,7 +194,7 @@ class Keeper:
         self._await_commit()
         self._writes.clear()
         self._accepted = (step, progress)
-        if self._interval.passed():
+        if self.interval.passed():
             self._commit_accepted()
         else:
             self.store.accept()
@@ -203,7 +203,7 @@ class Keeper:
         if self._accepted is not None:
             self.committing = self.store.commit(*self._accepted)
             self._accepted = None
-            self._interval.restart()
+            self.interval.restart()
 
     def _await_commit(self) -> None:
         if self.committing is None:

@@ -20,6 +20,7 @@ from weightstream.planning import Budgets, check_blocks, check_disk, split_withi
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
 from weightstream.store.given import fill
+from weightstream.store.glance import glance
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision
 from weightstream.store.members import Members
@@ -85,8 +86,10 @@ def opened(
     """
     store: Store | Elsewhere | None = None
     try:
-        if not exists and not ranks.alone:
-            ranks.agreed(lambda: _create_for_all(wanted, model, recipes, initial, ranks))
+        # a store at step 0 may be one whose filling was cut short; what is there already is not written again
+        begun = exists and bool(initial) and ranks.rank == 0 and _step_of(wanted.path) == 0
+        if not ranks.alone and ranks.gather(not exists or begun)[0]:
+            ranks.agreed_slowly(lambda: _create_for_all(wanted, model, recipes, initial, ranks, exists=exists))
         there = exists or not ranks.alone
         store = ranks.agreed(lambda: _memory(wanted, model, recipes, initial, ranks, exists=there))
         if ranks.alone:
@@ -107,12 +110,23 @@ def opened(
 
 
 def _create_for_all(
-    wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], initial: Mapping[str, Tensor], ranks: Ranks
+    wanted: Wanted,
+    model: nn.Module,
+    recipes: Mapping[str, Recipe],
+    initial: Mapping[str, Tensor],
+    ranks: Ranks,
+    *,
+    exists: bool,
 ) -> None:
-    """With several ranks the first one makes the store, and then all memory ranks open it."""
+    """With several ranks the first one makes the store, or fills one that was made, and then all memory ranks open it."""
     if ranks.rank == 0:
-        with _create(wanted, model, recipes) as store:
+        with Store.open(wanted.path) if exists else _create(wanted, model, recipes) as store:
             fill(store, initial)
+
+
+def _step_of(path: Path) -> int:
+    found = glance(path)
+    return 0 if found is None else found.step
 
 
 def _memory(

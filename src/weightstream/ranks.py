@@ -16,7 +16,7 @@ from weightstream.board import Board, Ending
 from weightstream.cluster import Cluster
 from weightstream.config import RunConfig
 from weightstream.errors import ConfigError, RefusedError, WeightstreamError
-from weightstream.fabric.agreement import gather, together
+from weightstream.fabric.agreement import gather, outcome_of, together
 from weightstream.hosts import own_address
 from weightstream.processes import end_with_parent
 from weightstream.training.stopping import Stop, StopElsewhere, StopRequest
@@ -105,32 +105,17 @@ class Ranks:
         """
         if self.links is None:
             return work()
-        done: list[Callable[[], T | None]] = [lambda: None]
-        helper = threading.Thread(target=_keep, args=(work, done), name="first", daemon=True)
+        done: list[Callable[[], T | None]] = []
+        helper = threading.Thread(target=lambda: done.append(outcome_of(work)), name="first", daemon=True)
         if self.place.local_rank == 0:
             helper.start()
         while any(self.gather(helper.is_alive())):
             if helper.is_alive():
                 helper.join(_HEARTBEAT_S)
-        return self.together(lambda: done[0]())
+        return self.together(lambda: done[0]() if done else None)
 
 
 ALONE = Ranks(Place(), Cluster())
-
-
-def _keep(work: Callable[[], T], done: list[Callable[[], T | None]]) -> None:
-    """What a piece of work returned or raised, as a function that does it again."""
-    try:
-        result = work()
-    except BaseException as error:
-        raised = error
-
-        def again() -> T:
-            raise raised
-
-        done[0] = again
-    else:
-        done[0] = lambda: result
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, assert_never
 
-from weightstream.errors import FabricError
+from weightstream.errors import AuditError
 from weightstream.fabric.peers import Arrival, Peers
 from weightstream.fabric.reduction import Squares
 from weightstream.fabric.together import SUMS_TRAVELLING
@@ -141,7 +141,7 @@ class Runtime:
 
         Raises:
             AuditError: the model would train wrong.
-            FabricError: with several ranks, the model made other calls than planned.
+            AuditError: with several ranks, the model made other calls than planned.
         """
         self.outcome = StepOutcome()
         self.own, self.micro_batches = tuple(micro_batches), count
@@ -176,7 +176,7 @@ class Runtime:
             self.outcome.visits = schedule.visits
         except DivergedError as error:
             if self.peers.cluster.size > 1:
-                raise FabricError(
+                raise AuditError(
                     f"rank {self.peers.rank}: {error}; with several ranks a model must make the same calls in every step: "
                     f"run it on one rank, or remove what makes its calls depend on data"
                 ) from None
@@ -204,11 +204,13 @@ class Runtime:
         self._settle_all()
         own = self.outcome
         squares = [(name, row, value) for (name, row), value in own.squares.items()]
-        found = self.peers.gather([list(own.losses.items()), squares, own.first_bad, sorted(self.keeper.due)])
+        due, elapsed = sorted(self.keeper.due), self.keeper.interval.elapsed()
+        found = self.peers.gather([list(own.losses.items()), squares, own.first_bad, due, elapsed])
         own.losses = dict(sorted((index, loss) for losses, *_ in found for index, loss in losses))
         own.squares = {(name, row): value for _, squares, *_ in found for name, row, value in squares}
-        own.first_bad = next((bad for _, _, bad, _ in found if bad is not None), None)
-        self.keeper.due = {block for *_, due in found for block in due}
+        own.first_bad = next((bad for _, _, bad, *_ in found if bad is not None), None)
+        self.keeper.due = {block for *_, due, _ in found for block in due}
+        self.keeper.interval.agreed = found[0][-1]
         self.keeper.poisoned |= not own.finite and not self.facts.deferred
 
     def run(self, operation: Operation) -> None:

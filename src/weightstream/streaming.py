@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from weightstream.errors import FabricError
+from weightstream.errors import AuditError
 from weightstream.fabric.peers import Arrival, Peers
 from weightstream.store.owned import Holding
 from weightstream.worker.slabs import Parameters, Slabs
@@ -118,7 +118,7 @@ def _announce(peers: Peers, fetch: list[int] | str | None) -> list[int] | None:
     """What all ranks do next: the block and slab that the computing ones fetch, or None at the end.
 
     Raises:
-        FabricError: they do not agree.
+        AuditError: they do not agree.
     """
     if peers.cluster.size == 1:
         return None
@@ -126,7 +126,7 @@ def _announce(peers: Peers, fetch: list[int] | str | None) -> list[int] | None:
     (first, agreed), *others = found
     for rank, each in others:
         if each != agreed:
-            raise FabricError(
+            raise AuditError(
                 f"rank {first} came to {_described(agreed)}, rank {rank} to {_described(each)}: with several ranks all must "
                 f"make the same calls of the model"
             )

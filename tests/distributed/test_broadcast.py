@@ -16,7 +16,7 @@ from weightstream.errors import FabricError, StoreError
 from weightstream.fabric.broadcast import Broadcast, Span
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
-from weightstream.store.futures import new_future
+from weightstream.store.futures import done, new_future
 
 CHUNK = 64
 
@@ -25,6 +25,7 @@ CHUNK = 64
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broadcast_module, "CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(broadcast_module, "AHEAD", 3)
+    monkeypatch.setattr(broadcast_module, "UNITS", 4)  # so that tags are used again within a block
 
 
 @st.composite
@@ -36,7 +37,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
 def blocks(draw: st.DrawFn, cluster: Cluster) -> list[Span]:
     """Units of any size, also none, in a slab with room between them."""
     spans, at = [], 0
-    for unit in range(draw(st.integers(0, 5))):
+    for unit in range(draw(st.integers(0, 14))):
         at += draw(st.integers(0, 70))
         nbytes = draw(st.one_of(st.integers(0, 3), st.integers(0, 5 * CHUNK), st.sampled_from([CHUNK, 2 * CHUNK])))
         spans.append(Span(unit, at, at + nbytes, draw(st.sampled_from(cluster.memory_ranks))))
@@ -127,3 +128,28 @@ def test_a_read_that_fails_reaches_everyone_who_waits(data: st.DataObject) -> No
         elif rank in cluster.compute_ranks:
             assert kind == FabricError.__name__
             assert f"rank {broken.owner} stopped: unit {broken.unit}: checksum differs" in text
+
+
+def test_more_units_than_tags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are of one size and what is owned is there at once: bytes of one unit would fit in the place of another."""
+    monkeypatch.setattr(broadcast_module, "UNITS", 128)
+    cluster = Cluster(3, "colocated")
+    spans = [Span(unit, unit * 16, unit * 16 + 16, unit % 3) for unit in range(300)]
+
+    def work(links: Links) -> bytes:
+        down = Broadcast(links.down, cluster)
+        slab = bytearray(16 * len(spans))
+        for span in spans:
+            if span.owner == links.rank:
+                slab[span.start : span.stop] = content(0, span)
+            elif links.rank == 0:
+                time.sleep(1e-5)
+        local = {span.unit: done(None) for span in spans if span.owner == links.rank}
+        here, passed = down.start(memoryview(slab), spans, local)
+        here.result(timeout=30)
+        passed.result(timeout=30)
+        down.close()
+        return bytes(slab)
+
+    whole = b"".join(content(0, span) for span in spans)
+    assert run_ranks(cluster, work, timeout_s=30) == [whole] * 3

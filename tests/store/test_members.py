@@ -266,7 +266,7 @@ def test_a_rank_that_dies_while_it_takes_a_manifest_has_its_old_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StoreError, match="No space left"):
             go_on(path, 2, 3)
     go_on(path, 2, 4)
     assert look(path) == (4, digests[4])

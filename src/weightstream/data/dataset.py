@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -138,15 +139,23 @@ def _place_of(note: Path, key: str) -> Path | None:
 def _appearing(place: Path) -> Iterator[Path]:
     """A folder that is `place` when the block ends well; else nothing is left, nor folders made for it."""
     made = [parent for parent in (place.parent, *place.parent.parents) if not parent.exists()]
-    unfinished = place.parent / f"unfinished-{os.getpid()}"  # two processes may prepare the same text at once
+    unfinished = (
+        place.parent / f"unfinished-{socket.gethostname()}-{os.getpid()}"
+    )  # two processes may prepare the same text at once
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        unfinished.replace(place)
+        try:
+            unfinished.replace(place)
+        except OSError:
+            if not place.is_dir():
+                raise
+            rmtree(unfinished)  # another host was first, with the same text and settings
     except BaseException:
         rmtree(unfinished, ignore_errors=True)
-        for parent in made:
-            parent.rmdir()
+        with suppress(OSError):  # another host may have something there
+            for parent in made:
+                parent.rmdir()
         raise
 
 

@@ -65,3 +65,17 @@ def _checked(values: list[Any]) -> list[Any]:
         others = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
         message = f"rank {first} on {told['host']}{others}: {message}"
     raise RefusedError(message)
+
+
+def outcome_of(work: Callable[[], T]) -> Callable[[], T]:
+    """Does the work; gives what it returned or raised as a function that does it again."""
+    try:
+        result = work()
+    except BaseException as error:
+        raised = error
+
+        def again() -> T:
+            raise raised
+
+        return again
+    return lambda: result

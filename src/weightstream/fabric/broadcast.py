@@ -48,6 +48,7 @@ class _Piece:
     route: Route
     tag: int
     unit: int
+    number: int  # of the unit within its block
 
 
 class Broadcast:
@@ -135,7 +136,8 @@ class Broadcast:
         for piece in pieces:
             # what is read here leaves as soon as it may, so that links are busy in both directions; waiting for it only
             # in order keeps ranks from waiting for each other
-            while own and (own[0] is piece or local[own[0].unit].done()):
+            # (and not so early that a tag passes its earlier use, on a unit that this rank has yet to pass on)
+            while own and own[0].number < piece.number + UNITS // 2 and (own[0] is piece or local[own[0].unit].done()):
                 local[own[0].unit].result()
                 send(own.popleft())
             if piece.route.source is not None:
@@ -154,5 +156,5 @@ class Broadcast:
                 continue  # nothing of it comes by here
             for chunk, start in enumerate(range(span.start, span.stop, CHUNK_BYTES)):
                 piece = data[start : min(start + CHUNK_BYTES, span.stop)]
-                found.append(_Piece(piece, route, tag(job, number, chunk), span.unit))
+                found.append(_Piece(piece, route, tag(job, number, chunk), span.unit, number))
         return found

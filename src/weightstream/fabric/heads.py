@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from weightstream.errors import FabricError
+from weightstream.errors import AuditError
 
 MOST_LAYERS = 6
 """Uses of one parameter that a head has room for."""
@@ -53,11 +53,11 @@ def layer_of(uses: Sequence[int], use: int, name: str) -> int:
     """The layer of a parameter's use: its place among the visits that use it.
 
     Raises:
-        FabricError: more uses than a head has room for.
+        AuditError: more uses than a head has room for.
     """
     layer = uses.index(use)
     if layer >= MOST_LAYERS:
-        raise FabricError(
+        raise AuditError(
             f"parameter '{name}' is used by {len(uses)} visits: with several ranks at most {MOST_LAYERS} are possible"
         )
     return layer

@@ -1,5 +1,6 @@
 """All ranks of a run as one of them sees them: what each has to say, and refusals that end all of them alike."""
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -7,9 +8,11 @@ from typing import Any, TypeVar
 from weightstream import errors
 from weightstream.cluster import Cluster
 from weightstream.errors import ConfigError, WeightstreamError
+from weightstream.fabric.agreement import outcome_of
 from weightstream.fabric.links import Links
 
 T = TypeVar("T")
+_HEARTBEAT_S = 0.2
 
 
 class Ranks:
@@ -76,3 +79,16 @@ class Ranks:
         if refused is not None and rank == self.rank:
             raise refused
         raise getattr(errors, kind, WeightstreamError)(message)
+
+    def agreed_slowly(self, action: Callable[[], T]) -> T:
+        """`agreed` for what may take longer than ranks wait for each other: meanwhile they say that they are there.
+
+        Raises:
+            WeightstreamError: the first refusal in order of rank.
+        """
+        done: list[Callable[[], T]] = []
+        helper = threading.Thread(target=lambda: done.append(outcome_of(action)), name="slow", daemon=True)
+        helper.start()
+        while any(self.gather(helper.is_alive())):
+            helper.join(_HEARTBEAT_S)
+        return self.agreed(lambda: done[0]())

@@ -30,6 +30,8 @@ class Interval:
             raise ConfigError(f"commit_every: expected a number of steps, or {error}") from None
         if not (self._steps or self._seconds) or (self._steps or 1) < 0:
             raise ConfigError(f"commit_every: expected at least one step, or a positive time, found {every!r}")
+        self.agreed: bool | None = None
+        """Whether the time has passed, where several ranks must commit the same steps: the first one's clock decides."""
         self.restart()
 
     def restart(self) -> None:
@@ -41,5 +43,8 @@ class Interval:
         self._count += 1
         if self._steps is not None:
             return self._count >= self._steps
-        assert self._seconds is not None
-        return time.monotonic() - self._since >= self._seconds
+        return self.elapsed() if self.agreed is None else self.agreed
+
+    def elapsed(self) -> bool:
+        """Whether the time has passed, by this process's clock; never, where steps are counted."""
+        return self._seconds is not None and time.monotonic() - self._since >= self._seconds

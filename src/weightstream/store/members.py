@@ -29,6 +29,25 @@ class Members:
     count: int = 1
     exchange: Callable[[Any], list[Any]] = lambda value: [value]
 
+    def told(self, work: Callable[[], Any]) -> list[Any]:
+        """Every rank's small JSON value, in order; what one cannot find out ends it for all, here.
+
+        Raises:
+            StoreError: what the first such rank met.
+        """
+        value, refused = None, None
+        try:
+            value = work()
+        except StoreError as error:
+            refused = error
+        found = self.exchange([None if refused is None else str(refused), value])
+        if refused is not None:
+            raise refused
+        for rank, (reason, _) in enumerate(found):
+            if reason is not None:
+                raise StoreError(f"memory rank {rank}: {reason}")
+        return [told for _, told in found]
+
     @property
     def folder(self) -> str:
         """Where its segments are, below those of rank 0."""
@@ -54,13 +73,15 @@ def common_commit(path: Path, manifest: Manifest | None, members: Members) -> Co
     Raises:
         StoreError: the manifest of one of them is not to be seen; on every rank.
     """
-    own = None if manifest is None else _state(manifest)
-    found = members.exchange(own)
-    verdict: dict[str, Any] = {}
-    if members.rank == 0:
+    found = members.told(lambda: None if manifest is None else _state(manifest))
+
+    def decided() -> dict[str, Any] | None:
+        if members.rank:
+            return None
         assert manifest is not None
-        verdict = _decide(path, manifest, found)
-    verdict = members.exchange(verdict)[0]
+        return _decide(path, manifest, found)
+
+    verdict = members.told(decided)[0]
     if "refused" in verdict:
         raise StoreError(verdict["refused"])
     return CommitRow(verdict["number"], verdict["step"], {}, verdict["ranks"], verdict["name"])
@@ -98,12 +119,15 @@ def _decide(path: Path, manifest: Manifest, found: list[Any]) -> dict[str, Any]:
 
 def level(path: Path, manifest: Manifest | None, common: CommitRow, members: Members) -> Manifest:
     """Every rank has rank 0's manifest at the common commit when this ends; gives that of this rank."""
-    if members.rank == 0:
-        assert manifest is not None
-        if manifest.last_commit().number != common.number:
-            manifest.undo_last()
-    state = None if manifest is None else _state(manifest)
-    states = members.exchange(state)
+
+    def own_state() -> dict[str, Any] | None:
+        if members.rank == 0:
+            assert manifest is not None
+            if manifest.last_commit().number != common.number:
+                manifest.undo_last()
+        return None if manifest is None else _state(manifest)
+
+    states = members.told(own_state)
     lacking = [rank for rank, other in enumerate(states) if other != states[0]]
     if not lacking:
         assert manifest is not None
