@@ -15,10 +15,12 @@ from tests.parity.pairwise import pairwise
 from tests.parity.zoo import ZOO, ZooModel
 
 import weightstream as ws
+from weightstream import opening
 from weightstream.cluster import Cluster
 from weightstream.errors import AuditError, FabricError, PlanError, StoreMismatchError
 from weightstream.fabric.links import Channel, Links
 from weightstream.fabric.local import run_ranks
+from weightstream.store.interval import Interval
 from weightstream.store.store import Store
 
 STEPS = 3
@@ -229,3 +231,37 @@ class TestRefusals:
 
         with pytest.raises((AuditError, FabricError)):
             run_ranks(cluster, work, timeout_s=20)
+
+
+def test_the_first_rank_s_clock_decides_when_a_commit_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks that differ, as far as they can: ranks that committed different steps would wait for each other."""
+    draw = random.Random(0)
+    monkeypatch.setattr(Interval, "elapsed", lambda self: draw.random() < 0.5)
+    zoo, steps = ZOO["llama"], range(1, 7)
+    for clip_norm in (None, 0.5):
+        settings = {"optimizer": OPTIMIZERS["AdamW"](), "clip_norm": clip_norm, "commit_every": "1h"}
+        expected = train(zoo, tmp_path / f"alone-{clip_norm}", steps, 4, **settings)
+        assert on_ranks(Cluster(3), True, zoo, tmp_path / f"ranks-{clip_norm}", steps, 4, **settings) == expected
+        assert digest(tmp_path / f"ranks-{clip_norm}") == digest(tmp_path / f"alone-{clip_norm}")
+
+
+def test_an_import_that_was_cut_short_is_completed_by_several_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo, steps = ZOO["llama"], range(1, 3)
+    torch.manual_seed(5)
+    initial = {name: parameter.detach().clone() for name, parameter in zoo.build().named_parameters()}
+    settings = {"optimizer": OPTIMIZERS["AdamW"](), "initial": initial}
+    expected = train(zoo, tmp_path / "alone", steps, 4, **settings)
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "fill", killed)
+        patch.setattr(opening.shutil, "rmtree", killed)  # a killed process clears nothing away
+        with pytest.raises(KeyboardInterrupt):
+            train(zoo, tmp_path / "ranks", steps, 4, **settings)
+    assert Store.exists(tmp_path / "ranks")
+    assert on_ranks(Cluster(2, 2), False, zoo, tmp_path / "ranks", steps, 4, **settings) == expected
+    assert digest(tmp_path / "ranks") == digest(tmp_path / "alone")
