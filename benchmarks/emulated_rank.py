@@ -40,7 +40,7 @@ def train(wanted: dict[str, Any], cluster: Cluster, links: Links) -> dict[str, A
     engine = EmulatedEngine(
         lambda: Layers(profile, wanted["shrink"], wanted["layers"]), wanted["store"], ws.AdamW(lr=1e-4),
         clip_norm=1.0, precision="bf16", device_memory=wanted["device_memory"], host_memory=wanted["host_memory"],
-        threads_per_worker=1, activations="recompute", ram_tier=False, reduction_groups=wanted["groups"],
+        threads_per_worker=1, activations="recompute", ram_tier=wanted["ram_tier"], reduction_groups=wanted["groups"],
         prefetch=wanted["prefetch"], panel_elements=wanted["panel_elements"],
         forward_s=wanted["forward_s"], backward_s=wanted["backward_s"], cluster=cluster, links=links,
     )  # fmt: skip

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--no-limited", action="store_true")
     parser.add_argument("--limited-only", action="store_true")
     parser.add_argument("--host-memory", default="2GiB")
+    parser.add_argument("--ram-tier", action="store_true", help="keep in it what host memory has room for")
     parser.add_argument("--steps", type=int, default=5, help="that count")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--scratch", type=Path, default=SCRATCH)
@@ -69,7 +70,7 @@ def main() -> None:
     wanted = {
         "memory": 1, "shrink": arguments.shrink, "layers": arguments.layers, "groups": arguments.groups,
         "device_memory": arguments.slabs * block_bytes + (1 << 16), "host_memory": arguments.host_memory,
-        "prefetch": arguments.prefetch, "block_bytes": block_bytes, "panel_elements": arguments.panel_elements,
+        "ram_tier": arguments.ram_tier, "prefetch": arguments.prefetch, "block_bytes": block_bytes, "panel_elements": arguments.panel_elements,
         "steps": arguments.warm_up + arguments.steps, "latency_s": 0.0,
         "forward_s": profile.forward_s / factor, "backward_s": profile.backward_s / factor,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from weightstream.cluster import Cluster
 from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Route, broadcast_route
-from weightstream.store.futures import new_future
+from weightstream.store.futures import new_future, settle
 
 CHUNK_BYTES = 2 << 20
 AHEAD = 32  # receives that are posted before their bytes come
@@ -30,6 +30,12 @@ def tag(job: int, unit: int, chunk: int, layer: int = 0) -> int:
 def bytes_tensor(view: memoryview) -> Tensor:
     """Writable memory as a tensor of bytes."""
     return torch.frombuffer(view, dtype=torch.uint8) if view.nbytes else torch.empty(0, dtype=torch.uint8)
+
+
+def all_left(sends: Sequence[Handle]) -> None:
+    """Waits until all of these are sent."""
+    for handle in sends:
+        handle.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Broadcast:
     def __init__(self, channel: Channel, cluster: Cluster) -> None:
         self._channel, self._cluster = channel, cluster
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-down")
+        self._leaving = ThreadPoolExecutor(1, thread_name_prefix="fabric-passed")
         self._job = 0
 
     def start(
@@ -77,8 +84,9 @@ class Broadcast:
         return here, passed
 
     def close(self) -> None:
-        """Ends the thread once what was begun is done."""
+        """Ends the threads once what was begun is done."""
         self._thread.shutdown(wait=True)
+        self._leaving.shutdown(wait=True)
 
     def _run(
         self,
@@ -98,13 +106,8 @@ class Broadcast:
             passed.set_exception(error)
             return
         here.set_result(None)
-        try:
-            for handle in sends:
-                handle.wait()
-        except BaseException as error:
-            passed.set_exception(error)
-        else:
-            passed.set_result(None)
+        # the next block comes while the rest of this one leaves: else the link would rest for a chunk's way
+        self._leaving.submit(settle, passed, lambda: all_left(sends))
 
     def _move(
         self,

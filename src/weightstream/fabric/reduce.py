@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weightstream.cluster import Cluster
-from weightstream.fabric.broadcast import UNITS, tag
+from weightstream.fabric.broadcast import UNITS, all_left, tag
 from weightstream.fabric.heads import Head, head_bytes
 from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Hand, Join, Merge, Node, Step, Take, reduce_plan
@@ -59,6 +59,7 @@ class Reduction:
     def __init__(self, channel: Channel, cluster: Cluster, groups: int) -> None:
         self._channel, self._cluster, self._groups = channel, cluster, groups
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-up")
+        self._leaving = ThreadPoolExecutor(1, thread_name_prefix="fabric-given")
         self._job = 0
         self._chunks: list[Tensor] = []  # memory for what comes, free at the moment
 
@@ -82,8 +83,9 @@ class Reduction:
         return out
 
     def close(self) -> None:
-        """Ends the thread once what was begun is done."""
+        """Ends the threads once what was begun is done."""
         self._thread.shutdown(wait=True)
+        self._leaving.shutdown(wait=True)
 
     def _run(
         self,
@@ -109,13 +111,22 @@ class Reduction:
                     total.found |= head.found
                     flags = [any(layer[i] for layer in head.layers.values()) for i in range(len(unit.pieces))]
                     total.present[unit.unit] = tuple(flags)
-            for handle in sends:
-                handle.wait()
         except BaseException as error:
-            self._channel.stop(str(error))  # others wait for what does not come from here
-            out.set_exception(error)
+            self._fail(out, error)
+        else:
+            self._leaving.submit(self._left, sends, total, out)  # the next block's sums come meanwhile
+
+    def _left(self, sends: Sequence[Handle], total: Total, out: "Future[Total]") -> None:
+        try:
+            all_left(sends)
+        except BaseException as error:
+            self._fail(out, error)
         else:
             out.set_result(total)
+
+    def _fail(self, out: "Future[Total]", error: BaseException) -> None:
+        self._channel.stop(str(error))  # others wait for what does not come from here
+        out.set_exception(error)
 
     def _unit_sum(
         self,
