@@ -80,7 +80,8 @@ def main() -> None:
             result |= weak_scaling(arguments, wanted, folder)
         if not arguments.no_limited:
             result |= limited_link(arguments, profile, wanted, folder)
-    write("scaling", result | provenance(arguments.steps), as_json=arguments.json, record=not arguments.no_record)
+    name = "scaling-limited" if arguments.limited_only else "scaling"
+    write(name, result | provenance(arguments.steps), as_json=arguments.json, record=not arguments.no_record)
 
 
 def weak_scaling(arguments: argparse.Namespace, wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
