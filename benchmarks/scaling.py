@@ -70,7 +70,8 @@ def main() -> None:
     wanted = {
         "memory": 1, "shrink": arguments.shrink, "layers": arguments.layers, "groups": arguments.groups,
         "device_memory": arguments.slabs * block_bytes + (1 << 16), "host_memory": arguments.host_memory,
-        "ram_tier": arguments.ram_tier, "prefetch": arguments.prefetch, "block_bytes": block_bytes, "panel_elements": arguments.panel_elements,
+        "ram_tier": arguments.ram_tier,
+        "prefetch": arguments.prefetch, "block_bytes": block_bytes, "panel_elements": arguments.panel_elements,
         "steps": arguments.warm_up + arguments.steps, "latency_s": 0.0,
         "forward_s": profile.forward_s / factor, "backward_s": profile.backward_s / factor,
     }  # fmt: skip
