@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -697,7 +698,10 @@ def test_what_was_asked_for_after_a_commit_that_failed_is_not_published(tmp_path
         step(store, 1)
         digest, publish = store.digest(), store.manifest.publish
 
+        asked = threading.Event()
+
         def full(*arguments: object, **options: object) -> object:
+            assert asked.wait(timeout=30)
             raise sqlite3.OperationalError("database or disk is full")
 
         store.write(0, filled(store.layout(0), 2), 2, 2).result(timeout=30)
@@ -706,6 +710,7 @@ def test_what_was_asked_for_after_a_commit_that_failed_is_not_published(tmp_path
         device.gate.clear()
         store.write(1, filled(store.layout(1), 3), 1, 1)
         after = store.commit(3, {"value": 3})  # waits for that write, not for the commit before
+        asked.set()
         with pytest.raises(StoreError, match="disk is full"):
             failing.result(timeout=30)
         store.manifest.publish = publish  # type: ignore[method-assign]
