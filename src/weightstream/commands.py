@@ -17,7 +17,7 @@ from weightstream.config import RunConfig
 from weightstream.hosts import own_address, require_free_port
 from weightstream.launcher import Launch, Launcher
 from weightstream.ranks import Place, as_rank, joined
-from weightstream.store.glance import glance
+from weightstream.store.glance import committed_step, glance
 
 
 def fit_alone(config: RunConfig, console: Console, again: str, *, as_json: bool) -> int:
@@ -65,14 +65,10 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
         store=config.store, restarts=cluster.restarts,
     )  # fmt: skip
 
-    def progress() -> int:
-        found = glance(config.store)
-        return 0 if found is None else found.step
-
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    code = Launcher(start, say, progress).run()
+    code = Launcher(start, say, lambda: committed_step(config.store)).run()
     if code > 2:
         say(f"go on with: weightstream fit {shlex.join(arguments)}")
     return code

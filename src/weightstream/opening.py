@@ -20,7 +20,7 @@ from weightstream.planning import Budgets, check_blocks, check_disk, split_withi
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
 from weightstream.store.given import fill
-from weightstream.store.glance import glance
+from weightstream.store.glance import committed_step
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision
 from weightstream.store.members import Members
@@ -87,7 +87,7 @@ def opened(
     store: Store | Elsewhere | None = None
     try:
         # a store at step 0 may be one whose filling was cut short; what is there already is not written again
-        begun = exists and bool(initial) and ranks.rank == 0 and _step_of(wanted.path) == 0
+        begun = exists and bool(initial) and ranks.rank == 0 and committed_step(wanted.path) == 0
         if not ranks.alone and ranks.gather(not exists or begun)[0]:
             ranks.agreed_slowly(lambda: _create_for_all(wanted, model, recipes, initial, ranks, exists=exists))
         there = exists or not ranks.alone
@@ -122,11 +122,6 @@ def _create_for_all(
     if ranks.rank == 0:
         with Store.open(wanted.path) if exists else _create(wanted, model, recipes) as store:
             fill(store, initial)
-
-
-def _step_of(path: Path) -> int:
-    found = glance(path)
-    return 0 if found is None else found.step
 
 
 def _memory(

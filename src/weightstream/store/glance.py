@@ -32,3 +32,9 @@ def glance(path: str | os.PathLike[str]) -> Glance | None:
         return Glance(manifest.last_commit().step, dict(manifest.meta()["contract"]))
     finally:
         manifest.close()
+
+
+def committed_step(path: Path) -> int:
+    """The training step of the store's last commit; 0 where there is no store yet."""
+    found = glance(path)
+    return 0 if found is None else found.step
