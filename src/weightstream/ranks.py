@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from weightstream.board import Board, Ending
 from weightstream.cluster import Cluster
 from weightstream.config import RunConfig
 from weightstream.errors import ConfigError, RefusedError, WeightstreamError
-from weightstream.fabric.agreement import gather, outcome_of, together
+from weightstream.fabric.agreement import gather, meanwhile, together
 from weightstream.hosts import own_address
 from weightstream.processes import end_with_parent
 from weightstream.training.stopping import Stop, StopElsewhere, StopRequest
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from weightstream.fabric.links import Links
 
 T = TypeVar("T")
-_HEARTBEAT_S = 0.2
 _OF_ITS_HOST = ("out", "cluster.address", "cluster.port")
 """Keys that may differ from rank to rank: hosts differ in them."""
 
@@ -105,14 +103,7 @@ class Ranks:
         """
         if self.links is None:
             return work()
-        done: list[Callable[[], T | None]] = []
-        helper = threading.Thread(target=lambda: done.append(outcome_of(work)), name="first", daemon=True)
-        if self.place.local_rank == 0:
-            helper.start()
-        while any(self.gather(helper.is_alive())):
-            if helper.is_alive():
-                helper.join(_HEARTBEAT_S)
-        return self.together(lambda: done[0]() if done else None)
+        return self.together(meanwhile(self.gather, work if self.place.local_rank == 0 else None))
 
 
 ALONE = Ranks(Place(), Cluster())

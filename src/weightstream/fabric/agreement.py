@@ -5,6 +5,7 @@ for it, and nobody goes on.
 """
 
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -12,6 +13,7 @@ from weightstream.errors import RefusedError, WeightstreamError
 
 T = TypeVar("T")
 _REFUSED = "(refused)"
+_HEARTBEAT_S = 0.2
 
 
 class Gathering(Protocol):
@@ -67,7 +69,18 @@ def _checked(values: list[Any]) -> list[Any]:
     raise RefusedError(message)
 
 
-def outcome_of(work: Callable[[], T]) -> Callable[[], T]:
+def meanwhile(gather: Callable[[bool], list[bool]], work: Callable[[], T] | None) -> Callable[[], T | None]:
+    """Do something in a thread, however long it takes, while the ranks assure each other that they are there; a rank
+    without work waits for the others. Gives what the work returned or raised as a function that does it again."""
+    done: list[Callable[[], T | None]] = []
+    helper = threading.Thread(target=lambda: done.append(_outcome_of(work)) if work else None, name="slow", daemon=True)
+    helper.start()
+    while any(gather(helper.is_alive())):
+        helper.join(_HEARTBEAT_S)
+    return done[0] if done else lambda: None
+
+
+def _outcome_of(work: Callable[[], T]) -> Callable[[], T]:
     """Does the work; gives what it returned or raised as a function that does it again."""
     try:
         result = work()

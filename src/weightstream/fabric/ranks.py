@@ -1,18 +1,16 @@
 """All ranks of a run as one of them sees them: what each has to say, and refusals that end all of them alike."""
 
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from weightstream import errors
 from weightstream.cluster import Cluster
 from weightstream.errors import ConfigError, WeightstreamError
-from weightstream.fabric.agreement import outcome_of
+from weightstream.fabric.agreement import meanwhile
 from weightstream.fabric.links import Links
 
 T = TypeVar("T")
-_HEARTBEAT_S = 0.2
 
 
 class Ranks:
@@ -86,9 +84,4 @@ class Ranks:
         Raises:
             WeightstreamError: the first refusal in order of rank.
         """
-        done: list[Callable[[], T]] = []
-        helper = threading.Thread(target=lambda: done.append(outcome_of(action)), name="slow", daemon=True)
-        helper.start()
-        while any(self.gather(helper.is_alive())):
-            helper.join(_HEARTBEAT_S)
-        return self.agreed(lambda: done[0]())
+        return cast(T, self.agreed(meanwhile(self.gather, action)))
