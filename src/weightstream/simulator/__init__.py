@@ -1,0 +1,1 @@
+"""The other executor: the same schedule, on a virtual clock."""
