@@ -58,6 +58,7 @@ class _Step:
     began_s: float
     ran: list[tuple[Operation, float, float, float]] = field(default_factory=list)
     moved: list[tuple[Any, ...]] = field(default_factory=list)
+    ended_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -87,6 +88,12 @@ class Recorder:
         self.steps = 0
         """How many steps the totals are of."""
         self.totals: Totals = {}
+        self._step_s = 0.0
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one of these steps, on average."""
+        return self._step_s / self.steps if self.steps else 0.0
 
     # while a step runs
 
@@ -105,12 +112,13 @@ class Recorder:
             Bytes that were read from disk, and written to it, since the step before ended.
         """
         began_s, step = time.perf_counter(), self._now
-        step.moved = self.log.take()
+        step.moved, step.ended_s = self.log.take(), began_s
         self._steps.append(step)
         self._now = _Step(step.number, began_s)
         self._ended += 1
         if self._ended > WARM_UP_STEPS and self._spent_s <= SHARE * (began_s - self._first_s):
             self.steps += 1
+            self._step_s += step.ended_s - step.began_s
             for key, total in totals(self.spans()).items():
                 if key in self.totals:
                     self.totals[key].add(total)
@@ -144,7 +152,13 @@ class Recorder:
         return [*self._own_spans(self._steps[-1]), *self._moved_spans(self._steps[-1])]
 
     def _own_spans(self, step: _Step) -> Iterator[Span]:
+        """What lies before the first operation and behind the last one is `between` them: what the model does outside of its
+        blocks, and what ranks tell each other."""
         origin = step.began_s
+        first = next((ran[1] for ran in step.ran if ran[1] >= origin), step.ended_s)
+        last = max((ran[2] for ran in step.ran), default=first)
+        for begin_s, end_s in ((origin, first), (max(first, last), step.ended_s)):
+            yield Span(step.number, self.rank, "between", "compute", "between steps", begin_s - origin, end_s - origin)
         for operation, began_s, ended_s, waited_s in step.ran:
             kind = type(operation).__name__.lower()
             yield Span(
