@@ -235,7 +235,7 @@ details summary { cursor: pointer; color: #5a6573; }
 _DRAW = """
 for (const holder of document.querySelectorAll(".figure")) {
   const data = JSON.parse(document.getElementById(holder.dataset.of).textContent);
-  Plotly.newPlot(holder, data.data, data.layout, {responsive: true, displaylogo: false})
+  Plotly.newPlot(holder, data.data, data.layout, {responsive: true, displayModeBar: false})
     .then(() => { holder.dataset.drawn = "yes"; });
 }
 """

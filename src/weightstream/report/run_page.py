@@ -55,8 +55,18 @@ def report(run: Path) -> str:
     validations = [line for line in lines if line.get("kind") == "validation"]
     comparison = compared(trace)
     sections = [Section("Run", [_facts(config, steps, validations), _settings(run)], wide=True)]
+    several = (_value(config, "cluster", "workers") or 1) != 1 or _value(config, "cluster", "memory") not in (
+        None,
+        "colocated",
+    )
     drawn = steps[:: len(steps) // MOST_POINTS + 1]
-    sections += [_loss(drawn, validations), _speed(drawn), _memory(drawn, config), _bytes(drawn), _stalls(drawn)]
+    sections += [
+        _loss(drawn, validations),
+        _speed(drawn),
+        _memory(drawn, config),
+        _bytes(drawn, several=several),
+        _stalls(drawn),
+    ]
     sections += [_utilisation(comparison), *_timelines(trace), _comparison(comparison)]
     return page(f"weightstream: {run.resolve().name}", sections, subtitle=_standing(config, steps, validations))
 
@@ -97,7 +107,7 @@ def _standing(config: Mapping[str, Any], steps: Sequence[Step], validations: Seq
 def _facts(config: Mapping[str, Any], steps: Sequence[Step], validations: Sequence[Step]) -> dict[str, str]:
     training, engine = _value(config, "training") or {}, _value(config, "engine") or {}
     model = _value(config, "model") or {}
-    found = {"model": ", ".join(f"{key} {value}" for key, value in model.items() if value not in (None, {}, [], False))}
+    found = {"model": ", ".join(f"{key} {value}" for key, value in model.items() if value and value is not True)}
     if training:
         found["a step"] = (
             f"{training.get('micro_batches')} micro-batches of {training.get('micro_batch_size')} sequences of "
@@ -176,8 +186,9 @@ def _memory(steps: Sequence[Step], config: Mapping[str, Any]) -> Section:
     return Section("Memory", [curve(lines, x="step", y="GiB", from_zero=True), text])
 
 
-def _bytes(steps: Sequence[Step]) -> Section:
-    return Section("Bytes between host and disk", [
+def _bytes(steps: Sequence[Step], *, several: bool) -> Section:
+    title = "Bytes between host and disk, of the first rank" if several else "Bytes between host and disk"
+    return Section(title, [
         curve([
             _line("read", steps, lambda step: step["read_bytes"] / GIB),
             _line("written", steps, lambda step: step["written_bytes"] / GIB),
@@ -202,6 +213,8 @@ def _utilisation(comparison: Comparison | None) -> Section:
         return Section(title, [_NO_TRACE])
     busy: dict[str, float] = {}
     for row in comparison.rows:
+        if row.kind == "between":
+            continue
         busy[row.resource] = busy.get(row.resource, 0.0) + row.measured.seconds
     order = [*(name for name in RESOURCES if name in busy), *(name for name in busy if name not in RESOURCES)]
     return Section(title, [utilisation({name: busy[name] / comparison.step_s for name in order})])

@@ -1,9 +1,9 @@
 """Predicted against measured, by kind of operation and resource: what one rank does in one step."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from weightstream.trace.files import Measured, Trace
+from weightstream.trace.files import Measured, Trace, last_step
 from weightstream.trace.spans import RESOURCES, Span, Total, Totals, extent, totals
 from weightstream.units import format_bytes
 
@@ -83,12 +83,12 @@ def compared(trace: Trace) -> Comparison | None:
     return _compared([own], [Measured(len(steps), seconds, own)], trace.predicted)
 
 
-def _compared(each: Sequence[Totals], counted: Sequence[Measured], predicted: Collection[Span]) -> Comparison:
+def _compared(each: Sequence[Totals], counted: Sequence[Measured], predicted: Sequence[Span]) -> Comparison:
     mean: Totals = {}
     for found in each:
         for key, total in found.items():
             mean.setdefault(key, Total()).add(total, 1 / len(each))
-    last = [span for span in predicted if span.step == max(span.step for span in predicted)]
+    last = last_step(predicted)
     return Comparison(
         steps=max(measured.steps for measured in counted),
         step_s=max(measured.step_s for measured in counted),
@@ -114,7 +114,7 @@ def text_of(found: Comparison, *, least: float = 0.0) -> str:
     Args:
         least: rows of less than this part of a step on both sides are left out.
     """
-    lines = [("", "resource", "measured s", "predicted s", "ratio", "count", "bytes")]
+    lines = [("operation", "resource", "measured s", "predicted s", "ratio", "count", "bytes")]
     for row in found.rows:
         seconds = max(row.measured.seconds, row.predicted.seconds if row.predicted else 0.0)
         if seconds < least * found.step_s:

@@ -6,7 +6,7 @@ predicted before it began.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,14 @@ def read_trace(folder: Path) -> Trace:
         spans += read_spans(path)
     for path in sorted((folder / FOLDER).glob("totals-*.json"), key=_number):
         measured[_number(path)] = _read_totals(path)
-    return Trace(tuple(spans), measured, tuple(read_spans(folder / FOLDER / PREDICTED)))
+    predicted = read_spans(folder / FOLDER / PREDICTED)
+    return Trace(tuple(spans), measured, tuple(last_step(predicted)))
+
+
+def last_step(spans: Sequence[Span]) -> list[Span]:
+    """The spans of the last step that there is."""
+    last = max((span.step for span in spans), default=0)
+    return [span for span in spans if span.step == last]
 
 
 def span_file(folder: Path, rank: int) -> Path:

@@ -10,6 +10,7 @@ from weightstream.trace.files import (
     PREDICTED,
     Measured,
     Trace,
+    last_step,
     remove_old,
     span_file,
     write_spans,
@@ -39,8 +40,7 @@ class Tracing:
         if speaks:
             remove_old(folder)
             spans = (predict() if predict is not None else None) or ()
-            last = max((span.step for span in spans), default=0)
-            self._predicted = tuple(span for span in spans if span.step == last)
+            self._predicted = tuple(last_step(spans))
             if spans:
                 write_spans(folder / FOLDER / PREDICTED, self._predicted)
 
