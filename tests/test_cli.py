@@ -17,6 +17,7 @@ from tests.store.cases import segment
 
 from weightstream.cli import main
 from weightstream.store.store import Store
+from weightstream.trace.spans import Span
 
 
 class Result(NamedTuple):
@@ -108,10 +109,56 @@ def test_fit_evaluate_generate_and_look(shell: Shell) -> None:
     verified = shell("store", "verify", "run")
     assert (verified.code, verified.out.strip()) == (0, "run/store: whole at step 6")
 
+    traced = shell("trace", "diff", "run", "--json").json()
+    assert traced == {key: value for key, value in report["trace"].items() if key != "text"}
+    assert traced["steps"] >= 1
+    on_compute = sum(row["measured"]["seconds"] for row in traced["rows"] if row["resource"] == "compute")
+    assert 0.5 * traced["step_s"] < on_compute <= traced["step_s"]
+    assert traced["predicted_s"] is None
+    assert "no prediction was made" in shell("trace", "diff", "run").out
+    exported = shell("trace", "export", "run", "--out", "perfetto.json", "--json").json()
+    assert (exported["steps"], exported["ranks"]) == ([3, 6], 1)
+    assert len(json.loads((shell.folder / "perfetto.json").read_text())["traceEvents"]) > 50
+    assert shell("report", "run", "--json").json()["report"] == "run/report.html"
+    assert "Timeline of step 6" in (shell.folder / "run" / "report.html").read_text()
+
     again = shell("fit", "config.yaml")
     assert again.code == 0
+    assert shell("trace", "diff", "run", "--json").json() == traced  # there was no step to make
     assert "perplexity" in again.out
     assert "6 of 6 steps" in again.out
+
+
+def test_what_has_no_trace_is_refused(shell: Shell) -> None:
+    assert "no run at nowhere" in shell.refused("trace", "diff", "nowhere")
+    assert "no run at nowhere" in shell.refused("report", "nowhere")
+    assert "has no trace" in shell.refused("trace", "diff", "text")
+    assert "has no trace" in shell.refused("trace", "export", "text")
+    assert "is no run" in shell.refused("report", "text")
+
+
+def test_the_prediction_of_a_run_is_kept_and_compared(shell: Shell) -> None:
+    """Whoever can predict a run gives its spans; what it made of the same run last time would be right, on average."""
+    from rich.console import Console
+
+    from weightstream.config import load_config
+    from weightstream.run import Run, fit, summary
+    from weightstream.trace.files import read_trace
+
+    def predict(run: Run) -> list[Span]:
+        assert run.engine.step_count == 0
+        return [Span(2, 0, "forward", "compute", "Forward(0)", 0.0, 0.25), Span(1, 0, "turn", "compute", "", 0.0, 9.0)]
+
+    found = fit(load_config(Path("config.yaml"), ["training.steps=3"]), Console(quiet=True), predict=predict)
+    assert found is not None
+    assert found["trace"]["predicted_s"] == 0.25
+    rows = {(row["kind"], row["resource"]): row for row in found["trace"]["rows"]}
+    assert rows["forward", "compute"]["predicted"]["seconds"] == 0.25
+    assert rows["backward", "compute"]["predicted"]["seconds"] == 0
+    table = summary(found).partition("per step, on average of 1 step")[2]
+    assert "predicted s" in table
+    assert "0.2500" in table
+    assert [span.what for span in read_trace(Path("run")).predicted] == ["Forward(0)"]
 
 
 def test_snapshot_restore_branch_and_repair(shell: Shell) -> None:

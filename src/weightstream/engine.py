@@ -388,10 +388,11 @@ class Engine:
             self.runtime.keeper.coefficient = min(1.0, coefficient)
         self._count_skipped(outcome, number)
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
+        moved = self._moved()
         elapsed = time.perf_counter() - start
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
-            elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=self._moved(), skipped=not outcome.finite,
+            elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
             seconds=dict(outcome.seconds),
         )  # fmt: skip
 

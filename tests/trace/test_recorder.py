@@ -192,7 +192,7 @@ def test_a_slow_disk_shows_as_waiting_not_as_work(tmp_path: Path) -> None:
     """A load that gets no buffer before another record is written waits; it does not read."""
     recorder = Recorder(0, [0, 1])
     recorder.begin(1)
-    start = time.perf_counter()
+    start = recorder._now.began_s = time.perf_counter() - 10
     recorder.ran(Load(1), start, start + 0.001, 0.0)
     recorder.ran(Update(1), start + 0.001, start + 9, 8.0)
     recorder.log.note("states", 1, "read", start + 5, start + 7, 100)

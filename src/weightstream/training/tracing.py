@@ -36,17 +36,17 @@ class Tracing:
         self._folder, self._recorder = folder, recorder
         self._first: list[Span] = []
         self._steps = 0
-        self._predicted: tuple[Span, ...] = ()
-        if speaks:
-            remove_old(folder)
-            spans = (predict() if predict is not None else None) or ()
-            self._predicted = tuple(last_step(spans))
-            if spans:
-                write_spans(folder / FOLDER / PREDICTED, self._predicted)
+        self._speaks = speaks
+        spans = predict() if speaks and predict is not None else None
+        self._predicted = tuple(last_step(spans or ()))
 
     def stepped(self) -> None:
         """A step is over."""
         self._steps += 1
+        if self._steps == 1 and self._speaks:  # a process that has no step to make leaves the trace as it is
+            remove_old(self._folder)
+            if self._predicted:
+                write_spans(self._folder / FOLDER / PREDICTED, self._predicted)
         if self._steps == TRACED_STEP:
             self._first = self._recorder.spans()
             write_spans(span_file(self._folder, self._recorder.rank), self._first)
