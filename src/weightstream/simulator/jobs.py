@@ -1,0 +1,270 @@
+"""A preset model on a preset cluster: the facts that the planner asks for, by arithmetic, and how long each part takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+from weightstream.errors import PlanError
+from weightstream.schedule.cost import BlockFacts
+from weightstream.schedule.operations import Visit
+from weightstream.schedule.planner import Allotment, Facts, allot
+from weightstream.simulator.clusters import ClusterPreset
+from weightstream.simulator.durations import Durations
+from weightstream.simulator.hardware import Hardware
+from weightstream.simulator.models import ModelShape, Part
+from weightstream.units import format_bytes, format_count
+
+STREAMED_BYTES = 2  # per parameter and fetch, in 16 bits: twice a step, so 32 bits per parameter, step and direction …
+GRADIENT_BYTES = 4  # … as there are on the way up, once a step in fp32
+STATE_BYTES = 12  # fp32 master and Adam's two moments
+PROVISIONED_BYTES = 20
+"""Bytes per parameter that MemoryX is sized by: 4 TB for 200 billion, 2.4 PB for 120 trillion (vendor's glossary)."""
+UPDATE_BYTES = 2 * STATE_BYTES + GRADIENT_BYTES + STREAMED_BYTES
+ACTIVATION_BYTES = 2
+LOGIT_BYTES = 6
+"""Per token and entry of the vocabulary: scores in 16 bits and their gradient in fp32."""
+WEIGHTS_SHARE = 0.4
+"""Of device memory, for two slabs and the gradient of a block: what decides whether a layer is cut."""
+SUMS_TRAVELLING = 2  # how many blocks' gradients a rank holds on their way, as in the runtime
+MOST_OPERATIONS = 40_000
+"""Forward and backward operations of a step that are simulated; of a model with more, a few layers are (see `prepare`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be trained, on what.
+
+    Args:
+        batch: sequences per step, all systems together.
+        sequence: tokens in each.
+        clipping: by the global norm, so that a step's updates wait for the next one.
+        slowdown: by number of the system, how many times slower it computes.
+        efficiency: inside a layer; by default the cluster's.
+    """
+
+    model: ModelShape
+    cluster: ClusterPreset
+    workers: int
+    batch: float
+    sequence: int
+    clipping: bool = False
+    slowdown: Mapping[int, float] = field(default_factory=dict)
+    efficiency: float | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Of one step."""
+        return self.batch * self.sequence
+
+    @property
+    def flops_per_s(self) -> float:
+        """Of one system, as long as it computes."""
+        return self.cluster.peak_flops * (self.efficiency or self.cluster.efficiency)
+
+    @property
+    def most_parameters(self) -> float:
+        """Of a block, so that two of them and the gradient of one have room beside activations."""
+        return WEIGHTS_SHARE * self.cluster.device_memory / (2 * STREAMED_BYTES + GRADIENT_BYTES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A job as both planner and simulator take it.
+
+    Args:
+        each: micro-batches of one system.
+        layers: how many of the model's layers these facts have; the rest cost the same again.
+    """
+
+    job: Job
+    facts: Facts
+    allotment: Allotment
+    durations: Durations
+    hardware: Hardware
+    each: int
+    layers: int
+
+    @property
+    def operations(self) -> int:
+        """Forward and backward, all systems together."""
+        return 2 * len(self.facts.visits) * self.facts.micro_batches
+
+    @property
+    def spilled(self) -> float:
+        """The share of activations between blocks that does not stay on the device."""
+        sizes = self.facts.boundary_bytes or ()
+        away = sum(size for size, tier in zip(sizes, self.allotment.boundaries, strict=True) if tier != "device")
+        return away / max(1, sum(sizes))
+
+
+def prepare(job: Job) -> Prepared:
+    """Plans a job as a whole: of all divisions into micro-batches the one that spills least, and of those the coarsest.
+
+    Raises:
+        PlanError: it does not fit the cluster; the message says what is too small.
+    """
+    job.cluster.check(job.workers)
+    _check_batch(job)
+    _check_memory(job)
+    best: Prepared | None = None
+    refused: PlanError | None = None
+    for each in _divisions(job.batch / job.workers):
+        try:
+            found = _planned(job, each, job.model.layers)
+        except PlanError as error:
+            refused = error
+            continue
+        if best is None or found.spilled < best.spilled - 1e-9:
+            best = found
+        if best.spilled == 0:
+            break
+    if best is None:
+        assert refused is not None
+        raise PlanError(
+            f"{job.model.name} on {job.workers} {job.cluster.system}(s) of {job.cluster.name}, batch {job.batch:g} × "
+            f"{job.sequence}: {refused}"
+        )
+    return best
+
+
+def shortened(whole: Prepared, layers: int) -> Prepared:
+    """The same plan for fewer layers: as many slabs, and the same share of activations spilled.
+
+    Layers are alike, so that a step's seconds and bytes grow by the same amount with each of them.
+    """
+    job = whole.job
+    facts = _facts(job, whole.each, layers)
+    away = round(len(facts.visits) * _share_away(whole.allotment))
+    everything = frozenset(block.index for block in facts.blocks)
+    allotment = replace(
+        whole.allotment,
+        record_buffers=min(whole.allotment.record_buffers, len(facts.blocks)),
+        boundaries=("host",) * away + ("device",) * (len(facts.visits) - away),
+        staged_in_ram=everything if whole.allotment.staged_in_ram else frozenset(),
+        pinned_copies=everything,
+        pinned_states=everything,
+        keep=frozenset(),
+    )
+    return replace(
+        whole, facts=facts, allotment=allotment, durations=_durations(job, whole.each, layers), layers=layers
+    )
+
+
+def _share_away(allotment: Allotment) -> float:
+    return sum(tier != "device" for tier in allotment.boundaries) / max(1, len(allotment.boundaries))
+
+
+def _check_batch(job: Job) -> None:
+    if job.batch < job.workers:
+        raise PlanError(
+            f"a batch of {job.batch:g} sequences leaves {job.workers - job.batch:g} of {job.workers} "
+            f"{job.cluster.system}s without any; give --batch {job.workers} or fewer workers"
+        )
+
+
+def _check_memory(job: Job) -> None:
+    parameters, cluster = job.model.parameters, job.cluster
+    if cluster.apart:
+        need, has, what = PROVISIONED_BYTES * parameters, cluster.memory_bytes, "memory"
+        why = f"{PROVISIONED_BYTES} bytes for each of {format_count(parameters)} parameters"
+    else:
+        need, has, what = _disk_bytes(job), cluster.disk_bytes, "disk"
+        why = f"three versions of {format_count(parameters)} parameters with their optimizer state"
+    if need > has:
+        raise PlanError(
+            f"{job.model.name} needs {format_bytes(need)} of {what} ({why}), {cluster.name} has {format_bytes(has)}; take a "
+            f"smaller model or a cluster with more"
+        )
+
+
+def _disk_bytes(job: Job) -> int:
+    versions = 3 * (STATE_BYTES + STREAMED_BYTES)
+    return (versions + (GRADIENT_BYTES if job.clipping else 0)) * job.model.parameters
+
+
+def _divisions(sequences: float) -> list[int]:
+    """Micro-batches of one system: 1, 2, 4 and so on, as long as each has a sequence."""
+    most = max(1, int(sequences))
+    powers = [1 << power for power in range(most.bit_length())]
+    return powers if powers[-1] == most else [*powers, most]
+
+
+def _planned(job: Job, each: int, layers: int) -> Prepared:
+    facts = _facts(job, each, layers)
+    allotment = allot(facts)
+    if job.cluster.apart:  # there is memory for all of it: what the planner would find one by one
+        everything = frozenset(block.index for block in facts.blocks)
+        allotment = replace(
+            allotment, pinned_copies=everything, pinned_states=everything, staged_in_ram=everything,
+            host_bytes=PROVISIONED_BYTES * job.model.parameters,
+        )  # fmt: skip
+    return Prepared(
+        job=job, facts=facts, allotment=allotment, durations=_durations(job, each, layers),
+        hardware=job.cluster.hardware(job.workers, job.slowdown), each=each, layers=layers,
+    )  # fmt: skip
+
+
+def _parts(job: Job, layers: int) -> tuple[Part, ...]:
+    """What is visited, in order: embedding, layers, head."""
+    most = job.most_parameters
+    return (*job.model.parts(most, layers), *job.model.heads_within(most))
+
+
+def _facts(job: Job, each: int, layers: int) -> Facts:
+    model, cluster = job.model, job.cluster
+    parts, ranks = _parts(job, layers), cluster.ranks(job.workers)
+    owners = len(ranks.memory_ranks)
+    tokens = job.tokens / job.workers / each  # of one micro-batch
+    blocks = tuple(
+        _block(index, part, owners, tied=model.tied and index == 0)
+        for index, part in enumerate(parts[:-1] if model.tied else parts)
+    )
+    visits = tuple(
+        Visit(0 if model.tied and index == len(parts) - 1 else index, part.name) for index, part in enumerate(parts)
+    )
+    working = max(model.saved_width(), model.saved_width(model.experts)) * ACTIVATION_BYTES
+    return Facts(
+        blocks=blocks, visits=visits, micro_batches=each * job.workers, reduction_groups=job.workers,
+        deferred=job.clipping, device_memory=cluster.device_memory, host_memory=cluster.memory_bytes // _sharing(job),
+        activations=cluster.activations, ram_tier=not cluster.apart, host_is_device=False,
+        boundary_bytes=tuple(ceil(tokens * part.input_width * ACTIVATION_BYTES) for part in parts),
+        kept_bytes=tuple(ceil(tokens * part.saved_width * ACTIVATION_BYTES) for part in parts),
+        workspace_bytes=ceil(tokens * max(working, LOGIT_BYTES * _widest_head(parts, model))),
+        share=each if ranks.size > 1 else None, share_groups=1 if ranks.size > 1 else None,
+        sum_buffers=SUMS_TRAVELLING if ranks.size > 1 else 0,
+    )  # fmt: skip
+
+
+def _sharing(job: Job) -> int:
+    """How many ranks share a host's memory."""
+    return 1 if job.cluster.apart else job.workers
+
+
+def _widest_head(parts: tuple[Part, ...], model: ModelShape) -> int:
+    """Entries of the vocabulary that are scored at once."""
+    return max(part.parameters // model.width for part in parts if part.name.startswith("head"))
+
+
+def _block(index: int, part: Part, owners: int, *, tied: bool) -> BlockFacts:
+    gradient = GRADIENT_BYTES * part.parameters
+    owned = ceil(part.parameters / owners)  # cut in panels: every owner has an equal part of each block
+    return BlockFacts(
+        index=index, name=part.name, streamed_bytes=STREAMED_BYTES * part.parameters,
+        load_bytes=STATE_BYTES * owned, record_bytes=(STATE_BYTES + STREAMED_BYTES) * owned,
+        gradient_bytes=gradient, tied_bytes=2 * gradient if tied else 0,
+        owned_gradient_bytes=GRADIENT_BYTES * owned,
+    )  # fmt: skip
+
+
+def _durations(job: Job, each: int, layers: int) -> Durations:
+    parts = _parts(job, layers)
+    tokens = job.tokens / job.workers / each
+    forward = tuple(tokens * part.forward_flops(job.sequence) / job.flops_per_s for part in parts)
+    blocks = parts[:-1] if job.model.tied else parts
+    owners = len(job.cluster.ranks(job.workers).memory_ranks)
+    rate = job.cluster.update_bytes_per_s / owners
+    update = tuple(part.parameters / owners * UPDATE_BYTES / rate for part in blocks)
+    return Durations(
+        forward=forward, recompute=forward, backward=tuple(2 * seconds for seconds in forward), turn=0.0,
+        update=update, reduce=(0.0,) * len(blocks),
+    )  # fmt: skip
