@@ -7,7 +7,7 @@ from math import ceil
 from weightstream.errors import PlanError
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Visit
-from weightstream.schedule.planner import Allotment, Facts, allot
+from weightstream.schedule.planner import RESTORE_AHEAD, Allotment, Facts, allot
 from weightstream.simulator.clusters import ClusterPreset
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Hardware
@@ -26,8 +26,8 @@ LOGIT_BYTES = 6
 WEIGHTS_SHARE = 0.4
 """Of device memory, for two slabs and the gradient of a block: what decides whether a layer is cut."""
 SUMS_TRAVELLING = 2  # how many blocks' gradients a rank holds on their way, as in the runtime
-MOST_OPERATIONS = 40_000
-"""Forward and backward operations of a step that are simulated; of a model with more, a few layers are (see `prepare`)."""
+MOST_VISITS = 1500
+"""Blocks up to which a model is planned as a whole; of one with more, a few layers are planned, since all are alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +66,24 @@ class Job:
         """Of a block, so that two of them and the gradient of one have room beside activations."""
         return WEIGHTS_SHARE * self.cluster.device_memory / (2 * STREAMED_BYTES + GRADIENT_BYTES)
 
+    def parts(self, layers: int | None = None) -> tuple[Part, ...]:
+        """What is visited, in order: embedding, layers (only so many of them), head."""
+        most = self.most_parameters
+        return (*self.model.parts(most, layers), *self.model.heads_within(most))
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds that one system computes in a step in which every layer but the head is computed again."""
+        parts = self.parts()
+        again = sum(part.forward_flops(self.sequence) for part in parts[:-1])
+        once = again + parts[-1].forward_flops(self.sequence)
+        return self.tokens / self.workers * (3 * once + again) / self.flops_per_s
+
+    @property
+    def update_s(self) -> float:
+        """Seconds that all updates of a step take at their owners."""
+        return self.model.parameters * UPDATE_BYTES / self.cluster.update_bytes_per_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -74,6 +92,7 @@ class Prepared:
     Args:
         each: micro-batches of one system.
         layers: how many of the model's layers these facts have; the rest cost the same again.
+        blocks: of the whole model.
     """
 
     job: Job
@@ -83,6 +102,7 @@ class Prepared:
     hardware: Hardware
     each: int
     layers: int
+    blocks: int
 
     @property
     def operations(self) -> int:
@@ -127,31 +147,27 @@ def prepare(job: Job) -> Prepared:
     return best
 
 
-def shortened(whole: Prepared, layers: int) -> Prepared:
+def shortened(plan: Prepared, layers: int) -> Prepared:
     """The same plan for fewer layers: as many slabs, and the same share of activations spilled.
 
     Layers are alike, so that a step's seconds and bytes grow by the same amount with each of them.
     """
-    job = whole.job
-    facts = _facts(job, whole.each, layers)
-    away = round(len(facts.visits) * _share_away(whole.allotment))
-    everything = frozenset(block.index for block in facts.blocks)
-    allotment = replace(
-        whole.allotment,
-        record_buffers=min(whole.allotment.record_buffers, len(facts.blocks)),
-        boundaries=("host",) * away + ("device",) * (len(facts.visits) - away),
-        staged_in_ram=everything if whole.allotment.staged_in_ram else frozenset(),
-        pinned_copies=everything,
-        pinned_states=everything,
-        keep=frozenset(),
-    )
+    facts = _facts(plan.job, plan.each, layers)
     return replace(
-        whole, facts=facts, allotment=allotment, durations=_durations(job, whole.each, layers), layers=layers
-    )
+        plan, facts=facts, allotment=_in_memory(plan.allotment, facts, plan.spilled),
+        durations=_durations(plan.job, plan.each, layers), layers=layers,
+    )  # fmt: skip
 
 
-def _share_away(allotment: Allotment) -> float:
-    return sum(tier != "device" for tier in allotment.boundaries) / max(1, len(allotment.boundaries))
+def _in_memory(allotment: Allotment, facts: Facts, spilled: float) -> Allotment:
+    """What a plan comes to where all records and gradients stay in memory, with this share of activations spilled."""
+    everything = frozenset(block.index for block in facts.blocks)
+    away = round(len(facts.visits) * spilled)
+    return replace(
+        allotment, record_buffers=min(allotment.record_buffers, len(facts.blocks)),
+        boundaries=("host",) * away + ("device",) * (len(facts.visits) - away),
+        staged_in_ram=everything, pinned_copies=everything, pinned_states=everything,
+    )  # fmt: skip
 
 
 def _check_batch(job: Job) -> None:
@@ -190,29 +206,44 @@ def _divisions(sequences: float) -> list[int]:
 
 
 def _planned(job: Job, each: int, layers: int) -> Prepared:
-    facts = _facts(job, each, layers)
-    allotment = allot(facts)
-    if job.cluster.apart:  # there is memory for all of it: what the planner would find one by one
-        everything = frozenset(block.index for block in facts.blocks)
-        allotment = replace(
-            allotment, pinned_copies=everything, pinned_states=everything, staged_in_ram=everything,
-            host_bytes=PROVISIONED_BYTES * job.model.parameters,
-        )  # fmt: skip
+    count = len(job.parts())
+    if job.cluster.apart and count > MOST_VISITS:
+        layers = min(layers, -(-4 * layers // count) * job.model.expert_every)
+        facts = _facts(job, each, layers)
+        allotment = _few_layers(job, facts, each)
+    else:
+        facts = _facts(job, each, layers)
+        allotment = allot(facts)
+        if job.cluster.apart:  # there is memory for all of it: what the planner would find one by one
+            everything = frozenset(block.index for block in facts.blocks)
+            allotment = replace(allotment, pinned_copies=everything, pinned_states=everything, staged_in_ram=everything)
+    if job.cluster.apart:
+        allotment = replace(allotment, host_bytes=PROVISIONED_BYTES * job.model.parameters)
     return Prepared(
         job=job, facts=facts, allotment=allotment, durations=_durations(job, each, layers),
         hardware=job.cluster.hardware(job.workers, job.slowdown), each=each, layers=layers,
+        blocks=count - 1 if job.model.tied else count,
     )  # fmt: skip
 
 
-def _parts(job: Job, layers: int) -> tuple[Part, ...]:
-    """What is visited, in order: embedding, layers, head."""
-    most = job.most_parameters
-    return (*job.model.parts(most, layers), *job.model.heads_within(most))
+def _few_layers(job: Job, facts: Facts, each: int) -> Allotment:
+    """The allotment of a few layers of many: memory is divided for all of them, and what of it is left to activations."""
+    boundary = facts.boundary_bytes or ()
+    passing = ceil((each + RESTORE_AHEAD + 2) * max(boundary) / each)  # of each micro-batch, as the planner counts it
+    allotment = allot(replace(facts, boundary_bytes=None, kept_bytes=None, lasting_bytes=facts.lasting_bytes + passing))
+    inputs = job.tokens / job.workers * ACTIVATION_BYTES * sum(part.input_width for part in job.parts())
+    room = job.cluster.device_memory - allotment.device_bytes
+    stays = min(1.0, room / inputs)
+    return _in_memory(
+        replace(allotment, device_bytes=round(allotment.device_bytes + stays * inputs), keep=frozenset()),
+        facts,
+        1 - stays,
+    )
 
 
 def _facts(job: Job, each: int, layers: int) -> Facts:
     model, cluster = job.model, job.cluster
-    parts, ranks = _parts(job, layers), cluster.ranks(job.workers)
+    parts, ranks = job.parts(layers), cluster.ranks(job.workers)
     owners = len(ranks.memory_ranks)
     tokens = job.tokens / job.workers / each  # of one micro-batch
     blocks = tuple(
@@ -222,17 +253,25 @@ def _facts(job: Job, each: int, layers: int) -> Facts:
     visits = tuple(
         Visit(0 if model.tied and index == len(parts) - 1 else index, part.name) for index, part in enumerate(parts)
     )
-    working = max(model.saved_width(), model.saved_width(model.experts)) * ACTIVATION_BYTES
+    working = max(part.saved_width for part in parts) * ACTIVATION_BYTES
     return Facts(
         blocks=blocks, visits=visits, micro_batches=each * job.workers, reduction_groups=job.workers,
         deferred=job.clipping, device_memory=cluster.device_memory, host_memory=cluster.memory_bytes // _sharing(job),
         activations=cluster.activations, ram_tier=not cluster.apart, host_is_device=False,
         boundary_bytes=tuple(ceil(tokens * part.input_width * ACTIVATION_BYTES) for part in parts),
         kept_bytes=tuple(ceil(tokens * part.saved_width * ACTIVATION_BYTES) for part in parts),
+        lasting_bytes=ceil(tokens * _between(parts, model) * ACTIVATION_BYTES),
         workspace_bytes=ceil(tokens * max(working, LOGIT_BYTES * _widest_head(parts, model))),
         share=each if ranks.size > 1 else None, share_groups=1 if ranks.size > 1 else None,
         sum_buffers=SUMS_TRAVELLING if ranks.size > 1 else 0,
     )  # fmt: skip
+
+
+def _between(parts: tuple[Part, ...], model: ModelShape) -> int:
+    """Elements per token that go from block to block within a layer that is cut: its own input, and the widest inside."""
+    if len(parts) <= model.layers + 2:  # layers are whole: what goes between blocks is the next one's input
+        return 0
+    return model.width + model.intermediate * min(model.experts, model.experts_per_token)
 
 
 def _sharing(job: Job) -> int:
@@ -257,7 +296,7 @@ def _block(index: int, part: Part, owners: int, *, tied: bool) -> BlockFacts:
 
 
 def _durations(job: Job, each: int, layers: int) -> Durations:
-    parts = _parts(job, layers)
+    parts = job.parts(layers)
     tokens = job.tokens / job.workers / each
     forward = tuple(tokens * part.forward_flops(job.sequence) / job.flops_per_s for part in parts)
     blocks = parts[:-1] if job.model.tied else parts

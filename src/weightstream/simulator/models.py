@@ -6,6 +6,7 @@ Only matrices and tables are counted: norms and biases are less than a thousandt
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from weightstream.errors import ConfigError
@@ -124,11 +125,7 @@ class ModelShape:
         Args:
             layers: only so many of them.
         """
-        rows = self.table_parameters + self.positions * self.width
-        found = [Part(f"embedding{mark}", size, 0, 0, 0) for mark, size in _cut(rows, most)]
-        for layer in range(self.layers if layers is None else layers):
-            found += self._layer(layer, most)
-        return tuple(found)
+        return _parts(self, most, self.layers if layers is None else layers)
 
     def head(self) -> Part:
         """The last matrix, which makes scores over the vocabulary."""
@@ -141,7 +138,8 @@ class ModelShape:
         sizes = _cut(self.table_parameters, most)
         return tuple(Part(f"head{mark}", size, size, 0, self.width / len(sizes)) for mark, size in sizes)
 
-    def _layer(self, layer: int, most: float) -> list[Part]:
+    def layer_parts(self, layer: int, most: float) -> list[Part]:
+        """One layer, in blocks of at most so many parameters."""
         experts, name = self.experts_of(layer), f"layers.{layer}"
         used = min(self.experts_per_token, experts)
         whole = self.layer_parameters(layer)
@@ -184,6 +182,15 @@ class ModelShape:
         used = min(self.experts_per_token, experts)
         feed_forward = 9.5 * used * self.intermediate / 4
         return 5.5 * self.attention_width + 2 * self.width + feed_forward
+
+
+@lru_cache(maxsize=64)
+def _parts(model: ModelShape, most: float, layers: int) -> tuple[Part, ...]:
+    rows = model.table_parameters + model.positions * model.width
+    found = [Part(f"embedding{mark}", size, 0, 0, 0) for mark, size in _cut(rows, most)]
+    for layer in range(layers):
+        found += model.layer_parts(layer, most)
+    return tuple(found)
 
 
 def _cut(parameters: int, most: float) -> list[tuple[str, int]]:
@@ -246,10 +253,10 @@ _MODELS = (
         vocabulary=256000, sequence=1024, experts=64, experts_per_token=2, expert_every=2,
         source="GLaM 64B/64E, Du et al. 2021, arXiv:2112.06905, table 4",
     ),
-    # no shape was ever published for 120 trillion parameters: width and depth go on from GPT-3's (128 widths a layer)
-    # and the 1T model's (200) to 420; heads of 128 as in both
+    # no shape was ever published for 120 trillion parameters: width / layers is 186, between GPT-3's 128 and the 1T
+    # model's 200; heads of 128 elements as GPT-3 has
     ModelShape(
-        name="120t", named=120e12, layers=384, width=161280, heads=1260, intermediate=4 * 161280, vocabulary=51200,
+        name="120t", named=120e12, layers=662, width=122880, heads=960, intermediate=4 * 122880, vocabulary=51200,
         sequence=2048, source="120 trillion: Wired, 2021-08-24", unverified="its shape is ours: none was published",
     ),
     # GPT-3's layers, each with 1,024 experts of the size of its feed-forward part, two of them a token
