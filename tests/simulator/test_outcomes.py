@@ -73,7 +73,7 @@ def test_stragglers_are_the_same_for_the_same_seed() -> None:
 def test_goodput_is_what_failing_at_random_gives() -> None:
     """Poisson failures, counted: whatever is under way is lost, and so is a recovery that fails."""
     step_s, workers, failures = 600.0, 20, Failures(rate_per_hour=0.1, recovery_s=120.0)
-    numbers, rate = Random(3), failures.rate_per_hour * workers / 3600  # noqa: S311
+    numbers, rate = Random(3), failures.rate_per_hour * workers / 3600
     now, steps = 0.0, 20_000
     for _ in range(steps):
         left = step_s

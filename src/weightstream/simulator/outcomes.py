@@ -5,6 +5,7 @@ layers are alike, so that of a deep model two shorter ones are simulated and the
 stragglers do the same at the same time, so that one of them, as far from the store as the farthest is, stands for all.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, exp, expm1, log
@@ -29,6 +30,7 @@ class Outcome:
         busy_s: by resource, seconds that it works, of the rank whose it is busiest.
         down_bytes, up_bytes: through the link of one system.
         critical_path: seconds by kind of operation, along the chain that made the step as long as it is.
+        path_s: the same by resource.
         layers: how many were simulated; fewer than the model has if two shorter models stand for it.
         systems: how many were simulated; 1 if one stands for all.
     """
@@ -41,6 +43,7 @@ class Outcome:
     read_bytes: float
     written_bytes: float
     critical_path: Mapping[str, float]
+    path_s: Mapping[str, float]
     layers: int
     systems: int
     spans: Sequence[Span] = ()
@@ -69,8 +72,8 @@ class Outcome:
 
     @property
     def binds(self) -> str:
-        """The resource that works the longest."""
-        return max(self.busy_s, key=lambda resource: self.busy_s[resource], default="compute")
+        """The resource with the greatest part in the critical path."""
+        return max(self.path_s, key=lambda resource: self.path_s[resource], default="compute")
 
     @property
     def watts(self) -> float:
@@ -146,13 +149,13 @@ def _by_two(whole: Prepared, *, each: bool, keep_spans: bool) -> Outcome:
         second, step_s=on(first.step_s, second.step_s), busy_s=on_all(first.busy_s, second.busy_s),
         down_bytes=on(first.down_bytes, second.down_bytes), up_bytes=on(first.up_bytes, second.up_bytes),
         read_bytes=on(first.read_bytes, second.read_bytes), written_bytes=on(first.written_bytes, second.written_bytes),
-        critical_path=on_all(first.critical_path, second.critical_path),
+        critical_path=on_all(first.critical_path, second.critical_path), path_s=on_all(first.path_s, second.path_s),
     )  # fmt: skip
 
 
 def stragglers(workers: int, spread: float, seed: int) -> dict[int, float]:
     """How much slower each system is: 1 + |x|, x normal around 0 with this spread; the same for the same seed."""
-    numbers = Random(seed)  # noqa: S311 (a simulation, no secret)
+    numbers = Random(seed)
     return {worker: 1 + abs(numbers.gauss(0, spread)) for worker in range(workers)}
 
 
@@ -248,9 +251,12 @@ def least_batch(job: Job, share: float) -> int | None:
 
 
 def _outcome(whole: Prepared, simulated: Prepared, found: Simulation) -> Outcome:
+    path: Counter[str] = Counter()
+    for span in found.critical_path:
+        path[span.kind] += span.busy_s
     return Outcome(
         prepared=whole, step_s=found.step_s, busy_s=dict(found.busy_s), down_bytes=found.down_bytes,
         up_bytes=found.up_bytes, read_bytes=found.read_bytes, written_bytes=found.written_bytes,
-        critical_path=dict(found.critical_path), layers=simulated.layers,
+        critical_path=dict(path), path_s=dict(found.path_s), layers=simulated.layers,
         systems=simulated.hardware.cluster.workers, spans=found.spans,
     )  # fmt: skip
