@@ -11,7 +11,7 @@ from weightstream.errors import ConfigError
 from weightstream.simulator.clusters import CLUSTERS, THIS_MACHINE, ClusterPreset, cluster_named
 from weightstream.simulator.jobs import Job
 from weightstream.simulator.models import ModelShape, model_named
-from weightstream.simulator.outcomes import Failures, Outcome, Point, curve, run, stragglers
+from weightstream.simulator.outcomes import Failures, Outcome, curve, run, stragglers
 from weightstream.simulator.validation import Row, calibrate_efficiency, validate
 from weightstream.units import format_bytes, format_count, format_seconds
 
@@ -139,7 +139,7 @@ def claims() -> str:
 def report(asked: Asked, config: RunConfig | None, *, keep_spans: bool = False) -> tuple[dict[str, Any], Outcome]:
     """What `--json` prints, and the outcome itself."""
     job = job_of(asked, config)
-    found = run(job, every_system=True, keep_spans=keep_spans)
+    found = run(job, keep_spans=keep_spans)
     points = curve(job)
     tokens = asked.tokens or TOKENS_PER_PARAMETER * job.model.parameters
     failures = Failures(asked.failures_per_hour, asked.recovery_s)
@@ -156,7 +156,7 @@ def report(asked: Asked, config: RunConfig | None, *, keep_spans: bool = False) 
         "down_bytes": found.down_bytes, "up_bytes": found.up_bytes, "read_bytes": found.read_bytes,
         "written_bytes": found.written_bytes, "scaling": [asdict(point) for point in points],
         "tokens": tokens, "goodput": goodput, "hours": hours, "energy_kwh": hours * found.watts / 1000,
-        "simulated": {"layers": found.layers, "of_layers": job.model.layers, "systems": found.systems},
+        "simulated": {"layers": found.layers, "of_layers": job.model.layers},
         "rests_on": _rests_on(job, found),
     }, found  # fmt: skip
 
@@ -168,10 +168,8 @@ def _rests_on(job: Job, found: Outcome) -> list[str]:
         lines.append(
             f"{found.layers} of {job.model.layers} layers were simulated, and half of that; the rest costs the same again"
         )
-    if found.systems < job.workers:
-        lines.append(
-            "one system was simulated, as far from the store as the farthest: without stragglers all do the same"
-        )
+    if not job.slowdown:
+        lines.append("systems that do the same at the same time are simulated once")
     lines += [f"unverified: {what}" for what in (job.model.unverified, *job.cluster.unverified) if what]
     return lines
 
@@ -188,7 +186,7 @@ def text(found: Mapping[str, Any]) -> str:
         "utilisation       " + ", ".join(f"{key} {share:.1%}" for key, share in found["utilisation"].items()),
         "critical path     " + ", ".join(f"{key} {format_seconds(seconds)}" for key, seconds in path if seconds > 0),
         f"link of a system  {format_bytes(found['down_bytes'])} down, {format_bytes(found['up_bytes'])} up a step",
-        f"device memory     {format_bytes(found['device_bytes'])}; of activations between blocks {found['spilled']:.0%} leave it",
+        f"device memory     {format_bytes(found['device_bytes'])}; {found['spilled']:.0%} of activations between blocks leave it",
         f"run               {format_count(found['tokens'])} tokens: {found['hours']:.4g} h, {found['energy_kwh']:.4g} kWh"
         + (f"; goodput {found['goodput']:.2%} with failures" if found["goodput"] < 1 else ""),
         "",

@@ -24,13 +24,15 @@ def job(model: str, workers: int, each: float, **settings: object) -> Job:
 
 
 @pytest.mark.parametrize("each", [1, 8])  # what binds: the link, the processor
-@pytest.mark.parametrize("workers", [2, 12])
-def test_one_system_stands_for_all(workers: int, each: int) -> None:
-    asked = job("cerebras-gpt-1.3b", workers, each)
-    one, every = run(asked), run(asked, every_system=True)
-    assert (one.systems, every.systems) == (1, workers)
-    assert one.step_s == pytest.approx(every.step_s, rel=0.005)
-    assert one.down_bytes == pytest.approx(every.down_bytes, rel=1e-9)
+def test_one_system_stands_for_all(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job("cerebras-gpt-1.3b", 12, each)
+    every = run(asked, every_system=True)
+    assert one_for_all(every.prepared).hardware.cluster.workers == 1
+    monkeypatch.setattr(outcomes, "MOST_OPERATIONS", 500)
+    one = run(asked)
+    assert one.layers == asked.model.layers
+    assert one.step_s == pytest.approx(every.step_s, rel=1e-3)
+    assert one.down_bytes == every.down_bytes
 
 
 @pytest.mark.parametrize("each", [1, 6])
@@ -62,7 +64,6 @@ def test_the_slowest_system_makes_the_step() -> None:
     even, late = run(asked), run(replace(asked, slowdown={2: 2.0}))
     assert even.compute_share > 0.95  # else a slower processor might not show
     assert late.step_s == pytest.approx(2 * even.step_s, rel=0.05)
-    assert late.systems == 4
 
 
 def test_stragglers_are_the_same_for_the_same_seed() -> None:

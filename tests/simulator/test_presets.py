@@ -66,17 +66,22 @@ def test_cutting_layers_changes_neither_parameters_nor_cost(
     assert sum(part.parameters for part in heads) == model.table_parameters
 
 
+TOO_LARGE = {(model, cluster) for cluster in ("h100", "8xh100", "rtx-4090", "cs-3") for model in ("120t", "120t-moe")}
+TOO_LARGE |= {(model, cluster) for cluster in ("h100", "8xh100", "rtx-4090") for model in ("1t", "1t-moe")}
+TOO_LARGE |= {(model, cluster) for cluster in ("h100", "rtx-4090") for model in ("gpt3-175b", "llama-405b")}
+TOO_LARGE |= {("llama-70b", "rtx-4090")}
+
+
 @pytest.mark.parametrize("cluster", CLUSTERS)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("clipping", [False, True])
 def test_every_model_on_every_cluster_has_a_legal_plan_or_a_reason(model: str, cluster: str, clipping: bool) -> None:
     workers = min(2, CLUSTERS[cluster].most_workers)
-    try:
-        found = prepare(job(model, cluster, workers=workers, clipping=clipping))
-    except PlanError as error:
-        assert any(word in str(error) for word in ("disk", "memory"))
-        assert "take a smaller model" in str(error) or "device_memory=" in str(error)
+    asked = job(model, cluster, workers=workers, clipping=clipping)
+    if (model, cluster) in TOO_LARGE:
+        assert "take a smaller model" in refused(asked)
         return
+    found = prepare(asked)
     first = build(found.facts, found.allotment)
     schedule = first
     if clipping:

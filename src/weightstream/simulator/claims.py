@@ -18,7 +18,8 @@ SYSTEMS = 192
 BATCH = 1536
 """Sequences of 2,048 tokens: 3.1 million tokens, as GPT-3 175B had (Brown et al. 2020, table 2.1: 3.2 M), in equal parts."""
 SEQUENCE = 2048
-SCALED = ("gpt3-175b", "1t", "120t", "120t-moe")
+SCALED = ("gpt3-175b", "1t", "120t")
+EXPERTS = "120t-moe"
 ENOUGH = 0.95
 TRILLION = 1e12
 
@@ -49,22 +50,23 @@ class Scaled:
     enough: int | None
 
 
-def gather() -> tuple[list[Row], list[Scaled]]:
-    """All that the page is made of: the validation's rows and the scaling of four models."""
-    scaled = []
-    for model in SCALED:
-        job = Job(model=MODELS[model], cluster=CLUSTERS["cs-2"], workers=SYSTEMS, batch=BATCH, sequence=SEQUENCE)
-        scaled.append(Scaled(model, curve(job), run(job), least_batch(job, ENOUGH)))
-    return validate(), scaled
+def gather() -> tuple[list[Row], list[Scaled], Outcome]:
+    """All that the page is made of: the validation's rows, the scaling of three models, and a step of one with experts."""
+    jobs = {
+        name: Job(model=MODELS[name], cluster=CLUSTERS["cs-2"], workers=SYSTEMS, batch=BATCH, sequence=SEQUENCE)
+        for name in (*SCALED, EXPERTS)
+    }
+    scaled = [Scaled(name, curve(jobs[name]), run(jobs[name]), least_batch(jobs[name], ENOUGH)) for name in SCALED]
+    return validate(), scaled, run(jobs[EXPERTS])
 
 
 def page() -> str:
     """The page as Markdown."""
-    rows, scaled = gather()
+    rows, scaled, experts = gather()
     by_name = {item.model: item for item in scaled}
     sections = (
-        _head(), _components(), _scaling(scaled), _needs(by_name["120t"], by_name["120t-moe"]),
-        _claims(by_name, rows), _validation(rows), _assumptions(),
+        _head(), _components(), _scaling(scaled), _needs(by_name["120t"].most, experts, by_name["120t"].enough),
+        _claims(by_name, experts), _validation(rows), _assumptions(),
     )  # fmt: skip
     return "\n\n".join(sections) + "\n"
 
@@ -105,44 +107,46 @@ def _scaling(scaled: Sequence[Scaled]) -> str:
         f"Tokens per second and system against the fewest CS-2 that have room for it, with the same batch of {BATCH:,} ×\n"
         f"{SEQUENCE:,} tokens on any number of systems ({format_count(BATCH * SEQUENCE)} tokens; strong scaling), without\n"
         f"clipping. “–”: what goes from layer to layer does not fit so few wafers. The last column is\n"
-        f"the smallest batch with which {SYSTEMS} systems compute for {ENOUGH:.0%} of a step. Weights are streamed at the same\n"
-        f"rate whatever the number of systems, so what decides is how many tokens each of them has.\n\n"
+        f"the smallest batch with which {SYSTEMS} systems compute for {ENOUGH:.0%} of a step. Weights are streamed at\n"
+        f"the same rate whatever the number of systems, so what decides is how many tokens each of them has.\n\n"
         + _table(head, body)
     )
 
 
-def _floor_s(item: Scaled) -> float:
-    link = item.most.job.cluster.link
+def _floor_s(found: Outcome) -> float:
+    link = found.job.cluster.link
     assert link is not None
-    return item.most.down_bytes / link.bytes_per_s
+    return found.down_bytes / link.bytes_per_s
 
 
-def _needs(dense: Scaled, experts: Scaled) -> str:
-    def column(item: Scaled) -> tuple[str, ...]:
-        model, most = item.most.job.model, item.most
-        days = most.hours(TRILLION) / 24
-        blocks = most.prepared.blocks
-        enough = "–" if item.enough is None else f"{item.enough:,} × {SEQUENCE:,}"
+def _needs(dense: Outcome, experts: Outcome, enough: int | None) -> str:
+    def column(found: Outcome, batch: str) -> tuple[str, ...]:
+        model, blocks = found.job.model, found.prepared.facts.blocks
+        days = found.hours(TRILLION) / 24
         return (
             f"{format_count(model.parameters)}, {model.layers} layers of width {model.width:,}",
-            f"{blocks:,}, of at most {max(b.streamed_bytes for b in most.prepared.facts.blocks) / 1e9:.2g} GB",
+            f"{found.prepared.blocks:,}, of at most {max(block.streamed_bytes for block in blocks) / 1e9:.2g} GB",
             f"{PROVISIONED_BYTES * model.parameters / 1e15:.2f} PB",
-            format_seconds(_floor_s(item)), format_seconds(most.step_s), f"{most.compute_share:.1%}",
-            f"{most.prepared.spilled:.0%}", enough, f"{days:,.0f} ({days / 365:,.1f} years)",
-            f"{most.energy_kwh(TRILLION) / 1e6:,.1f} GWh",
+            format_seconds(_floor_s(found)), format_seconds(found.step_s), f"{found.compute_share:.1%}",
+            f"{found.prepared.spilled:.0%}", batch, f"{days:,.0f} ({days / 365:,.1f} years)",
+            f"{found.energy_kwh(TRILLION) / 1e6:,.1f} GWh",
         )  # fmt: skip
 
+    dense_batch = "none fits" if enough is None else f"{enough:,} × {SEQUENCE:,}"
+    # what it computes grows with the batch, what it streams does not
+    times = ENOUGH / experts.compute_share
+    experts_batch = f"over {times * BATCH:,.0f} × {SEQUENCE:,}, by proportion"
     names = (
         "parameters", "blocks", f"memory at {PROVISIONED_BYTES} B a parameter", "I/O floor per direction and step",
         f"step with a batch of {BATCH:,}", "computes", "activations that leave the wafer", f"batch for {ENOUGH:.0%}",
         "days per trillion tokens", "energy per trillion tokens",
     )  # fmt: skip
-    body = list(zip(names, column(dense), column(experts), strict=True))
+    body = list(zip(names, column(dense, dense_batch), column(experts, experts_batch), strict=True))
     dense_floor = format_seconds(_floor_s(dense))
     return (
         f"## What 120 trillion parameters need\n\n"
-        f"On {SYSTEMS} CS-2. No shape was published; both are ours. A layer of the dense one does not fit a wafer of 40 GB and\n"
-        f"is cut into blocks (two slabs and the gradient of a block may take 40% of it).\n\n"
+        f"On {SYSTEMS} CS-2. No shape was published; both are ours. A layer of the dense one does not fit a wafer of 40 GB\n"
+        f"and is cut into blocks (two slabs and the gradient of a block may take 40% of it).\n\n"
         + _table(("", "120t, dense", "120t-moe"), body)
         + f"\n\n**The I/O floor is {dense_floor} per step and direction**, whatever the batch and the number of systems:\n"
         "that is how long 32 bits of each parameter take over 150 GB/s. More systems shorten the computing, never that.\n"
@@ -150,13 +154,14 @@ def _needs(dense: Scaled, experts: Scaled) -> str:
     )
 
 
-def _claims(by_name: dict[str, Scaled], rows: Sequence[Row]) -> str:
+def _claims(by_name: dict[str, Scaled], experts: Outcome) -> str:
     dense = by_name["120t"]
     job = dense.most.job
     failing = Failures(rate_per_hour=1e-4, recovery_s=600)
     goodput = failing.goodput(dense.most.step_s, SYSTEMS)
     wide = {name: item.points[-1].efficiency for name, item in by_name.items()}
     each = {name: "none fits" if item.enough is None else f"{item.enough:,}" for name, item in by_name.items()}
+    shares = {name: item.most.compute_share for name, item in by_name.items()} | {EXPERTS: experts.compute_share}
     days = dense.most.hours(TRILLION) / 24
     updates = job.update_s
     claims = (
@@ -176,7 +181,7 @@ def _claims(by_name: dict[str, Scaled], rows: Sequence[Row]) -> str:
          "a model with experts computes less for each weight, and needs a batch to match."),
         ("weights of a layer are fetched before the layer before it ends, so that streaming costs nothing",
          f"of a step on {SYSTEMS} systems, the share that is not computing: "
-         + ", ".join(f"{name} {1 - item.most.compute_share:.1%}" for name, item in by_name.items()) + ".",
+         + ", ".join(f"{name} {1 - share:.1%}" for name, share in shares.items()) + ".",
          "three slabs on the wafer; the first layer of a step is the one that is waited for",
          f"as above; and 40 GB must hold two blocks, a gradient and the activations. Of the activations between blocks, "
          f"{by_name['gpt3-175b'].most.prepared.spilled:.0%} (gpt3-175b), {by_name['1t'].most.prepared.spilled:.0%} (1t) and "
@@ -185,7 +190,8 @@ def _claims(by_name: dict[str, Scaled], rows: Sequence[Row]) -> str:
          f"it sends each byte once whatever the number. Updating 120 trillion parameters at 4 TB/s takes "
          f"{format_seconds(updates)}, beside the computing of a step of {format_seconds(dense.most.step_s)}.",
          "4 TB/s, known only as quoted by others; 30 bytes of memory traffic a parameter",
-         "the trees of SwarmX must broadcast and add at line rate. If 4 TB/s are of its largest unit, smaller ones take longer."),
+         "the trees of SwarmX must broadcast and add at line rate. If 4 TB/s are of its largest unit, smaller ones take "
+         "longer."),
         ("a model trains on 1 to 192 systems with no change of software",
          "the schedule is the same but for who computes which micro-batch; here the trained bits are the same as well.",
          "reduction groups fixed at 192 when the store is made",
@@ -194,8 +200,8 @@ def _claims(by_name: dict[str, Scaled], rows: Sequence[Row]) -> str:
          "not simulated: this system has no sparse blocks yet.", "–",
          "that the model learns as well with them, which is a matter of training, not of the cluster."),
         ("15 kW a system",
-         f"{SYSTEMS} systems draw {dense.most.watts / 1e6:.2f} MW: {dense.most.energy_kwh(TRILLION) / 1e6:,.1f} GWh for a trillion "
-         f"tokens through the dense model.",
+         f"{SYSTEMS} systems draw {dense.most.watts / 1e6:.2f} MW: {dense.most.energy_kwh(TRILLION) / 1e6:,.1f} GWh for a "
+         f"trillion tokens through the dense model.",
          "the systems alone, always at full power", "MemoryX, SwarmX and cooling come on top."),
         ("it does not depend on all parts being well (not claimed)",
          f"with {failing.rate_per_hour:g} failures an hour and system and {failing.recovery_s / 60:.0f} minutes to recover, "
@@ -204,7 +210,8 @@ def _claims(by_name: dict[str, Scaled], rows: Sequence[Row]) -> str:
          "with steps of hours, one would commit within a step, or make them smaller."),
     )  # fmt: skip
     body = [
-        f"### {number}. {claim}\n\n- **The simulation:** {says}\n- **Assumed:** {assumes}\n- **What would have to hold:** {holds}"
+        f"### {number}. {claim}\n\n- **The simulation:** {says}\n- **Assumed:** {assumes}\n"
+        f"- **What would have to hold:** {holds}"
         for number, (claim, says, assumes, holds) in enumerate(claims, 1)
     ]
     return "## Claim by claim\n\n" + "\n\n".join(body)

@@ -10,7 +10,7 @@ from weightstream.simulator.hardware import Disk, Hardware, Link
 from weightstream.simulator.models import known
 from weightstream.units import format_bytes
 
-GPT_J_EFFICIENCY = 0.2835
+GPT_J_EFFICIENCY = 0.2724
 """Share of dense peak that a CS-2 reaches inside a layer, everything that it computes counted, recomputation too.
 
 Calibrated on one published row alone, GPT-J 6B on one CS-2 (`validation.calibrate_efficiency` finds it again, and a test
@@ -89,6 +89,7 @@ class ClusterPreset:
             # a system computes with processors of its own: nothing on its host slows it down
             cores_per_host=1.0 if self.apart else float(ranks.size), cores_per_rank=1.0, disk=self.disk,
             link=self.link if ranks.size > 1 else None, memory_bytes_per_s=self.memory_bytes_per_s,
+            memory_of={0: self.update_bytes_per_s} if self.apart else {},
             updates_beside=True, slowdown={first + worker: factor for worker, factor in (slowdown or {}).items()},
         )  # fmt: skip
 

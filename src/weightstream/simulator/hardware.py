@@ -62,6 +62,7 @@ class Hardware:
         disk: of each host that owns records; None if records stay in memory.
         link: None with one rank.
         memory_bytes_per_s: copies within a host's memory, per host.
+        memory_of: the same of hosts where it differs.
         updates_beside: whether memory ranks update with processors of their own, while their host computes.
         io_compute_s_per_byte: what a byte that is read or written takes from the compute of the same host, since
             checksums and copies need its cores.
@@ -76,6 +77,7 @@ class Hardware:
     disk: Disk | None = None
     link: Link | None = None
     memory_bytes_per_s: float = float("inf")
+    memory_of: Mapping[int, float] = field(default_factory=dict)
     updates_beside: bool = False
     io_compute_s_per_byte: float = 0.0
     slowdown: Mapping[int, float] = field(default_factory=dict)
@@ -90,7 +92,7 @@ class Hardware:
             ("link.bytes_per_s", self.link.bytes_per_s if self.link else 1.0),
             ("disk.read_bytes_per_s", self.disk.read_bytes_per_s if self.disk else 1.0),
             ("disk.write_bytes_per_s", self.disk.write_bytes_per_s if self.disk else 1.0),
-            ("memory_bytes_per_s", self.memory_bytes_per_s),
+            ("memory_bytes_per_s", min([self.memory_bytes_per_s, *self.memory_of.values()])),
         ):
             if not rate > 0:
                 raise PlanError(f"{what}={rate}: expected more than 0; nothing could ever arrive")

@@ -25,6 +25,7 @@ LOGIT_BYTES = 6
 """Per token and entry of the vocabulary: scores in 16 bits and their gradient in fp32."""
 WEIGHTS_SHARE = 0.4
 """Of device memory, for two slabs and the gradient of a block: what decides whether a layer is cut."""
+RECORDS_AHEAD = 4  # where records lie in memory, nothing is gained by bringing more of them to buffers beforehand
 SUMS_TRAVELLING = 2  # how many blocks' gradients a rank holds on their way, as in the runtime
 MOST_VISITS = 1500
 """Blocks up to which a model is planned as a whole; of one with more, a few layers are planned, since all are alike."""
@@ -164,7 +165,7 @@ def _in_memory(allotment: Allotment, facts: Facts, spilled: float) -> Allotment:
     everything = frozenset(block.index for block in facts.blocks)
     away = round(len(facts.visits) * spilled)
     return replace(
-        allotment, record_buffers=min(allotment.record_buffers, len(facts.blocks)),
+        allotment, record_buffers=min(allotment.record_buffers, RECORDS_AHEAD),
         boundaries=("host",) * away + ("device",) * (len(facts.visits) - away),
         staged_in_ram=everything, pinned_copies=everything, pinned_states=everything,
     )  # fmt: skip
@@ -216,7 +217,10 @@ def _planned(job: Job, each: int, layers: int) -> Prepared:
         allotment = allot(facts)
         if job.cluster.apart:  # there is memory for all of it: what the planner would find one by one
             everything = frozenset(block.index for block in facts.blocks)
-            allotment = replace(allotment, pinned_copies=everything, pinned_states=everything, staged_in_ram=everything)
+            allotment = replace(
+                allotment, pinned_copies=everything, pinned_states=everything, staged_in_ram=everything,
+                record_buffers=min(allotment.record_buffers, RECORDS_AHEAD),
+            )  # fmt: skip
     if job.cluster.apart:
         allotment = replace(allotment, host_bytes=PROVISIONED_BYTES * job.model.parameters)
     return Prepared(
@@ -300,9 +304,9 @@ def _durations(job: Job, each: int, layers: int) -> Durations:
     tokens = job.tokens / job.workers / each
     forward = tuple(tokens * part.forward_flops(job.sequence) / job.flops_per_s for part in parts)
     blocks = parts[:-1] if job.model.tied else parts
-    owners = len(job.cluster.ranks(job.workers).memory_ranks)
-    rate = job.cluster.update_bytes_per_s / owners
-    update = tuple(part.parameters / owners * UPDATE_BYTES / rate for part in blocks)
+    # an owner has its part of each block, and its part of the rate
+    rate = job.cluster.update_bytes_per_s / len(job.cluster.ranks(job.workers).memory_ranks)
+    update = tuple(part.parameters * UPDATE_BYTES / rate for part in blocks)
     return Durations(
         forward=forward, recompute=forward, backward=tuple(2 * seconds for seconds in forward), turn=0.0,
         update=update, reduce=(0.0,) * len(blocks),

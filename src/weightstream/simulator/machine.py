@@ -56,8 +56,9 @@ def disk_rates(disk: Disk) -> Rates:
 class Host:
     """What the ranks of one host share."""
 
-    def __init__(self, env: simpy.Environment, hardware: Hardware) -> None:
+    def __init__(self, env: simpy.Environment, hardware: Hardware, number: int = 0) -> None:
         self.env, self.hardware = env, hardware
+        self._copied_per_s = hardware.memory_of.get(number, hardware.memory_bytes_per_s)
         self.cores = Shared(env, hardware.cores_per_host)
         self.memory = Shared(env)
         self.disk = Lanes(env, disk_rates(hardware.disk), lanes=3) if hardware.disk else None
@@ -68,7 +69,7 @@ class Host:
 
     def copy(self, nbytes: float, work: Work) -> simpy.Event:
         """A copy within memory."""
-        return self.memory.run(nbytes / self.hardware.memory_bytes_per_s, value=work)
+        return self.memory.run(nbytes / self._copied_per_s, value=work)
 
     def transfer(self, nbytes: float, lane: int, work: Work) -> Process[Work]:
         """Moves bytes to or from the disk; the cores that this takes compete with what computes."""
@@ -114,7 +115,7 @@ class _Way:
     queue: Lanes
     resource: str
     meetings: dict[int, Meeting] = field(default_factory=dict)
-    last: simpy.Event | None = None
+    gone: dict[int, simpy.Event] = field(default_factory=dict)
 
 
 class Fabric:
@@ -175,10 +176,10 @@ class Fabric:
         return work
 
     def _carry(self, way: _Way, number: int, meeting: Meeting, images: int, first: Work) -> Process[None]:
-        before, way.last = way.last, self.env.event()
-        gone = way.last
+        # by number, not by who came first: a rank may be ready for a later block before it is for this one
+        before, gone = (way.gone.setdefault(each, self.env.event()) for each in (number - 1, number))
         cause: Work | None = None
-        if before is not None and before.callbacks is not None:
+        if number and before.callbacks is not None:
             yield before
         event = meeting.all_here
         cause = event.value if event.callbacks is None else (yield event)
@@ -192,6 +193,7 @@ class Fabric:
 
         moved = way.queue.run(self._seconds(meeting.nbytes, images), 0, work, begun)
         gone.succeed()
+        way.gone.pop(number - 1, None)
         yield moved
         fill_s = self._fill_s(meeting.nbytes)
         if fill_s:

@@ -1,8 +1,8 @@
 """What a job comes to: one steady step on the virtual clock, and what follows from it for a whole run.
 
-Two short cuts keep large jobs quick; each is exact where its condition holds, and tests compare it with the whole:
-layers are alike, so that of a deep model two shorter ones are simulated and the difference goes on; systems without
-stragglers do the same at the same time, so that one of them, as far from the store as the farthest is, stands for all.
+Two short cuts keep large jobs quick, and tests compare them with the whole: layers are alike, so that of a deep model two
+shorter ones are simulated, and the difference goes on; without stragglers all systems do the same at the same time, so
+that one of them stands for many.
 """
 
 from collections import Counter
@@ -32,7 +32,6 @@ class Outcome:
         critical_path: seconds by kind of operation, along the chain that made the step as long as it is.
         path_s: the same by resource.
         layers: how many were simulated; fewer than the model has if two shorter models stand for it.
-        systems: how many were simulated; 1 if one stands for all.
     """
 
     prepared: Prepared
@@ -45,7 +44,6 @@ class Outcome:
     critical_path: Mapping[str, float]
     path_s: Mapping[str, float]
     layers: int
-    systems: int
     spans: Sequence[Span] = ()
 
     @property
@@ -92,33 +90,35 @@ def run(job: Job, *, every_system: bool = False, keep_spans: bool = False) -> Ou
     """Plans a job and simulates a steady step of it.
 
     Args:
-        every_system: simulate each of them, as far as that is not too much; always so with stragglers.
+        every_system: simulate each of them; by default those that do the same at the same time once.
 
     Raises:
         PlanError: it does not fit its cluster.
     """
     plan = prepare(job)
-    each = bool(job.slowdown) or (every_system and 2 * plan.each * job.workers * plan.blocks <= MOST_OPERATIONS)
-    chosen = plan if each else one_for_all(plan)
-    if plan.layers < job.model.layers or chosen.operations > MOST_OPERATIONS:
-        return _by_two(plan, each=each, keep_spans=keep_spans)
-    return _outcome(plan, chosen, simulate_prepared(chosen, keep_spans=keep_spans))
+    one = plan if every_system else one_for_all(plan)
+    if plan.layers < job.model.layers or one.operations > MOST_OPERATIONS:
+        return _by_two(plan, every_system=every_system, keep_spans=keep_spans)
+    return _outcome(plan, plan, _simulate(plan, every_system, keep_spans))
 
 
-def one_for_all(prepared: Prepared) -> Prepared:
-    """One system that is as far from the store as the farthest of all is."""
-    job, facts, link = prepared.job, prepared.facts, prepared.hardware.link
-    if not job.cluster.apart or job.workers == 1 or link is None:
-        return prepared
+def one_for_all(plan: Prepared) -> Prepared:
+    """One system that is as far from the store as the farthest of all is, and does what each of them does."""
+    job, link = plan.job, plan.hardware.link
+    if not job.cluster.apart or job.workers == 1 or job.slowdown or link is None:
+        return plan
     far = replace(link, latency_s=link.fill_s(job.workers))
-    hardware = replace(prepared.hardware, cluster=Cluster(1, 1), hosts=(0, 1), link=far, slowdown={})
-    return replace(prepared, facts=replace(facts, micro_batches=prepared.each, reduction_groups=1), hardware=hardware)
+    return replace(
+        plan, facts=replace(plan.facts, micro_batches=plan.each, reduction_groups=1),
+        hardware=replace(plan.hardware, cluster=Cluster(1, 1), hosts=(0, 1), link=far),
+    )  # fmt: skip
 
 
-def simulate_prepared(prepared: Prepared, *, keep_spans: bool = False) -> Simulation:
-    """The simulator on a job's plan."""
+def _simulate(plan: Prepared, every_system: bool, keep_spans: bool) -> Simulation:
+    if not every_system and plan.operations > MOST_OPERATIONS:
+        plan = one_for_all(plan)
     return simulate(
-        prepared.facts, prepared.allotment, prepared.durations, prepared.hardware, steps=3, keep_spans=keep_spans
+        plan.facts, plan.allotment, plan.durations, plan.hardware, keep_spans=keep_spans, every_rank=every_system
     )
 
 
@@ -127,16 +127,15 @@ def operations_of(prepared: Prepared) -> int:
     return len(build(prepared.facts, prepared.allotment).operations)
 
 
-def _by_two(whole: Prepared, *, each: bool, keep_spans: bool) -> Outcome:
+def _by_two(whole: Prepared, *, every_system: bool, keep_spans: bool) -> Outcome:
     """Two shorter models of the same layers; from the one to the other a step grows as it goes on growing."""
     model = whole.job.model
     per_layer = max(1.0, (whole.blocks - 2) / model.layers)
-    least = max(2.0, 3 * whole.allotment.slabs / per_layer)  # enough that what stays in slabs is the same in both
+    least = 6 * whole.allotment.slabs / per_layer  # enough that what stays in slabs is the same in both
     short = -(-ceil(least) // model.expert_every) * model.expert_every
     long = min(2 * short, model.layers)
     plans = [shortened(whole, layers) for layers in (short, long)]
-    chosen = plans if each else [one_for_all(plan) for plan in plans]
-    first, second = (_outcome(whole, plan, simulate_prepared(plan, keep_spans=keep_spans)) for plan in chosen)
+    first, second = (_outcome(whole, plan, _simulate(plan, every_system, keep_spans)) for plan in plans)
     rest = (model.layers - long) / (long - short)
 
     def on(one: float, two: float) -> float:
@@ -258,5 +257,5 @@ def _outcome(whole: Prepared, simulated: Prepared, found: Simulation) -> Outcome
         prepared=whole, step_s=found.step_s, busy_s=dict(found.busy_s), down_bytes=found.down_bytes,
         up_bytes=found.up_bytes, read_bytes=found.read_bytes, written_bytes=found.written_bytes,
         critical_path=dict(path), path_s=dict(found.path_s), layers=simulated.layers,
-        systems=simulated.hardware.cluster.workers, spans=found.spans,
+        spans=found.spans,
     )  # fmt: skip

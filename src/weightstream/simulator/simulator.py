@@ -154,7 +154,7 @@ class _Run:
         chosen = every if self.every_rank else representatives(hardware, shares, steps_of)
         images = max(len(subtrees(groups, cluster.groups_of(rank, groups))) for rank in cluster.compute_ranks)
         self._fabric = Fabric(self.env, hardware, len(chosen), images)
-        self.hosts = {host: Host(self.env, hardware) for host in {hardware.hosts[rank] for rank in chosen}}
+        self.hosts = {host: Host(self.env, hardware, host) for host in {hardware.hosts[rank] for rank in chosen}}
         counter = count()
         for rank in chosen:
             self.ranks[rank] = Rank(
