@@ -117,6 +117,10 @@ class _Way:
     meetings: dict[int, Meeting] = field(default_factory=dict)
     gone: dict[int, simpy.Event] = field(default_factory=dict)
 
+    def turn(self, env: simpy.Environment, number: int) -> simpy.Event:
+        """Triggered when a meeting has begun to move its bytes; ranks may come to a later one first."""
+        return self.gone.setdefault(number, env.event())
+
 
 class Fabric:
     """What connects ranks: blocks down, sums up, and agreements.
@@ -176,11 +180,10 @@ class Fabric:
         return work
 
     def _carry(self, way: _Way, number: int, meeting: Meeting, images: int, first: Work) -> Process[None]:
-        # by number, not by who came first: a rank may be ready for a later block before it is for this one
-        before, gone = (way.gone.setdefault(each, self.env.event()) for each in (number - 1, number))
-        cause: Work | None = None
-        if number and before.callbacks is not None:
+        if number and (before := way.turn(self.env, number - 1)).callbacks is not None:
             yield before
+        way.gone.pop(number - 1, None)
+        cause: Work | None
         event = meeting.all_here
         cause = event.value if event.callbacks is None else (yield event)
         work = Work(first.step, first.rank, first.operation, way.resource, first.issued_s, self.env.now, cause)
@@ -192,8 +195,7 @@ class Fabric:
                 work.cause = earlier
 
         moved = way.queue.run(self._seconds(meeting.nbytes, images), 0, work, begun)
-        gone.succeed()
-        way.gone.pop(number - 1, None)
+        way.turn(self.env, number).succeed()
         yield moved
         fill_s = self._fill_s(meeting.nbytes)
         if fill_s:
