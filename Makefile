@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: setup train demo test test-fast lint format clean
+.PHONY: setup train demo browser test test-fast lint format clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -38,10 +38,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
+# Pages are opened in a real browser, where one is here or can be had; the tests say so where not.
+browser:
+	@.ci/chromium.sh
+
+test: lint browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-test-fast: setup
+test-fast: setup browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
 
 clean:

@@ -25,12 +25,15 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Look at a store, check it, and move weights in and out.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+trace_app = typer.Typer(help="What the steps of a run did, and when.", no_args_is_help=True)
+app.add_typer(trace_app, name="trace")
 
 Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or the folder that a run left.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.steps=100.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 SnapshotName = Annotated[str, typer.Argument(metavar="NAME", help="The snapshot's name.")]
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="A folder, or an fsspec URL such as s3://bucket/name.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `fit` left, or is filling.")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder, or that of its run.")]
 
 
@@ -209,6 +212,40 @@ def demo(
     _print(report, shown.summary, as_json)
     if not report["equal"]:
         raise typer.Exit(1)
+
+
+@trace_app.command("export")
+def trace_export(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="The file; by default RUN/trace.json.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the traced steps for ui.perfetto.dev: a process per rank, a track per resource."""
+    from weightstream.commands import export_trace
+
+    _print(export_trace(run, out or run / "trace.json"), _lines, as_json)
+
+
+@trace_app.command("diff")
+def trace_diff(run: RunFolder, as_json: AsJson = False) -> None:
+    """Predicted against measured: seconds and bytes of a step by kind of operation and resource."""
+    from weightstream.commands import trace_comparison
+    from weightstream.trace.compare import text_of
+
+    found = trace_comparison(run)
+    _print(found.to_json(), lambda _: text_of(found), as_json)
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="The page; by default RUN/report.html.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page that needs nothing else: loss, throughput, memory, bytes, stalls, the timeline of a step."""
+    from weightstream.report.run_page import write_report
+
+    _print(write_report(run, out or run / "report.html"), _lines, as_json)
 
 
 @store_app.command("info")

@@ -14,10 +14,14 @@ from rich.console import Console
 
 from weightstream.board import Board
 from weightstream.config import RunConfig
+from weightstream.errors import ConfigError
 from weightstream.hosts import own_address, require_free_port
 from weightstream.launcher import Launch, Launcher
 from weightstream.ranks import Place, as_rank, joined
 from weightstream.store.glance import committed_step, glance
+from weightstream.trace.compare import Comparison, compared
+from weightstream.trace.files import read_trace
+from weightstream.trace.perfetto import export
 
 
 def fit_alone(config: RunConfig, console: Console, again: str, *, as_json: bool) -> int:
@@ -72,6 +76,39 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
     if code > 2:
         say(f"go on with: weightstream fit {shlex.join(arguments)}")
     return code
+
+
+def export_trace(run: Path, out: Path) -> dict[str, Any]:
+    """Write a run's traced steps for Perfetto.
+
+    Raises:
+        ConfigError: the run has no trace.
+    """
+    trace = read_trace(run)
+    if not trace.spans:
+        raise _untraced(run)
+    export(out, trace.spans, trace.predicted)
+    steps = sorted({span.step for span in trace.spans})
+    return {"trace": str(out), "steps": steps, "ranks": len({span.rank for span in trace.spans})}
+
+
+def trace_comparison(run: Path) -> Comparison:
+    """Predicted against measured, of a run.
+
+    Raises:
+        ConfigError: the run has no trace.
+    """
+    found = compared(read_trace(run))
+    if found is None:
+        raise _untraced(run)
+    return found
+
+
+def _untraced(run: Path) -> ConfigError:
+    return ConfigError(
+        f"run {run} has no trace: expected {run / 'trace' / 'rank-0.jsonl'}, which `weightstream fit` writes at its "
+        f"third step; train on for some steps"
+    )
 
 
 def _reported(report: dict[str, Any], console: Console, again: str | None, *, as_json: bool) -> int:

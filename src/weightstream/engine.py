@@ -38,6 +38,7 @@ from weightstream.store.owned import Holding
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
+from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
 from weightstream.worker.allocator import Ceiling, give_back, keep_memory
 from weightstream.worker.audit import check_model
@@ -228,12 +229,13 @@ class Engine:
         self._used_in: tuple[tuple[Visit, ...], dict[str, list[int]]] = ((), {})
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
-        self._counted = (0, 0)
         cluster = self.ranks.cluster
         sizes = [self.store.layout(unit.index).image_nbytes for unit in self.store.units]
         self.owner = owners(sizes, len(cluster.memory_ranks))
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
         self.holding = Holding(self.store, owned)
+        self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
+        self.store.watch(self.recorder.log)
         self._division = divide(self.store, cluster, self.owner, self._budgets.reduction_groups)
         facts = self._facts(cluster.workers)
         self.runtime = self._runtime(facts, allot(facts))
@@ -264,10 +266,11 @@ class Engine:
             peers = Together(
                 self.ranks.links, self.ranks.cluster, self.holding, self.owner,
                 sums=sums, staging=staging, groups=facts.reduction_groups, uses=self._uses,
+                log=self.recorder.log,
             )  # fmt: skip
         return Runtime(
             keeper, self.worker, self.parameters, facts, allotment, self._ceiling,
-            scratch=store, peers=peers, computing=self.ranks.computing,
+            scratch=store, peers=peers, computing=self.ranks.computing, recorder=self.recorder,
         )  # fmt: skip
 
     def _uses(self, block: int, name: str) -> list[int]:
@@ -366,6 +369,7 @@ class Engine:
         if self.runtime.keeper.broken:
             self.commit()  # says why it cannot
         start = time.perf_counter()
+        self.recorder.begin(self.step_count + 1)
         if self.device.type != "cpu":
             own = {index: _to_device(micro_batch, self.device) for index, micro_batch in own.items()}
         schedule = self._plan(count)
@@ -451,7 +455,7 @@ class Engine:
         )  # fmt: skip
         self._learn(outcome, measuring=True)
         self._plan(micro_batches)
-        self._forget_moved()
+        self.recorder.forget()
 
     def _progress_after(self, finite: bool) -> dict[str, Any]:
         """What is committed with a step: the caller's progress, and how many steps were skipped."""
@@ -501,17 +505,8 @@ class Engine:
         )  # fmt: skip
 
     def _moved(self) -> MovedBytes:
-        read = written = 0
-        for (tier, _), counts in self.store.counters.items():
-            if tier == "disk":
-                read, written = read + counts["read"], written + counts["written"]
-        before, self._counted = self._counted, (read, written)
-        bound = self.bytes_bound()
-        return MovedBytes(read - before[0], written - before[1], bound.total)
-
-    def _forget_moved(self) -> None:
-        """What was moved outside of steps (evaluation, drains) is not counted in the next one."""
-        self._moved()
+        read, written = self.recorder.end()
+        return MovedBytes(read, written, self.bytes_bound().total)
 
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment."""
@@ -535,9 +530,12 @@ class Engine:
         only owns records serves them before it gets the model, and must not call it.
         """
         self.commit()
+        with self.recorder.paused():  # what is moved outside of steps is not counted in the next one
+            yield from self._streamed()
+
+    def _streamed(self) -> Iterator[nn.Module]:
         if not self.ranks.computes:
             follow(self.holding, self.runtime.peers, self.runtime.slabs)
-            self._forget_moved()
             yield self.model
             return
         streamed = StreamedModel(
@@ -555,7 +553,6 @@ class Engine:
             self._restore_cache = without_cache(self.model)
             self.model.train()
             streamed.close()
-            self._forget_moved()
 
     def commit(self) -> None:
         """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""

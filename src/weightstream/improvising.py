@@ -4,12 +4,13 @@ So goes the first step of a process with several ranks, and the rest of any step
 than the schedule has. All ranks choose the same block, since each round begins with what every micro-batch wants.
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightstream.schedule.operations import Backward, Commit, Evict, Fetch, Reduce, Spill, Turn, Visit
+from weightstream.schedule.operations import Backward, Commit, Evict, Fetch, Forward, Reduce, Spill, Turn, Visit
 
 if TYPE_CHECKING:
     from weightstream.runtime import Runtime
@@ -99,7 +100,9 @@ class _Improvisation:
         for wish in wishes:
             block = self.worker.block_of_module[wish.module]
             runtime.make_visit(visit, Visit(block, wish.module), wish.micro_batch)
+            began_s, stalled_s = time.perf_counter(), runtime.outcome.stalled_s
             runtime.pass_through(visit, block, wish.micro_batch, last=False)
+            runtime.ran(Forward(visit, block, wish.micro_batch), began_s, stalled_s)
             if wish.micro_batch in runtime.own:
                 runtime.run(Spill(visit, wish.micro_batch))
                 if self.worker.wants(wish.micro_batch) is None:

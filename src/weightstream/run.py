@@ -29,13 +29,19 @@ from weightstream.ranks import ALONE, Ranks
 from weightstream.store.glance import glance
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
+from weightstream.trace.compare import Comparison, text_of
+from weightstream.trace.spans import Span
 from weightstream.training.display import Display
 from weightstream.training.evaluation import evaluate, generate
 from weightstream.training.loop import Outcome, Trainer
 from weightstream.training.metrics import MetricsLog
+from weightstream.training.tracing import Tracing
 from weightstream.units import format_bytes, format_count, format_seconds
 
 Say = Callable[[str], None]
+
+_LEAST_SHOWN = 0.005
+"""The summary leaves out what takes a smaller part of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +195,18 @@ def _weights(config: RunConfig, say: Say) -> Mapping[str, Tensor] | None:
     return found
 
 
-def fit(config: RunConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, Any] | None:
-    """Train to `training.steps`, from wherever the store stands; the result says what happened, on the first rank."""
+Predict = Callable[[Run], Sequence[Span] | None]
+"""The spans of a run's steps as they are predicted; None where nothing can be."""
+
+
+def fit(
+    config: RunConfig, console: Console, ranks: Ranks = ALONE, predict: Predict | None = None
+) -> dict[str, Any] | None:
+    """Train to `training.steps`, from wherever the store stands; the result says what happened, on the first rank.
+
+    Args:
+        predict: called once, on the first rank, before the first step.
+    """
     say = _sayer(console)
     with opened(config, say, create=True, ranks=ranks) as run:
         engine = run.engine
@@ -205,10 +221,18 @@ def fit(config: RunConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, 
                 config.out, resumed_step=engine.step_count, tensorboard=config.training.tensorboard and ranks.speaks,
                 name="metrics.jsonl" if ranks.speaks else f"metrics/rank-{ranks.rank}.jsonl",
             ) as metrics,
+            Tracing(
+                config.out, engine.recorder, speaks=ranks.speaks,
+                predict=None if predict is None else lambda: predict(run),
+            ) as tracing,
         ):  # fmt: skip
-            outcome = trainer.train(
-                display, metrics, stop=ranks.stop(display.note), stepped=lambda step: ranks.stepped(step, say)
-            )
+
+            def stepped(step: int) -> None:
+                tracing.stepped()
+                ranks.stepped(step, say)
+
+            outcome = trainer.train(display, metrics, stop=ranks.stop(display.note), stepped=stepped)
+            compared = tracing.comparison()
         sample = config.training.sample
         continued: list[str] = []
         if outcome.stopped_by is None and sample.prompts:
@@ -217,7 +241,7 @@ def fit(config: RunConfig, console: Console, ranks: Ranks = ALONE) -> dict[str, 
                 tokens=sample.tokens, temperature=sample.temperature, seed=config.seed,
             )  # fmt: skip
         samples = [{"prompt": p, "continued": c} for p, c in zip(sample.prompts, continued, strict=False)]
-        return _report(run, outcome, samples) if ranks.speaks else None
+        return _report(run, outcome, samples, compared) if ranks.speaks else None
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -279,7 +303,7 @@ def complete(
         }
 
 
-def _report(run: Run, outcome: Outcome, samples: list[dict[str, str]]) -> dict[str, Any]:
+def _report(run: Run, outcome: Outcome, samples: list[dict[str, str]], compared: Comparison | None) -> dict[str, Any]:
     config, info = run.config, run.engine.store.info()
     before, after = outcome.before, outcome.after
     moved = outcome.read_bytes + outcome.written_bytes
@@ -306,6 +330,7 @@ def _report(run: Run, outcome: Outcome, samples: list[dict[str, str]]) -> dict[s
         "bound_bytes": outcome.bound_bytes,
         "moved_over_bound": moved / outcome.bound_bytes if outcome.bound_bytes else None,
         "store": str(config.store),
+        "trace": compared and compared.to_json() | {"text": text_of(compared, least=_LEAST_SHOWN)},
     }
 
 
@@ -340,6 +365,8 @@ def summary(report: dict[str, Any]) -> str:
     ]
     if report["skipped_steps"]:
         lines.append(f"skipped      {report['skipped_steps']} steps whose gradients were not finite")
+    if report["trace"]:
+        lines += ["", report["trace"]["text"]]
     for sample in report["samples"]:
         lines += ["", f"sample, after {sample['prompt']!r}:", *(f"    {line}" for line in _shown(sample))]
     return "\n".join(lines)

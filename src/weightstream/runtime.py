@@ -40,6 +40,7 @@ from weightstream.schedule.operations import (
 )
 from weightstream.schedule.planner import Allotment, Facts
 from weightstream.store.futures import chain, done
+from weightstream.trace.recorder import Recorder
 from weightstream.worker.activations import Activations, Scratch
 from weightstream.worker.allocator import Ceiling
 from weightstream.worker.slabs import Parameters, Slab, Slabs
@@ -80,6 +81,7 @@ class Runtime:
     Args:
         peers: this rank's part in what all ranks do together.
         computing: entered while this rank computes; ranks that share a process take turns.
+        recorder: told of each operation.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Runtime:
         scratch: Scratch,
         peers: Peers,
         computing: Callable[[], AbstractContextManager[object]] = nullcontext,
+        recorder: Recorder | None = None,
     ) -> None:
         self.keeper, self.holding, self.worker, self.parameters = keeper, keeper.holding, worker, parameters
         self.facts, self.allotment, self.peers = facts, allotment, peers
@@ -110,7 +113,9 @@ class Runtime:
         self.members: list[set[int]] = []  # the micro-batches of all ranks that made each of them
         self.micro_batches = 0
         self.own: tuple[int, ...] = ()
+        self._recorded: frozenset[int | None] = frozenset((None,))  # micro-batches, or none, of what happens here
         self._ceiling, self._computing = ceiling, computing
+        self.recorder = recorder or Recorder(peers.rank)
         self._arrivals: dict[int, Arrival] = {}
         self._reducing: dict[int, Future[Any]] = {}  # in order of issue
         self._rehearsal = False
@@ -145,6 +150,7 @@ class Runtime:
         """
         self.outcome = StepOutcome()
         self.own, self.micro_batches = tuple(micro_batches), count
+        self._recorded = frozenset((None, *self.own))
         self._step, self._rehearsal = step, rehearsal
         self.keeper.step, self.keeper.poisoned = step, rehearsal
         self.visits, self.members, self._progress = [], [], progress
@@ -242,9 +248,21 @@ class Runtime:
             case _:
                 assert_never(operation)
         self._ceiling.check()
+        self.ran(operation, start, stalled)
+
+    def ran(self, operation: Operation, start: float, stalled: float) -> None:
+        """An operation was carried out; notes its time.
+
+        Args:
+            start: when it began.
+            stalled: the outcome's `stalled_s` at that time.
+        """
+        ended, waited = time.perf_counter(), self.outcome.stalled_s - stalled
         name = type(operation).__name__.lower()
         self.outcome.counts[name] += 1
-        self.outcome.seconds[name] += time.perf_counter() - start - (self.outcome.stalled_s - stalled)
+        self.outcome.seconds[name] += ended - start - waited
+        if getattr(operation, "micro_batch", None) in self._recorded:
+            self.recorder.ran(operation, start, ended, waited)
 
     def _compute(self, operation: Turn | Backward | Spill | Restore) -> None:
         match operation:

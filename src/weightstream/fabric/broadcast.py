@@ -4,6 +4,7 @@ One thread carries out one rank's part, block by block in order of issue. Bytes 
 chunk, and straight from one slab to the next: nothing is copied on the way.
 """
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from weightstream.cluster import Cluster
 from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Route, broadcast_route
 from weightstream.store.futures import new_future, settle
+from weightstream.trace.recorder import NO_LOG, Log
 
 CHUNK_BYTES = 2 << 20
 AHEAD = 32  # receives that are posted before their bytes come
@@ -60,19 +62,20 @@ class _Piece:
 class Broadcast:
     """One rank's part in bringing blocks to slabs."""
 
-    def __init__(self, channel: Channel, cluster: Cluster) -> None:
-        self._channel, self._cluster = channel, cluster
+    def __init__(self, channel: Channel, cluster: Cluster, log: Log = NO_LOG) -> None:
+        self._channel, self._cluster, self._log = channel, cluster, log
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-down")
         self._leaving = ThreadPoolExecutor(1, thread_name_prefix="fabric-passed")
         self._job = 0
 
     def start(
-        self, view: memoryview, spans: Sequence[Span], local: "Mapping[int, Future[object]]"
+        self, view: memoryview, spans: Sequence[Span], local: "Mapping[int, Future[object]]", block: int = 0
     ) -> "tuple[Future[None], Future[None]]":
         """Begins with the next block.
 
         Args:
             view: the slab; bytes of units of this rank are there when their future in `local` is done.
+            block: whose bytes they are, in notes.
 
         Returns:
             Futures: all bytes are here; and all that this rank passes on has left.
@@ -80,7 +83,7 @@ class Broadcast:
         here: Future[None] = new_future()
         passed: Future[None] = new_future()
         job, self._job = self._job, self._job + 1
-        self._thread.submit(self._run, job, view, spans, local, here, passed)
+        self._thread.submit(self._run, job, view, spans, local, here, passed, block)
         return here, passed
 
     def close(self) -> None:
@@ -96,29 +99,36 @@ class Broadcast:
         local: "Mapping[int, Future[object]]",
         here: "Future[None]",
         passed: "Future[None]",
+        block: int,
     ) -> None:
         sends: list[Handle] = []
         try:
-            self._move(job, view, spans, local, sends)
+            pieces = self._pieces(job, view, spans)
+            began_s = self._move(pieces, local, sends)
         except BaseException as error:
             self._channel.stop(str(error))  # others wait for what does not come from here
             here.set_exception(error)
             passed.set_exception(error)
             return
         here.set_result(None)
+        come = sum(piece.data.nbytes for piece in pieces if piece.route.source is not None)
+        leave = sum(piece.data.nbytes * len(piece.route.targets) for piece in pieces)
+
+        def left() -> None:
+            all_left(sends)
+            self._log.note("fetch", block, "down", began_s, time.perf_counter(), max(come, leave))
+
         # the next block comes while the rest of this one leaves: else the link would rest for a chunk's way
-        self._leaving.submit(settle, passed, lambda: all_left(sends))
+        self._leaving.submit(settle, passed, left)
 
     def _move(
         self,
-        job: int,
-        view: memoryview,
-        spans: Sequence[Span],
+        pieces: "list[_Piece]",
         local: "Mapping[int, Future[object]]",
         sends: list[Handle],
-    ) -> None:
-        channel = self._channel
-        pieces = self._pieces(job, view, spans)
+    ) -> float:
+        """Gives the time at which the first bytes were there to be moved."""
+        channel, began_s = self._channel, time.perf_counter()
         expected = (piece for piece in pieces if piece.route.source is not None)
         posted: deque[Handle] = deque()
 
@@ -136,19 +146,23 @@ class Broadcast:
             for target in piece.route.targets:
                 sends.append(channel.send(piece.data, target, piece.tag, f"unit {piece.unit}"))
 
+        came = False
         for piece in pieces:
             # what is read here leaves as soon as it may, so that links are busy in both directions; waiting for it only
             # in order keeps ranks from waiting for each other
             # (and not so early that a tag passes its earlier use, on a unit that this rank has yet to pass on)
             while own and own[0].number < piece.number + UNITS // 2 and (own[0] is piece or local[own[0].unit].done()):
                 local[own[0].unit].result()
+                began_s = began_s if sends or came else time.perf_counter()
                 send(own.popleft())
             if piece.route.source is not None:
                 posted.popleft().wait()
+                came = True
                 post()
                 send(piece)
         for future in local.values():
             future.result()
+        return began_s
 
     def _pieces(self, job: int, view: memoryview, spans: Sequence[Span]) -> list[_Piece]:
         found = []

@@ -8,10 +8,12 @@ A parameter that several visits use is summed use by use, each through the whole
 uses at the owner.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from weightstream.fabric.heads import Head, head_bytes
 from weightstream.fabric.links import Channel, Handle
 from weightstream.fabric.trees import Hand, Join, Merge, Node, Step, Take, reduce_plan
 from weightstream.store.futures import new_future
+from weightstream.trace.recorder import NO_LOG, Log
 
 CHUNK = 1 << 19  # elements
 AHEAD = 2  # chunks of a sibling's sum that are under way at once
@@ -56,8 +59,8 @@ class Total:
 class Reduction:
     """One rank's part in summing gradients over ranks."""
 
-    def __init__(self, channel: Channel, cluster: Cluster, groups: int) -> None:
-        self._channel, self._cluster, self._groups = channel, cluster, groups
+    def __init__(self, channel: Channel, cluster: Cluster, groups: int, log: Log = NO_LOG) -> None:
+        self._channel, self._cluster, self._groups, self._log = channel, cluster, groups, log
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-up")
         self._leaving = ThreadPoolExecutor(1, thread_name_prefix="fabric-given")
         self._job = 0
@@ -69,6 +72,7 @@ class Reduction:
         heads: Mapping[Node, Mapping[int, Head]],
         sums: Sums,
         targets: Mapping[int, Tensor],
+        block: int = 0,
     ) -> "Future[Total]":
         """Begins with the next block; `sums` are changed, and free when the future is done.
 
@@ -76,10 +80,11 @@ class Reduction:
             heads: by node of this rank, and by unit, what there is of it.
             sums: this rank's own, of the largest subtrees within its share.
             targets: by unit of this rank, where the finished sum goes: flat, as long as the unit's span.
+            block: whose gradient it is, in notes.
         """
         job, self._job = self._job, self._job + 1
         out: Future[Total] = new_future()
-        self._thread.submit(self._run, job, units, heads, sums, targets, out)
+        self._thread.submit(self._run, job, units, heads, sums, targets, out, block)
         return out
 
     def close(self) -> None:
@@ -95,7 +100,9 @@ class Reduction:
         sums: Sums,
         targets: Mapping[int, Tensor],
         out: "Future[Total]",
+        block: int,
     ) -> None:
+        began_s, moved = time.perf_counter(), _moved(self._channel)
         try:
             total = Total(any(head.found for by_unit in heads.values() for head in by_unit.values()))
             sends: list[Handle] = []
@@ -114,11 +121,14 @@ class Reduction:
         except BaseException as error:
             self._fail(out, error)
         else:
-            self._leaving.submit(self._left, sends, total, out)  # the next block's sums come meanwhile
+            nbytes = max(now - before for now, before in zip(_moved(self._channel), moved, strict=True))
+            note = partial(self._log.note, "reduce", block, "up", began_s, nbytes=nbytes)
+            self._leaving.submit(self._left, sends, total, out, note)  # the next block's sums come meanwhile
 
-    def _left(self, sends: Sequence[Handle], total: Total, out: "Future[Total]") -> None:
+    def _left(self, sends: Sequence[Handle], total: Total, out: "Future[Total]", note: Callable[[float], None]) -> None:
         try:
             all_left(sends)
+            note(time.perf_counter())
         except BaseException as error:
             self._fail(out, error)
         else:
@@ -141,6 +151,11 @@ class Reduction:
         work = _UnitSum(self._channel, steps, place, unit, heads, sums, target, sends, self._chunks)
         work.begin()
         return work
+
+
+def _moved(channel: Channel) -> tuple[int, int]:
+    """Bytes sent and received so far."""
+    return channel.traffic.sent.total(), channel.traffic.received.total()
 
 
 class _UnitSum:

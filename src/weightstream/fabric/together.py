@@ -20,6 +20,7 @@ from weightstream.fabric.staging import Staging
 from weightstream.fabric.trees import Node
 from weightstream.schedule.reduction import subtrees
 from weightstream.store.owned import Holding
+from weightstream.trace.recorder import NO_LOG, Log
 
 SUMS_TRAVELLING = 2
 """Blocks whose gradient is on its way while the next one is summed."""
@@ -53,6 +54,7 @@ class Together:
         sums: where this rank sums what it computes; whole blocks.
         staging: where the gradients of the units that it owns wait.
         uses: of parameters in blocks; others are used once.
+        log: where it is noted what moved between ranks: of each block, in the direction in which more did.
     """
 
     def __init__(
@@ -66,14 +68,15 @@ class Together:
         staging: Staging,
         groups: int,
         uses: Uses,
+        log: Log = NO_LOG,
     ) -> None:
         self.cluster, self.rank = cluster, links.rank
         self._links, self._holding, self._groups = links, holding, groups
         self._sums, self._staging, self._uses = sums, staging, uses
         self._share = cluster.groups_of(links.rank, groups)
         self._subtrees: tuple[Node, ...] = subtrees(groups, self._share)
-        self._down = Broadcast(links.down, cluster)
-        self._up = Reduction(links.up, cluster, groups)
+        self._down = Broadcast(links.down, cluster, log)
+        self._up = Reduction(links.up, cluster, groups, log)
         self._blocks = [self._facts(block.index, owner) for block in holding.blocks]
 
     def _facts(self, block: int, owner: Sequence[int]) -> _Block:
@@ -98,7 +101,7 @@ class Together:
     # down
 
     def fetch(self, block: int, view: memoryview, local: "Mapping[int, Future[Any]]") -> Arrival:
-        here, passed = self._down.start(view, self._blocks[block].spans, local)
+        here, passed = self._down.start(view, self._blocks[block].spans, local, block)
         return Arrival(here, passed)
 
     # up
@@ -120,7 +123,7 @@ class Together:
         if total is not None:
             self._lay_out(block, total, units, heads, sums)
         targets = self._targets(block, units)
-        reducing = self._up.start(units, heads, sums, targets)
+        reducing = self._up.start(units, heads, sums, targets, block)
         if total is not None:
             self._sums.lend(block, reducing)
         return reducing

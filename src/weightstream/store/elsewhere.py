@@ -20,6 +20,7 @@ from weightstream.store.layout import Precision, RecordLayout
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.scratch import Scratch
 from weightstream.store.tiers import Disk
+from weightstream.trace.recorder import Log
 
 
 class Elsewhere:
@@ -89,6 +90,10 @@ class Elsewhere:
     def scratch_free(self, key: Hashable) -> None:
         """See `Store.scratch_free`."""
         self._scratch.free(key)
+
+    def watch(self, log: Log) -> None:
+        """See `Store.watch`: here scratch alone."""
+        self._disk.traffic.log = log
 
     @property
     def counters(self) -> dict[tuple[str, str], dict[str, int]]:

@@ -51,7 +51,9 @@ def write_many(versions: "Versions", records: Sequence[Writing]) -> "Future[None
         for (index, record, _, _, _), entry in zip(records, entries, strict=True):
             state = versions.records.keep(index, states[index])
             versions.make_newest(index, state, entry)
-            copies += [versions.copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
+            copies += [
+                versions.copy_into_pin(pin, entry, record.view(name), index) for name, pin in state.pinned.items()
+            ]
             assert entry.slot is not None
             written[entry.slot].append((entry, record.layout, record))
         versions.track(out)

@@ -92,7 +92,13 @@ class Scratch:
             (),
             lambda: _to_none(
                 self._disk.write(
-                    self._path, [(item.offset, view)], "scratch", allocate_bytes=end, digest=False, sync=False
+                    self._path,
+                    [(item.offset, view)],
+                    "scratch",
+                    allocate_bytes=end,
+                    digest=False,
+                    sync=False,
+                    what=key,
                 ),
                 f"scratch file '{self._path}' could not be written",
             ),
@@ -119,7 +125,7 @@ class Scratch:
         def start() -> "Future[None]":
             item.written.result()
             return _to_none(
-                self._disk.read(self._path, [(item.offset, view)], "scratch", digest=False),
+                self._disk.read(self._path, [(item.offset, view)], "scratch", digest=False, what=key),
                 f"scratch file '{self._path}' could not be read",
             )
 

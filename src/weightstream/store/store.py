@@ -38,6 +38,7 @@ from weightstream.store.shared import SHARED
 from weightstream.store.tiers import Device, Disk, Memory
 from weightstream.store.transaction import Tensors, Transaction, tensors_of
 from weightstream.store.versions import Versions
+from weightstream.trace.recorder import Log
 
 
 class Store:
@@ -596,6 +597,10 @@ class Store:
     def snapshots(self) -> dict[str, int]:
         """Name of each snapshot → training step that it holds."""
         return {name: self.manifest.commit_row(number).step for name, number in self.manifest.snapshots().items()}
+
+    def watch(self, log: Log) -> None:
+        """From now on what is moved and committed is noted there, by unit or key."""
+        self.disk.traffic.log = self.memory.traffic.log = self.versions.log = log
 
     @property
     def counters(self) -> dict[tuple[str, str], dict[str, int]]:

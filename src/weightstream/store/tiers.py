@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from weightstream.store.checksums import part_checksums
 from weightstream.store.futures import gather, new_future, settle
 from weightstream.store.layout import ALIGN_PART
 from weightstream.store.segments import AlignedBuffer, address
+from weightstream.trace.recorder import NO_LOG, Log
 from weightstream.units import align
 
 log = logging.getLogger("weightstream.store")
@@ -51,9 +52,15 @@ URGENT_DEPTH = 3
 
 
 class Traffic:
-    """What a tier has moved: bytes by kind and direction, and the seconds in which at least one operation ran."""
+    """What a tier has moved: bytes by kind and direction, and the seconds in which at least one operation ran.
 
-    def __init__(self) -> None:
+    Args:
+        resource: what it is called in notes; default: `read` and `write`, each by itself.
+    """
+
+    def __init__(self, resource: str | None = None) -> None:
+        self.log: Log = NO_LOG
+        self._resource = resource
         self.read_bytes: Counter[str] = Counter()
         self.written_bytes: Counter[str] = Counter()
         self.busy_s = {"read": 0.0, "write": 0.0}
@@ -62,21 +69,24 @@ class Traffic:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def operation(self, direction: str, kind: str, nbytes: int) -> Any:
-        """Count one operation and the time it takes; bytes count when it succeeds."""
+    def operation(self, direction: str, kind: str, nbytes: int, what: Hashable = None) -> Any:
+        """Count and note one operation and the time it takes; bytes count when it succeeds."""
+        began_s = time.perf_counter()
         with self._lock:
             if self._active[direction] == 0:
-                self._since[direction] = time.perf_counter()
+                self._since[direction] = began_s
             self._active[direction] += 1
         moved = 0
         try:
             yield
             moved = nbytes
         finally:
+            ended_s = time.perf_counter()
+            self.log.note(kind, what, self._resource or direction, began_s, ended_s, moved)
             with self._lock:
                 self._active[direction] -= 1
                 if self._active[direction] == 0:
-                    self.busy_s[direction] += time.perf_counter() - self._since[direction]
+                    self.busy_s[direction] += ended_s - self._since[direction]
                 (self.read_bytes if direction == "read" else self.written_bytes)[kind] += moved
 
 
@@ -181,6 +191,7 @@ class _Transfer:
     allocate_bytes: int = 0
     recycle: bool = False
     exact: bool = False
+    what: Hashable = None
     chunks: list[tuple[int, int, memoryview]] = field(default_factory=list)  # (extent, file offset, memory)
     moves: list[range] = field(default_factory=list)  # chunks that one call moves
     digests: list[bytes] = field(default_factory=list)
@@ -218,12 +229,20 @@ class Disk:
         self._bounce = threading.local()
 
     def read(
-        self, path: Path, extents: Sequence[Extent], kind: str, *, digest: bool = True, deep: bool = False
+        self,
+        path: Path,
+        extents: Sequence[Extent],
+        kind: str,
+        *,
+        digest: bool = True,
+        deep: bool = False,
+        what: Hashable = None,
     ) -> "Future[list[int]]":
         """Fill each extent's memory from the file; the future gives the checksum of each (0 without `digest`).
 
         The memory may lie anywhere and have any length; what is not page-aligned goes through a bounce buffer. With
-        `deep` up to 32 calls are under way at a time, as many small reads in different places need.
+        `deep` up to 32 calls are under way at a time, as many small reads in different places need. `what` says in notes
+        which unit or key it is for.
 
         Raises (in the future):
             DamagedRecordError: the file ends too early.
@@ -232,7 +251,7 @@ class Disk:
         if deep and self._deep is None:
             self._deep = ThreadPoolExecutor(DEEP, thread_name_prefix="store-deep")
         pool = self._deep if deep and self._deep else self._urgent if kind in URGENT_KINDS else self._readers
-        return self._issue(_Transfer(path, kind, extents, write=False, digest=digest), pool)
+        return self._issue(_Transfer(path, kind, extents, write=False, digest=digest, what=what), pool)
 
     def write(
         self,
@@ -245,6 +264,7 @@ class Disk:
         sync: bool = True,
         recycle: bool = False,
         exact: bool = False,
+        what: Hashable = None,
     ) -> "Future[list[int]]":
         """Write each extent to a file of at least `allocate_bytes`; done when synced. Gives the checksum of each.
 
@@ -254,7 +274,7 @@ class Disk:
         Raises (in the future):
             OSError: the system could not write, for example for want of space.
         """
-        transfer = _Transfer(path, kind, extents, True, digest, sync, allocate_bytes, recycle, exact)
+        transfer = _Transfer(path, kind, extents, True, digest, sync, allocate_bytes, recycle, exact, what)
         return self._issue(transfer, self._writers)
 
     def close(self) -> None:
@@ -294,7 +314,8 @@ class Disk:
         if transfer.error is None:
             nbytes = sum(transfer.chunks[number][2].nbytes for number in move)
             try:
-                with self.traffic.operation("write" if transfer.write else "read", transfer.kind, nbytes):
+                direction = "write" if transfer.write else "read"
+                with self.traffic.operation(direction, transfer.kind, nbytes, transfer.what):
                     self._move(transfer, move, nbytes)
             except BaseException as error:
                 transfer.error = error
@@ -362,7 +383,7 @@ class Disk:
         if transfer.handle is not None:
             try:
                 if transfer.sync and transfer.error is None:
-                    with self.traffic.operation("write", transfer.kind, 0):
+                    with self.traffic.operation("write", transfer.kind, 0, transfer.what):
                         self.device.sync(transfer.handle)
             finally:
                 self.device.close(transfer.handle, wrote=transfer.write)
@@ -412,18 +433,20 @@ class Memory:
     """
 
     def __init__(self, threads: int = 2, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self.traffic = Traffic()
+        self.traffic = Traffic("memory")
         self.chunk_bytes = chunk_bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="store-memory")
 
-    def copy(self, source: memoryview, target: memoryview, kind: str, *, write: bool) -> "Future[None]":
+    def copy(
+        self, source: memoryview, target: memoryview, kind: str, *, write: bool, what: Hashable = None
+    ) -> "Future[None]":
         """Copy bytes; `write` tells into the tier from out of it."""
         assert source.nbytes == target.nbytes
         direction = "write" if write else "read"
         tasks = []
         for start in range(0, source.nbytes, self.chunk_bytes):
             stop = start + self.chunk_bytes
-            tasks.append(partial(self._copy, source[start:stop], target[start:stop], kind, direction))
+            tasks.append(partial(self._copy, source[start:stop], target[start:stop], kind, direction, what))
         return self.run(tasks)
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> "Future[None]":
@@ -439,6 +462,6 @@ class Memory:
     def close(self) -> None:
         self._pool.shutdown(wait=True)
 
-    def _copy(self, source: memoryview, target: memoryview, kind: str, direction: str) -> None:
-        with self.traffic.operation(direction, kind, source.nbytes):
+    def _copy(self, source: memoryview, target: memoryview, kind: str, direction: str, what: Hashable) -> None:
+        with self.traffic.operation(direction, kind, source.nbytes, what):
             _memmove(address(target), address(source), source.nbytes)

@@ -12,6 +12,7 @@ readers.
 
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,7 @@ from weightstream.store.records import (
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.shared import SHARED, Batch, SharedFiles
 from weightstream.store.tiers import Disk, Extent, Memory
+from weightstream.trace.recorder import NO_LOG, Log
 
 Targets = Mapping[str, memoryview]
 """Which parts of a record are wanted, and the memory that each goes to."""
@@ -91,6 +93,7 @@ class Versions:
         self.changed: set[int] = set()  # records with versions that no commit was asked to publish
         self._in_flight: set[Future[Any]] = set()
         self._failure: BaseException | None = None
+        self.log: Log = NO_LOG
         self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
         self.session = Session(manifest.life(), {"disk": disk.traffic, "ram": memory.traffic})
         self.shared = SharedFiles(path / directory.SEGMENTS, disk, manifest, self._lock)
@@ -118,7 +121,9 @@ class Versions:
             state.newest = entry
             self.changed.add(block_index)
             self.track(out)
-            copies = [self.copy_into_pin(pin, entry, record.view(name)) for name, pin in state.pinned.items()]
+            copies = [
+                self.copy_into_pin(pin, entry, record.view(name), block_index) for name, pin in state.pinned.items()
+            ]
             turn, state.claimed = state.claimed, entry.claimed
         moved = chain([turn], lambda: self._write_entry(block_index, entry, record))
         gather([moved, *copies]).add_done_callback(
@@ -325,7 +330,7 @@ class Versions:
             moves: list[Future[None]] = []
             for name, (pin, ready) in from_pins.items():
                 ready.result()
-                moves.append(self._memory.copy(pin.buffer.view, targets[name], kind, write=False))
+                moves.append(self._memory.copy(pin.buffer.view, targets[name], kind, write=False, what=block_index))
             if others:
                 entry.ready.result()
                 moves.append(chain((), lambda: self.read_entry(block_index, entry, others, kind, check=check)))
@@ -334,7 +339,8 @@ class Versions:
         def fill_pins(read: "Future[list[None]]") -> "Future[list[None]]":
             read.result()
             return gather(
-                self._memory.copy(targets[name], pin.buffer.view, kind, write=True) for name, pin in fills.items()
+                self._memory.copy(targets[name], pin.buffer.view, kind, write=True, what=block_index)
+                for name, pin in fills.items()
             )
 
         read = chain(waits, start)
@@ -388,7 +394,7 @@ class Versions:
             if check:
                 self.compare(block_index, entry, parts, found)
 
-        self._disk.read(path, extents, kind, digest=check).add_done_callback(
+        self._disk.read(path, extents, kind, digest=check, what=block_index).add_done_callback(
             lambda finished: settle(out, lambda: compare(finished))
         )
         return out
@@ -446,12 +452,14 @@ class Versions:
 
     # Writing.
 
-    def copy_into_pin(self, pin: PinnedPart, entry: Entry, source: memoryview) -> "Future[None]":
+    def copy_into_pin(self, pin: PinnedPart, entry: Entry, source: memoryview, index: int) -> "Future[None]":
         """Write a part through to its memory, once nothing else uses that."""
         waits = pin.busy()
         copied: Future[None] = new_future()
         pin.expect(entry, copied)
-        return chain(waits, lambda: self._memory.copy(source, pin.buffer.view, "segment", write=True), copied)
+        return chain(
+            waits, lambda: self._memory.copy(source, pin.buffer.view, "segment", write=True, what=index), copied
+        )
 
     def _write_entry(self, block_index: int, entry: Entry, record: RecordBuffer) -> "Future[None]":
         """Find the entry a file and write its image there; waits for a commit if all files are live."""
@@ -478,6 +486,7 @@ class Versions:
                 allocate_bytes=layout.image_nbytes,
                 recycle=entry.slot in known,
                 digest=not entry.checksums,
+                what=block_index,
             )
 
         out: Future[None] = new_future()
@@ -517,6 +526,7 @@ class Versions:
         published: Mapping[int, Entry],
         batch: Batch,
     ) -> None:
+        began_s = time.perf_counter()
         try:
             copied, shared, gone = self._publish(out, step, progress, published, batch)
         except BaseException as error:
@@ -535,6 +545,7 @@ class Versions:
             self.step, self.progress = step, progress
             self.shared.committed(batch, shared, gone)
             self._end_commit(out, published)
+        self.log.note("commit", step, "manifest", began_s, time.perf_counter(), 0)
 
     def _end_commit(self, out: "Future[None]", published: Mapping[int, Entry]) -> None:
         self._commits.remove(out)
