@@ -1,6 +1,5 @@
 """`weightstream simulate`: a job out of names or a configuration, its simulated step, and what follows for a run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,11 +7,14 @@ from typing import Any
 
 from weightstream.config import RunConfig
 from weightstream.errors import ConfigError
+from weightstream.report.figures import Line, Section, page, preformatted, timeline, utilisation
+from weightstream.report.figures import curve as figure_of
 from weightstream.simulator.clusters import CLUSTERS, THIS_MACHINE, ClusterPreset, cluster_named
 from weightstream.simulator.jobs import Job
 from weightstream.simulator.models import ModelShape, model_named
 from weightstream.simulator.outcomes import Failures, Outcome, curve, run, stragglers
 from weightstream.simulator.validation import Row, calibrate_efficiency, validate
+from weightstream.trace.perfetto import export
 from weightstream.units import format_bytes, format_count, format_seconds
 
 TOKENS_PER_PARAMETER = 20
@@ -123,17 +125,43 @@ def simulated(
     """What `--json` prints; also writes the page and the trace, where they are asked for."""
     found, outcome = report(asked, config, keep_spans=html is not None or trace is not None)
     if trace is not None:
-        trace.write_text(json.dumps(_perfetto(outcome)), encoding="utf-8")
+        export(trace, (), outcome.spans)
     if html is not None:
         html.write_text(_page(found, outcome), encoding="utf-8")
     return found
 
 
+def _page(found: Mapping[str, Any], outcome: Outcome) -> str:
+    """One HTML file that loads nothing: the step, what is busy in it, and the curve."""
+    last = max((span.step for span in outcome.spans), default=0)
+    path = {
+        f"{kind} on the critical path": format_seconds(seconds) for kind, seconds in found["critical_path_s"].items()
+    }
+    points = found["scaling"]
+    lines = [
+        Line("simulated", [p["workers"] for p in points], [p["tokens_per_s"] for p in points], markers=True),
+        Line(
+            "in proportion", [p["workers"] for p in points],
+            [points[0]["tokens_per_s"] / points[0]["workers"] * p["workers"] for p in points], dash="dot",
+        ),
+    ]  # fmt: skip
+    sections = (
+        Section("Resources", (utilisation(found["utilisation"], limit=found["binds"]),)),
+        Section(
+            "Scaling", (figure_of(lines, x=f"{outcome.job.cluster.system}s", y="tokens/s", log_x=True, log_y=True),)
+        ),
+        Section("A step", (timeline([span for span in outcome.spans if span.step == last]),), wide=True),
+        Section("Figures", (path, preformatted("all of it", text(found))), wide=True),
+    )
+    title = f"{found['model']} on {found['workers']} × {found['cluster']}"
+    return page(title, sections, subtitle=f"simulated: batch {found['batch']:g} × {found['sequence']} tokens")
+
+
 def claims() -> str:
     """`docs/claims.md`, with every number computed anew."""
-    from weightstream.simulator.claims import page
+    from weightstream.simulator.claims import page as page_of_claims
 
-    return page()
+    return page_of_claims()
 
 
 def report(asked: Asked, config: RunConfig | None, *, keep_spans: bool = False) -> tuple[dict[str, Any], Outcome]:
@@ -186,7 +214,7 @@ def text(found: Mapping[str, Any]) -> str:
         "utilisation       " + ", ".join(f"{key} {share:.1%}" for key, share in found["utilisation"].items()),
         "critical path     " + ", ".join(f"{key} {format_seconds(seconds)}" for key, seconds in path if seconds > 0),
         f"link of a system  {format_bytes(found['down_bytes'])} down, {format_bytes(found['up_bytes'])} up a step",
-        f"device memory     {format_bytes(found['device_bytes'])}; {found['spilled']:.0%} of activations between blocks leave it",
+        f"device memory     {format_bytes(found['device_bytes'])}; {found['spilled']:.0%} of activations leave it",
         f"run               {format_count(found['tokens'])} tokens: {found['hours']:.4g} h, {found['energy_kwh']:.4g} kWh"
         + (f"; goodput {found['goodput']:.2%} with failures" if found["goodput"] < 1 else ""),
         "",
