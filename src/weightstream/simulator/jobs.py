@@ -7,7 +7,7 @@ from math import ceil
 from weightstream.errors import PlanError
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Visit
-from weightstream.schedule.planner import RESTORE_AHEAD, Allotment, Facts, allot
+from weightstream.schedule.planner import RESTORE_AHEAD, Allotment, Facts, Tier, allot
 from weightstream.simulator.clusters import ClusterPreset
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Hardware
@@ -164,9 +164,10 @@ def _in_memory(allotment: Allotment, facts: Facts, spilled: float) -> Allotment:
     """What a plan comes to where all records and gradients stay in memory, with this share of activations spilled."""
     everything = frozenset(block.index for block in facts.blocks)
     away = round(len(facts.visits) * spilled)
+    tiers: list[Tier] = ["host" if visit < away else "device" for visit in range(len(facts.visits))]
     return replace(
         allotment, record_buffers=min(allotment.record_buffers, RECORDS_AHEAD),
-        boundaries=("host",) * away + ("device",) * (len(facts.visits) - away),
+        boundaries=tuple(tiers),
         staged_in_ram=everything, pinned_copies=everything, pinned_states=everything,
     )  # fmt: skip
 

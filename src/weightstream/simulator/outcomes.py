@@ -5,7 +5,7 @@ shorter ones are simulated, and the difference goes on; without stragglers all s
 that one of them stands for many.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, exp, expm1, log
@@ -250,7 +250,7 @@ def least_batch(job: Job, share: float) -> int | None:
 
 
 def _outcome(whole: Prepared, simulated: Prepared, found: Simulation) -> Outcome:
-    path: Counter[str] = Counter()
+    path: defaultdict[str, float] = defaultdict(float)
     for span in found.critical_path:
         path[span.kind] += span.busy_s
     return Outcome(
