@@ -60,16 +60,17 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, quiet: bool = False) -> Case:
+def cases(draw: st.DrawFn, *, quiet: bool = False, alone: bool = False) -> Case:
     """Any model, machine and division of work, under tight budgets or wide ones.
 
     Args:
         quiet: nothing is shared: every rank has a host and cores of its own, and no disk.
+        alone: there is but one rank.
     """
     some = draw(facts())
     most = min(4, some.micro_batches, some.reduction_groups)
-    workers = draw(st.integers(1, most))
-    apart = draw(st.booleans())
+    workers = 1 if alone else draw(st.integers(1, most))
+    apart = not alone and draw(st.booleans())
     cluster = Cluster(workers, draw(st.integers(1, 2)) if apart else "colocated")
     if any(not cluster.share(rank, some.micro_batches, some.reduction_groups) for rank in cluster.compute_ranks):
         cluster = Cluster(1, cluster.memory)

@@ -10,7 +10,7 @@ from tests.simulator.examples import Case, as_alone, cases
 from weightstream.schedule.operations import Backward, Fetch, Forward, Load, Reduce, Restore, Spill, Turn, Update, Write
 from weightstream.schedule.verify import verify
 from weightstream.simulator.durations import Durations
-from weightstream.simulator.hardware import Hardware
+from weightstream.simulator.hardware import Disk, Hardware
 from weightstream.simulator.simulator import Simulation, simulate
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -53,18 +53,13 @@ def test_operations_begin_in_a_legal_order(case: Case) -> None:
 
 
 @QUICK
-@given(cases())
-def test_the_bytes_of_a_step_are_those_of_its_operations(case: Case) -> None:
+@given(cases(alone=True), st.sampled_from([1024.0, 2.0**20]))
+def test_the_bytes_of_a_step_are_those_of_its_operations(case: Case, rate: float) -> None:
     """Counted anew from the schedule: what is not pinned, not in RAM, and not just updated moves."""
-    found = run(case)
-    if case.hardware.disk is None:
-        assert found.read_bytes == found.written_bytes == 0
-        return
+    disk = Disk(read_bytes_per_s=rate, write_bytes_per_s=2 * rate)
+    found = run(case, hardware=replace(case.hardware, disk=disk))
     facts, allotment = case.facts, case.allotment
-    if case.hardware.cluster.size > 1 or any(
-        tier == "disk" and facts.boundary_bytes and any(facts.boundary_bytes) for tier in allotment.boundaries
-    ):
-        return
+    boundary = facts.boundary_bytes or (0,) * len(facts.visits)
     operations = found.schedule.operations
     read = written = 0
     just_updated: set[int] = set()
@@ -85,6 +80,10 @@ def test_the_bytes_of_a_step_are_those_of_its_operations(case: Case) -> None:
             case Fetch(index):
                 if index not in just_updated and index not in allotment.pinned_copies:
                     read += facts.blocks[index].streamed_bytes
+            case Spill(visit) if allotment.boundaries[visit] == "disk":
+                written += boundary[visit]
+            case Restore(visit) if allotment.boundaries[visit] == "disk":
+                read += boundary[visit]
             case _:
                 pass
     assert (found.read_bytes, found.written_bytes) == (read, written)
@@ -147,13 +146,11 @@ def test_where_nothing_is_shared_a_faster_link_costs_nothing(case: Case) -> None
 
 
 @QUICK
-@given(cases(quiet=True))
+@given(cases(quiet=True, alone=True))
 def test_without_bytes_to_wait_for_a_step_is_its_compute(case: Case) -> None:
     """Counted anew from the schedule; seconds are multiples of 1/64, so that the sum is exact."""
-    if case.hardware.cluster.size > 1 or case.hardware.updates_beside:
-        return
     facts, durations = case.facts, case.durations
-    found = run(case)
+    found = run(case, hardware=replace(case.hardware, updates_beside=False))
     total = durations.between_steps
     for operation in found.schedule.operations:
         total += durations.overhead.get(type(operation).__name__.lower(), 0.0)

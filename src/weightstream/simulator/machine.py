@@ -116,6 +116,7 @@ class _Way:
     resource: str
     meetings: dict[int, Meeting] = field(default_factory=dict)
     gone: dict[int, simpy.Event] = field(default_factory=dict)
+    arrived_s: float = 0.0
 
     def turn(self, env: simpy.Environment, number: int) -> simpy.Event:
         """Triggered when a meeting has begun to move its bytes; ranks may come to a later one first."""
@@ -197,9 +198,10 @@ class Fabric:
         moved = way.queue.run(self._seconds(meeting.nbytes, images), 0, work, begun)
         way.turn(self.env, number).succeed()
         yield moved
-        fill_s = self._fill_s(meeting.nbytes)
-        if fill_s:
-            yield self.env.timeout(fill_s)
+        # the first ones have all of it by now, the last ones soon, and none overtakes what went before
+        way.arrived_s = max(way.arrived_s, self.env.now + self._fill_s(meeting.nbytes))
+        if way.arrived_s > self.env.now:
+            yield self.env.timeout(way.arrived_s - self.env.now)
         work.ended_s = self.env.now
         del way.meetings[number]
         meeting.done.succeed(work)
