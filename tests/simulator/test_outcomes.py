@@ -119,6 +119,7 @@ def test_the_least_batch_is_the_least() -> None:
     assert run(replace(asked, batch=least - 192)).compute_share < 0.95
 
 
+@pytest.mark.slow
 def test_192_systems_and_a_thousand_blocks_are_as_many_operations_as_they_need() -> None:
     """What a simulation costs is its operations: two a block and micro-batch, and a few a block whatever the systems."""
     asked = replace(job("cerebras-gpt-111m", 192, 1), model=replace(MODELS["cerebras-gpt-111m"], layers=998))
@@ -130,6 +131,7 @@ def test_192_systems_and_a_thousand_blocks_are_as_many_operations_as_they_need()
     assert operations_of(one_for_all(whole)) < 13 * 1000
 
 
+@pytest.mark.slow
 def test_the_page_of_claims_is_what_the_command_writes() -> None:
     assert CLAIMS.read_text(encoding="utf-8") == page(), (
         "write it anew: weightstream simulate --claims > docs/claims.md"

@@ -100,7 +100,11 @@ def _scaling(scaled: Sequence[Scaled]) -> str:
     for item in scaled:
         of = {point.workers: f"{point.efficiency:.1%}" for point in item.points}
         efficiency = [of.get(count, "–") for count in counts]
-        enough = "none, doubling while it fits" if item.enough is None else f"{item.enough:,} ({item.enough // SYSTEMS} each)"
+        enough = (
+            "none, doubling while it fits"
+            if item.enough is None
+            else f"{item.enough:,} ({item.enough // SYSTEMS} each)"
+        )
         body.append((item.model, *efficiency, enough))
     return (
         f"## Scaling to {SYSTEMS} systems\n\n"
