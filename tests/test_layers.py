@@ -23,7 +23,7 @@ LAYERS = (
     ("captures", "planning", "opening", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report"),
     ("config", "architectures", "presets", "board", "folders", "processes", "hosts", "launcher", "agent", "ranks"),
-    ("preflight", "run", "commands", "transfer", "demo", "demo_workers", "cli"),
+    ("preflight", "run", "commands", "simulating", "transfer", "demo", "demo_workers", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PUBLIC = {"__init__", "__main__"}  # the face of the package: may import anything, and nothing may import it

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from weightstream.errors import WeightstreamError
+from weightstream.errors import ConfigError, WeightstreamError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,8 +64,6 @@ def fit(
                 model, workers=workers or 1, out=out, steps=steps, overrides=[*given, *(overrides or ())]
             )
         if source is None or workers is not None or out is not None or steps is not None:
-            from weightstream.errors import ConfigError
-
             raise ConfigError("fit: give a YAML file or a run's folder, or --model with --workers, --out and --steps")
         return _config(source, overrides)
 
@@ -144,6 +142,58 @@ def plan(source: Source, overrides: Overrides = None, as_json: AsJson = False) -
     from weightstream.run import plan as run_plan
 
     _print(run_plan(config), lambda found: str(found["text"]), as_json)
+
+
+@app.command()
+def simulate(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG|RUN]", help="A YAML file, or the folder that a run left.")
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Instead of a file: a preset such as gpt3-175b.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="A preset such as cs-2, 8xh100 or this-machine.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many systems compute.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step, all systems together.")] = None,
+    sequence: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence; by default the model's.")] = None,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="Of the whole run, such as 1e12; by default 20 a parameter.")
+    ] = None,
+    clipping: Annotated[bool, typer.Option("--clipping", help="By the global norm: updates wait for it.")] = False,
+    stragglers: Annotated[
+        float, typer.Option(min=0, metavar="SPREAD", help="Each system is 1 + |normal(0, SPREAD)| times slower.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the stragglers.")] = 0,
+    failures: Annotated[float, typer.Option(min=0, metavar="RATE", help="Per system and hour.")] = 0.0,
+    recovery: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="After a failure.")] = 600.0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the step's operations for Perfetto.")
+    ] = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Predict published figures.")] = False,
+    claims: Annotated[bool, typer.Option("--claims", help="Print docs/claims.md.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A step on a virtual clock: seconds, throughput, what binds, scaling, and what a run would take."""
+    from weightstream import simulating
+
+    if validate or claims:
+        if claims:
+            print(simulating.claims(), end="", flush=True)
+        else:
+            _print(simulating.validation(), simulating.validation_text, as_json)
+        return
+    given = [str(source)] if source is not None and model is not None else []
+    if given or (model is not None and overrides):
+        raise ConfigError(
+            f"simulate --model {model}: takes no configuration besides, found {given + (overrides or [])}"
+        )
+    config = _config(source, overrides) if source is not None else None
+    asked = simulating.Asked(
+        model=model, cluster=cluster, workers=workers, batch=batch, sequence=sequence, tokens=tokens, clipping=clipping,
+        stragglers=stragglers, failures_per_hour=failures, recovery_s=recovery, seed=seed,
+    )  # fmt: skip
+    found = simulating.simulated(asked, config, html=html, trace=trace)
+    _print(found, simulating.text, as_json)
 
 
 @app.command()

@@ -1,0 +1,253 @@
+"""`weightstream simulate`: a job out of names or a configuration, its simulated step, and what follows for a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from weightstream.config import RunConfig
+from weightstream.errors import ConfigError
+from weightstream.report.figures import Line, Section, page, preformatted, timeline, utilisation
+from weightstream.report.figures import curve as figure_of
+from weightstream.simulator.clusters import CLUSTERS, THIS_MACHINE, ClusterPreset, cluster_named
+from weightstream.simulator.jobs import Job
+from weightstream.simulator.models import ModelShape, model_named
+from weightstream.simulator.outcomes import Failures, Outcome, curve, run, stragglers
+from weightstream.simulator.validation import Row, calibrate_efficiency, validate
+from weightstream.trace.perfetto import export
+from weightstream.units import format_bytes, format_count, format_seconds
+
+TOKENS_PER_PARAMETER = 20
+"""Of a run whose length is not given (Hoffmann et al. 2022, arXiv:2203.15556)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a person gave on the command line; None where nothing was given."""
+
+    model: str | None = None
+    cluster: str | None = None
+    workers: int | None = None
+    batch: float | None = None
+    sequence: int | None = None
+    tokens: float | None = None
+    clipping: bool = False
+    stragglers: float = 0.0
+    failures_per_hour: float = 0.0
+    recovery_s: float = 600.0
+    seed: int = 0
+
+
+def job_of(asked: Asked, config: RunConfig | None) -> Job:
+    """The job that is meant.
+
+    Raises:
+        ConfigError: an unknown name, or something that is missing.
+        PlanError: more systems than the cluster can have.
+    """
+    if (config is None) == (asked.model is None):
+        raise ConfigError(
+            "simulate: give a YAML file or a run's folder, or --model with --cluster, --workers and --batch"
+        )
+    model = shape_of(config) if config is not None else model_named(str(asked.model))
+    cluster = _cluster(asked.cluster)
+    workers = asked.workers or (config.cluster.workers if config is not None else 1)
+    cluster.check(workers)
+    batch = asked.batch or (config.training.sequences_per_step if config is not None else None)
+    if batch is None:
+        raise ConfigError(
+            f"simulate --model {model.name}: expected --batch, the sequences of a step; give --batch {8 * workers}"
+        )
+    sequence = asked.sequence or (config.training.sequence_length if config is not None else model.sequence)
+    clipping = asked.clipping or (config is not None and config.training.clip_norm is not None)
+    slowdown = stragglers(workers, asked.stragglers, asked.seed) if asked.stragglers > 0 else {}
+    return Job(
+        model=model,
+        cluster=cluster,
+        workers=workers,
+        batch=batch,
+        sequence=sequence,
+        clipping=clipping,
+        slowdown=slowdown,
+    )
+
+
+def _cluster(name: str | None) -> ClusterPreset:
+    if name is None:
+        raise ConfigError(f"simulate: expected --cluster, one of {', '.join(CLUSTERS)}")
+    if name == THIS_MACHINE:
+        raise ConfigError(
+            f"--cluster {THIS_MACHINE}: this machine has no profile; run `weightstream calibrate` first, or take one of "
+            f"{', '.join(CLUSTERS)}"
+        )
+    return cluster_named(name)
+
+
+def shape_of(config: RunConfig) -> ModelShape:
+    """The shape of a configuration's model, by the names that transformers gives its sizes.
+
+    Raises:
+        ConfigError: the model is no decoder of equal layers with these sizes.
+    """
+    from weightstream.architectures import architecture, vocabulary_of
+
+    whole, _ = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
+    found = whole.get_text_config()
+
+    def size(*names: str, default: int | None = None) -> int:
+        for name in names:
+            if getattr(found, name, None) is not None:
+                return int(getattr(found, name))
+        if default is None:
+            raise ConfigError(
+                f"model {found.model_type}: expected a decoder with {' or '.join(names)}, which its configuration has not; "
+                f"give --model with a preset instead"
+            )
+        return default
+
+    width, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
+    gated = getattr(found, "intermediate_size", None) is not None and found.model_type != "gpt_neox"
+    return ModelShape(
+        name=str(found.model_type), named=0.0, layers=size("num_hidden_layers", "n_layer"), width=width, heads=heads,
+        kv_heads=size("num_key_value_heads", default=heads), head_width=size("head_dim", default=width // heads),
+        intermediate=size("intermediate_size", "n_inner", default=4 * width), vocabulary=vocabulary_of(whole),
+        sequence=config.training.sequence_length, gated=gated,
+        experts=size("num_local_experts", "num_experts", default=1),
+        experts_per_token=size("num_experts_per_tok", default=1),
+        tied=bool(getattr(found, "tie_word_embeddings", False)),
+        source="the configuration", unverified="counted by its sizes, as a decoder of equal layers",
+    )  # fmt: skip
+
+
+def simulated(
+    asked: Asked, config: RunConfig | None, *, html: Path | None = None, trace: Path | None = None
+) -> dict[str, Any]:
+    """What `--json` prints; also writes the page and the trace, where they are asked for."""
+    found, outcome = report(asked, config, keep_spans=html is not None or trace is not None)
+    if trace is not None:
+        export(trace, (), outcome.spans)
+    if html is not None:
+        html.write_text(_page(found, outcome), encoding="utf-8")
+    return found
+
+
+def _page(found: Mapping[str, Any], outcome: Outcome) -> str:
+    """One HTML file that loads nothing: the step, what is busy in it, and the curve."""
+    last = max((span.step for span in outcome.spans), default=0)
+    path = {
+        f"{kind} on the critical path": format_seconds(seconds) for kind, seconds in found["critical_path_s"].items()
+    }
+    points = found["scaling"]
+    lines = [
+        Line("simulated", [p["workers"] for p in points], [p["tokens_per_s"] for p in points], markers=True),
+        Line(
+            "in proportion", [p["workers"] for p in points],
+            [points[0]["tokens_per_s"] / points[0]["workers"] * p["workers"] for p in points], dash="dot",
+        ),
+    ]  # fmt: skip
+    sections = (
+        Section("Resources", (utilisation(found["utilisation"], limit=found["binds"]),)),
+        Section(
+            "Scaling", (figure_of(lines, x=f"{outcome.job.cluster.system}s", y="tokens/s", log_x=True, log_y=True),)
+        ),
+        Section("A step", (timeline([span for span in outcome.spans if span.step == last]),), wide=True),
+        Section("Figures", (path, preformatted("all of it", text(found))), wide=True),
+    )
+    title = f"{found['model']} on {found['workers']} × {found['cluster']}"
+    return page(title, sections, subtitle=f"simulated: batch {found['batch']:g} × {found['sequence']} tokens")
+
+
+def claims() -> str:
+    """`docs/claims.md`, with every number computed anew."""
+    from weightstream.simulator.claims import page as page_of_claims
+
+    return page_of_claims()
+
+
+def report(asked: Asked, config: RunConfig | None, *, keep_spans: bool = False) -> tuple[dict[str, Any], Outcome]:
+    """What `--json` prints, and the outcome itself."""
+    job = job_of(asked, config)
+    found = run(job, keep_spans=keep_spans)
+    points = curve(job)
+    tokens = asked.tokens or TOKENS_PER_PARAMETER * job.model.parameters
+    failures = Failures(asked.failures_per_hour, asked.recovery_s)
+    goodput = failures.goodput(found.step_s, job.workers, steps_lost=2 if job.clipping else 1)
+    hours = found.hours(tokens) / goodput if goodput > 0 else float("inf")
+    plan = found.prepared
+    return {
+        "model": job.model.name, "parameters": job.model.parameters, "cluster": job.cluster.name, "workers": job.workers,
+        "batch": job.batch, "sequence": job.sequence, "clipping": job.clipping, "micro_batches_each": plan.each,
+        "blocks": plan.blocks, "device_bytes": plan.allotment.device_bytes, "spilled": plan.spilled,
+        "step_s": found.step_s, "samples_per_s": found.samples_per_s, "tokens_per_s": found.tokens_per_s,
+        "compute_share": found.compute_share, "utilisation": found.utilisation, "binds": found.binds,
+        "critical_path_s": dict(found.critical_path),
+        "down_bytes": found.down_bytes, "up_bytes": found.up_bytes, "read_bytes": found.read_bytes,
+        "written_bytes": found.written_bytes, "scaling": [asdict(point) for point in points],
+        "tokens": tokens, "goodput": goodput, "hours": hours, "energy_kwh": hours * found.watts / 1000,
+        "simulated": {"layers": found.layers, "of_layers": job.model.layers},
+        "rests_on": _rests_on(job, found),
+    }, found  # fmt: skip
+
+
+def _rests_on(job: Job, found: Outcome) -> list[str]:
+    lines = [job.cluster.describe(), f"model: {job.model.source}"]
+    lines += [f"source: {source}" for source in job.cluster.sources]
+    if found.layers < job.model.layers:
+        lines.append(
+            f"{found.layers} of {job.model.layers} layers were simulated, and half of that; the rest costs the same again"
+        )
+    if not job.slowdown:
+        lines.append("systems that do the same at the same time are simulated once")
+    lines += [f"unverified: {what}" for what in (job.model.unverified, *job.cluster.unverified) if what]
+    return lines
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The report as a person reads it."""
+    path = sorted(found["critical_path_s"].items(), key=lambda pair: -pair[1])
+    lines = [
+        f"{found['model']} ({format_count(found['parameters'])} parameters) on {found['workers']} × {found['cluster']}, batch "
+        f"{found['batch']:g} × {found['sequence']}",
+        f"step              {format_seconds(found['step_s'])}: {found['samples_per_s']:.4g} samples/s, "
+        f"{format_count(found['tokens_per_s'])} tokens/s; {found['binds']} binds",
+        f"computes          {found['compute_share']:.1%} of the step; micro-batches of a system: {found['micro_batches_each']}",
+        "utilisation       " + ", ".join(f"{key} {share:.1%}" for key, share in found["utilisation"].items()),
+        "critical path     " + ", ".join(f"{key} {format_seconds(seconds)}" for key, seconds in path if seconds > 0),
+        f"link of a system  {format_bytes(found['down_bytes'])} down, {format_bytes(found['up_bytes'])} up a step",
+        f"device memory     {format_bytes(found['device_bytes'])}; {found['spilled']:.0%} of activations leave it",
+        f"run               {format_count(found['tokens'])} tokens: {found['hours']:.4g} h, {found['energy_kwh']:.4g} kWh"
+        + (f"; goodput {found['goodput']:.2%} with failures" if found["goodput"] < 1 else ""),
+        "",
+        f"{'workers':>7}  {'step':>12}  {'tokens/s':>10}  {'efficiency':>10}  binds",
+    ]
+    lines += [
+        f"{point['workers']:>7}  {format_seconds(point['step_s']):>12}  {format_count(point['tokens_per_s']):>10}  "
+        f"{point['efficiency']:>10.1%}  {point['binds']}"
+        for point in found["scaling"]
+    ]
+    return "\n".join([*lines, "", *found["rests_on"]])
+
+
+def validation() -> dict[str, Any]:
+    """The table of published figures."""
+    rows: Sequence[Row] = validate()
+    efficiency = calibrate_efficiency()
+    return {
+        "efficiency": efficiency, "passed": sum(row.passes for row in rows), "rows": [row.to_json() for row in rows]
+    }  # fmt: skip
+
+
+def validation_text(found: Mapping[str, Any]) -> str:
+    """The table as a person reads it."""
+    width = max(len(row["name"]) for row in found["rows"])
+    lines = [
+        f"efficiency inside a layer, calibrated on the first row alone: {found['efficiency']:.1%} of dense peak, recomputation "
+        f"counted",
+        f"{'':{width}}  {'published':>10}  {'predicted':>10}  tolerance",
+    ]
+    for row in found["rows"]:
+        verdict = "calibrates" if row["calibrates"] else "pass" if row["pass"] else f"FAIL {row['reason']}"
+        lines.append(
+            f"{row['name']:{width}}  {row['published']:>10.4g}  {row['predicted']:>10.4g}  {row['tolerance']:>9.0%}  {verdict}"
+        )
+    return "\n".join([*lines, f"{found['passed']} of {len(found['rows'])} rows pass"])

@@ -1,0 +1,100 @@
+"""`weightstream simulate` as a person uses it: what it prints and writes, and what it refuses."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weightstream.cli import main
+from weightstream.simulator.published import FIGURES
+
+GPT_J = ("--model", "gpt-j-6b", "--cluster", "cs-2", "--workers", "2", "--batch", "120")
+
+
+def simulate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["weightstream", "simulate", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return lambda *arguments: simulate(monkeypatch, capsys, *arguments)
+
+
+def test_a_preset_is_simulated_and_shown(command: Any, tmp_path: Path) -> None:
+    html, trace = tmp_path / "step.html", tmp_path / "step.json"
+    code, out, _ = command(*GPT_J, "--tokens", "1e9", "--html", str(html), "--trace", str(trace), "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["tokens_per_s"] == pytest.approx(120 * 2048 / found["step_s"])
+    assert found["hours"] == pytest.approx(1e9 / found["tokens_per_s"] / 3600)
+    assert found["energy_kwh"] == pytest.approx(found["hours"] * 30)  # two systems of 15 kW
+    assert sum(found["critical_path_s"].values()) == pytest.approx(found["step_s"], rel=1e-3)
+    assert [point["workers"] for point in found["scaling"]] == [1, 2]
+    assert any("unverified" in line for line in found["rests_on"])
+    kinds = {
+        event["name"].split("(")[0] for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"
+    }
+    assert {"Forward", "Backward", "Fetch", "Update"} <= kinds
+    assert "<script src" not in html.read_text()
+    code, out, _ = command(*GPT_J)
+    assert (code, "binds" in out, "unverified" in out) == (0, True, True)
+
+
+def test_failures_and_stragglers_make_a_run_longer(command: Any) -> None:
+    even = json.loads(command(*GPT_J, "--json")[1])
+    late = json.loads(command(*GPT_J, "--stragglers", "0.2", "--failures", "0.01", "--recovery", "300", "--json")[1])
+    assert late["step_s"] > 1.01 * even["step_s"]
+    assert late["goodput"] < even["goodput"] == 1
+    assert late["hours"] == pytest.approx(late["tokens"] / late["tokens_per_s"] / 3600 / late["goodput"])
+
+
+def test_a_configuration_is_simulated_on_a_preset(command: Any, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: {model_type: llama, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 5, num_attention_heads: 4}\n"
+        "data: {sources: [stdlib], tokenizer: {size: 8192}}\n"
+        "training: {micro_batches: 4, micro_batch_size: 2, sequence_length: 128}\n"
+    )
+    code, out, _ = command(str(config), "--cluster", "h100", "--json")
+    found = json.loads(out)
+    assert code == 0
+    # embedding and head of 8,192 rows, and layers of 4 + 3 · 688/256 matrices of 256 × 256
+    assert found["parameters"] == 2 * 8192 * 256 + 5 * (4 * 256 * 256 + 3 * 256 * 688)
+    assert (found["batch"], found["sequence"], found["clipping"]) == (8, 128, True)
+
+
+def test_published_figures_are_printed_though_one_is_not_met(command: Any) -> None:
+    code, out, _ = command("--validate", "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0
+    assert len(rows) == len(FIGURES)
+    assert all({"name", "published", "predicted", "tolerance", "pass", "reason"} <= set(row) for row in rows)
+    assert [row["reason"] == "" for row in rows] == [row["pass"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "--model"),
+        (("--model", "gpt-j"), "did you mean gpt-j-6b"),
+        (("--model", "gpt-j-6b"), "--cluster"),
+        (("--model", "gpt-j-6b", "--cluster", "cs-1"), "did you mean cs-"),
+        (("--model", "gpt-j-6b", "--cluster", "cs-2"), "--batch"),
+        ((*GPT_J, "--workers", "500"), "1 to 192"),
+        ((*GPT_J, "--batch", "1"), "leaves 1 of 2"),
+        (("--model", "1t", "--cluster", "h100", "--batch", "8"), "disk"),
+    ],
+)
+def test_what_cannot_be_is_refused(command: Any, arguments: tuple[str, ...], said: str) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
