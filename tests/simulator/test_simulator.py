@@ -151,6 +151,23 @@ def test_updates_beside_do_not_stop_the_workers() -> None:
     assert beside.step_s < before.step_s
 
 
+def test_a_memory_rank_does_not_run_ahead_of_its_slabs() -> None:
+    """It computes nothing that would hold it up: a slab is read into once the block before it has left."""
+    facts = among(replace(chain(6, micro_batches=2, ram_tier=False), deferred=False), APART)
+    found = run(facts, several(APART, disk=Disk(read_bytes_per_s=1e6, write_bytes_per_s=1e6)), slabs=2)
+    last = [s for s in found.spans if (s.step, s.rank, s.kind) == (3, 0, "fetch")]
+    reads, ways = (
+        sorted((s for s in last if s.resource == name), key=lambda s: s.begin_s) for name in ("read", "down")
+    )
+    occupied: dict[str, float] = {}
+    for read, way in zip(reads, ways, strict=True):
+        assert read.what == way.what
+        slab = read.what.split("->")[1]
+        assert read.begin_s >= occupied.get(slab, 0.0), read
+        occupied[slab] = way.end_s
+    assert len(reads) > 2 * len(occupied)
+
+
 def test_192_workers_of_1000_blocks_take_seconds() -> None:
     cluster = Cluster(192, 1)
     facts = among(
