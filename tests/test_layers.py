@@ -20,7 +20,7 @@ LAYERS = (
     ("worker",),
     ("trace",),
     ("runtime", "keeping", "improvising", "simulator", "streaming"),
-    ("captures", "planning", "opening", "engine", "nn", "plan_text"),
+    ("captures", "planning", "opening", "engine", "nn", "plan_text", "census", "costing", "machine", "predicting"),
     ("data", "hub", "training", "report"),
     ("config", "architectures", "presets", "board", "folders", "processes", "hosts", "launcher", "agent", "ranks"),
     ("preflight", "run", "commands", "transfer", "demo", "demo_workers", "cli"),
