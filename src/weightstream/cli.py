@@ -144,6 +144,24 @@ def plan(source: Source, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @app.command()
+def calibrate(
+    out: Annotated[
+        Path | None, typer.Option(help="Where the profile goes; ~/.cache/weightstream/profile.toml by default.")
+    ] = None,
+    disk: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="A folder on the disk that stores will be on.")
+    ] = Path("."),
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each rank, as in engine.threads_per_worker.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine, in under two minutes, for what `plan` and `simulate` predict."""
+    from weightstream.machine.reporting import calibrate_here
+
+    found, lines = calibrate_here(out, disk, threads, _stderr())
+    _print(found, lambda _: lines, as_json)
+
+
+@app.command()
 def demo(
     what: Annotated[
         Literal["resume", "workers"], typer.Argument(help="A run that is killed, or workers of which one is.")
