@@ -5,6 +5,7 @@ the cache, and so many threads as a rank has.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from typing import Any
@@ -16,11 +17,12 @@ aten = torch.ops.aten
 Call = Callable[[], Any]
 
 PRODUCT_SIZES = (32, 128, 512, 2048)
-ATTENTION_LENGTHS = (64, 256, 1024)
+ATTENTION_LENGTHS = (64, 128, 256, 512, 1024)
 ATTENTION_WIDTH = 64
 KERNEL_ELEMENTS = (1 << 12, 1 << 15, 1 << 18, 1 << 21)
 DTYPES = (torch.bfloat16, torch.float32)
 _COLD_BYTES = 64 << 20  # weights take turns in so much memory: more than most caches hold
+_APART_BYTES = 24 << 20  # what other kernels work on takes turns in so much: results do not lie where they were used last
 _COLUMNS = 4096
 
 
@@ -52,24 +54,29 @@ def significant(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def product(layout: str, dtype: torch.dtype, m: int, n: int, k: int) -> Call:
-    """`nt` is a layer's forward (tokens × in, out × in transposed), `nn` its input's gradient, `tn` its weight's."""
-    copies = max(1, min(16, _COLD_BYTES // (n * k * dtype.itemsize)))
-    weight = {"nt": (n, k), "nn": (k, n), "tn": (k, n)}[layout]
-    one = torch.randn((k, m) if layout == "tn" else (m, k)).to(dtype)
-    others = [torch.randn(weight).to(dtype) for _ in range(copies if layout != "tn" else 1)]
-    if layout == "tn":
-        one = one.t()
-    elif layout == "nt":
-        others = [other.t() for other in others]
+def in_turn(calls: list[Call], kept: int) -> Call:
+    """One call after another; the latest results stay, so that the next ones come to lie elsewhere."""
+    results: deque[Any] = deque(maxlen=kept)
     turn = 0
 
-    def call() -> Tensor:
+    def call() -> None:
         nonlocal turn
-        turn = (turn + 1) % len(others)
-        return aten.mm(one, others[turn])  # type: ignore[no-any-return]
+        turn = (turn + 1) % len(calls)
+        results.append(calls[turn]())
 
     return call
+
+
+def product(layout: str, dtype: torch.dtype, m: int, n: int, k: int) -> Call:
+    """`nt` is a layer's forward (tokens × in, out × in transposed), `nn` its input's gradient, `tn` its weight's."""
+    copies = max(1, min(8, _COLD_BYTES // ((n * k + m * k) * dtype.itemsize)))
+    def operands() -> tuple[Tensor, Tensor]:
+        one = torch.randn((k, m) if layout == "tn" else (m, k)).to(dtype)
+        other = torch.randn((n, k) if layout == "nt" else (k, n)).to(dtype)
+        return one.t() if layout == "tn" else one, other.t() if layout == "nt" else other
+
+    pairs = [operands() for _ in range(copies)]
+    return in_turn([lambda one=one, other=other: aten.mm(one, other) for one, other in pairs], 4)  # type: ignore[misc]
 
 
 def products(sizes: tuple[int, ...] = PRODUCT_SIZES, repeats: int = 5) -> Iterator[tuple[str, tuple[float, ...]]]:
@@ -98,10 +105,10 @@ def attention(lengths: tuple[int, ...] = ATTENTION_LENGTHS) -> Iterator[tuple[st
                 q, k, v, grad = (torch.randn(1, length, heads, width).to(dtype).transpose(1, 2) for _ in range(4))
                 out, lse = flash(q, k, v, 0.0, causal)
                 work = 4 * heads * length * length * width
-                ahead.append(significant(work / seconds(lambda q=q, k=k, v=v: flash(q, k, v, 0.0, causal))))  # type: ignore[misc]
-                taken = seconds(
-                    lambda q=q, k=k, v=v, o=out, s=lse, g=grad: back(g, q, k, v, o, s, 0.0, causal)  # type: ignore[misc]
-                )
+                forward = in_turn([lambda q=q, k=k, v=v: flash(q, k, v, 0.0, causal)], 4)  # type: ignore[misc]
+                ahead.append(significant(work / seconds(forward)))
+                backward = [lambda q=q, k=k, v=v, o=out, s=lse, g=grad: back(g, q, k, v, o, s, 0.0, causal)]  # type: ignore[misc]
+                taken = seconds(in_turn(backward, 4))  # type: ignore[arg-type]
                 behind.append(significant(2.5 * work / taken))
             mask = "causal" if causal else "full"
             yield f"attention {mask} {name_of(dtype)}", tuple(ahead)
@@ -112,7 +119,12 @@ def others(sizes: tuple[int, ...] = KERNEL_ELEMENTS, repeats: int = 5) -> Iterat
     """Seconds per call of all other kernels, by size."""
     names = [(key, dtype) for dtype in DTYPES for key in _calls(dtype, sizes[0])]
     for key, dtype in names:
-        yield key, tuple(significant(seconds(_calls(dtype, size)[key](), repeats=repeats)) for size in sizes)
+        row = []
+        for size in sizes:
+            copies = max(2, min(64, _APART_BYTES // (3 * size * dtype.itemsize)))
+            make = _calls(dtype, size)[key]
+            row.append(significant(seconds(in_turn([make() for _ in range(copies)], copies), repeats=repeats)))
+        yield key, tuple(row)
 
 
 def _calls(dtype: torch.dtype, size: int) -> Mapping[str, Callable[[], Call]]:
