@@ -153,7 +153,15 @@ class Costs:
         return self.profile.executor
 
     def durations(
-        self, census: Census, facts: Facts, allotment: Allotment, *, tensors: Sequence[int], clipped: bool, dtype: str
+        self,
+        census: Census,
+        facts: Facts,
+        allotment: Allotment,
+        *,
+        tensors: Sequence[int],
+        clipped: bool,
+        dtype: str,
+        owners: int = 1,
     ) -> Durations:
         """What the simulator needs of one rank.
 
@@ -162,10 +170,10 @@ class Costs:
             tensors: how many trained parameters each block has.
             clipped: whether gradients are scaled before the update.
             dtype: of the copy that streams.
+            owners: how many ranks own records; each has an equal part of every block.
         """
         tables = self.tables
         at_reduce = self._sums_at_reduce(facts, allotment)
-        per_visit = Counter(visit.block for visit in facts.visits)
         forward, recompute, backward = [], [], []
         for visit in census.visits:
             forward.append(self._run(tables, visit.forward, "forward"))
@@ -178,10 +186,10 @@ class Costs:
             for block in facts.blocks
         )
         update = tuple(
-            self._update(tables, block, facts, allotment, tensors[block.index], clipped, dtype) for block in facts.blocks
+            owners * self._update(tables, block, allotment, tensors[block.index], clipped, dtype)
+            for block in facts.blocks
         )
         begin = self.executor.operation_s.get("begin", 0.0) + self._run(tables, census.begin, "forward")
-        assert per_visit
         return Durations(
             forward=tuple(forward), recompute=tuple(recompute), backward=tuple(backward),
             turn=self._run(tables, census.turn, "backward"), update=update, reduce=reduce,
@@ -226,10 +234,10 @@ class Costs:
         return (own + self.executor.tensor_s.get("reduce", 0.0) * tensors) * self.slowdown
 
     def _update(
-        self, tables: Tables, block: BlockFacts, facts: Facts, allotment: Allotment, tensors: int, clipped: bool, dtype: str
+        self, tables: Tables, block: BlockFacts, allotment: Allotment, tensors: int, clipped: bool, dtype: str
     ) -> float:
-        """What was read is checked, scaled, stepped, cast, and what will be written gets its checksums."""
-        if not block.trainable:
+        """One owner's part: read from disk it is checked; scaled, stepped, cast; what will be written gets its checksums."""
+        if not block.trainable or not block.staged_bytes:
             return 0.0
         compute, parameters = tables.compute, block.staged_bytes / 4
         each = compute.optimizer.get(self.optimizer) or compute.optimizer["AdamW"] * block.load_bytes / (12 * parameters)

@@ -312,6 +312,11 @@ class Engine:
         facts = self._facts(micro_batches, division)
         return facts, allot(facts)
 
+    def whole_facts(self, micro_batches: int) -> Facts:
+        """The facts of a step with the bytes of whole blocks, whoever owns them."""
+        whole = divide(self.store, Cluster(), [0] * len(self.store.units), self._budgets.reduction_groups)
+        return self._facts(micro_batches, whole)
+
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
         facts = self._facts(micro_batches)

@@ -54,6 +54,10 @@ class Prediction:
         busy = {"compute": self.compute_s, "optimizer": self.optimizer_s, "disk": self.disk_s, "link": self.link_s}
         return max(busy, key=lambda name: busy[name])
 
+    def seconds_by_kind(self) -> dict[str, float]:
+        """What each kind of operation that computes takes of a step on one rank, as `StepResult.seconds` counts it."""
+        return {kind: _computed(self.inputs, kind) for kind in ("forward", "backward", "turn", "reduce", "update")}
+
     def compute_bound_micro_batches(self) -> int:
         """The fewest micro-batches per step with which compute works longer than anything else."""
         each = self.compute_s / self.inputs.facts.micro_batches
@@ -99,6 +103,7 @@ def inputs_of(
         census_of(engine, micro_batch, loss_fn), facts, allotment,
         tensors=[sum(parameter.trainable for parameter in block.parameters) for block in engine.store.blocks],
         clipped=engine.clip_norm is not None, dtype=str(DTYPES[engine.precision]).removeprefix("torch."),
+        owners=len(cluster.memory_ranks),
     )  # fmt: skip
     return Inputs(facts, allotment, durations, hardware_of(profile, cluster, threads=threads))
 
@@ -124,25 +129,35 @@ def prediction_of(inputs: Inputs, engine: Engine) -> Prediction:
     """The simulation of what was put together for it, and what each resource works."""
     facts, allotment, durations, hardware = inputs.facts, inputs.allotment, inputs.durations, inputs.hardware
     simulation = simulate(facts, allotment, durations, hardware)
-    share = 1.0 / hardware.cluster.size
-    bound = engine.bytes_bound_of(facts, allotment)
-    last = len(facts.visits) - 1
-    backward = sum(
-        seconds + (0.0 if visit == last or visit in allotment.keep else durations.recompute[visit])
-        for visit, seconds in enumerate(durations.backward)
-    )
+    busy, size = simulation.busy_s, hardware.cluster.size
     crowded = max(1.0, hardware.hosts.count(0) * hardware.cores_per_rank / hardware.cores_per_host)
-    streamed = sum(block.streamed_bytes for block in facts.blocks)
-    gradients = sum(block.gradient_bytes for block in facts.blocks)
-    link, disk = hardware.link, hardware.disk
+    read, written = simulation.read_bytes, simulation.written_bytes
+    if size > 1:  # of all ranks together; the simulation tells of the one that moves most
+        bound = engine.bytes_bound_of(engine.whole_facts(facts.micro_batches), allotment)
+        read, written = bound.read, bound.written
     return Prediction(
         inputs=inputs, simulation=simulation, seconds_per_step=simulation.step_s,
-        compute_s=crowded * (facts.present * (sum(durations.forward) + backward + durations.turn) + sum(durations.reduce)),
-        optimizer_s=crowded * sum(durations.update),
-        disk_s=0.0 if disk is None else bound.read / disk.read_bytes_per_s + bound.written / disk.write_bytes_per_s,
-        link_s=0.0 if link is None else max(2 * streamed, gradients) * (1 - share) / link.bytes_per_s,
-        read_bytes=bound.read, written_bytes=bound.written,
+        compute_s=crowded * sum(_computed(inputs, kind) for kind in ("forward", "backward", "turn", "reduce")),
+        optimizer_s=crowded * _computed(inputs, "update"), disk_s=busy.get("disk", 0.0),
+        link_s=max(busy.get("down", 0.0), busy.get("up", 0.0)), read_bytes=read, written_bytes=written,
     )  # fmt: skip
+
+
+def _computed(inputs: Inputs, kind: str) -> float:
+    """Seconds of one rank's operations of a kind that computes, with what the executor adds to each."""
+    facts, durations = inputs.facts, inputs.durations
+    visits, blocks, present = len(facts.visits), sum(block.trainable for block in facts.blocks), facts.present
+    again = [visit for visit in range(visits - 1) if visit not in inputs.allotment.keep]
+    seconds, count = {
+        "forward": (present * sum(durations.forward), present * visits),
+        "backward": (
+            present * (sum(durations.backward) + sum(durations.recompute[visit] for visit in again)), present * visits
+        ),
+        "turn": (present * durations.turn, present),
+        "reduce": (sum(durations.reduce), blocks),
+        "update": (sum(durations.update) / len(inputs.hardware.cluster.memory_ranks), blocks),
+    }[kind]  # fmt: skip
+    return seconds + count * durations.overhead.get(kind, 0.0)
 
 
 def prediction_text(found: Prediction, *, tokens_per_micro_batch: int, steps: int) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from weightstream.fabric.reduction import BlockSum, add_squares
-from weightstream.machine.kernels import DTYPES, name_of, product, seconds, significant
+from weightstream.machine.kernels import DTYPES, in_turn, name_of, product, seconds, significant
 from weightstream.machine.profile import DiskRates
 from weightstream.store.checksums import checksums
 from weightstream.store.optimizers import SGD, Adafactor, AdamW, Lion, Optimizer
 from weightstream.store.segments import AlignedBuffer
-from weightstream.store.tiers import CHUNK_BYTES, Device, Disk, Memory
+from weightstream.store.tiers import CHUNK_BYTES, Device, Disk
 
 OPTIMIZERS: tuple[Optimizer, ...] = (AdamW(), SGD(), Lion(), Adafactor())
 _ROWS = 1024
@@ -43,12 +43,14 @@ def _record(optimizer: Optimizer, shape: tuple[int, int]) -> tuple[torch.Tensor,
 
 def scale_and_cast(parameters: int) -> tuple[float, dict[str, float]]:
     """Seconds per parameter: the clip coefficient times the gradient; the copy that streams, by dtype."""
-    grad, master = torch.randn(parameters), torch.randn(parameters)
+    masters = [torch.randn(parameters) for _ in range(4)]
     casts = {}
     for dtype in DTYPES:
-        copy = torch.empty(parameters, dtype=dtype)
-        casts[name_of(dtype)] = significant(seconds(lambda copy=copy: copy.copy_(master)) / parameters)  # type: ignore[misc]
-    return significant(seconds(lambda: grad.mul_(0.999)) / parameters), casts
+        copies = [torch.empty(parameters, dtype=dtype) for _ in masters]
+        calls = [lambda copy=copy, master=master: copy.copy_(master) for copy, master in zip(copies, masters, strict=True)]
+        casts[name_of(dtype)] = significant(seconds(in_turn(calls, 1)) / parameters)
+    scaling = in_turn([lambda grad=grad: grad.mul_(0.999) for grad in masters], 1)
+    return significant(seconds(scaling) / parameters), casts
 
 
 def sums(parameters: int) -> Iterator[tuple[str, float]]:
@@ -84,15 +86,19 @@ def checksum_rate(nbytes: int) -> float:
 
 
 def memory_rate(nbytes: int) -> float:
-    """Bytes per second of a copy in memory, by the store's own threads."""
-    memory, one, other = Memory(), AlignedBuffer(nbytes), AlignedBuffer(nbytes)
-    one.tensor(torch.uint8, 0, (nbytes,)).fill_(1)
+    """Bytes per second of a copy in memory, between places that are not in the cache, as a block goes to its slab."""
+    sources, targets = ([AlignedBuffer(nbytes) for _ in range(4)] for _ in range(2))
+    pairs = [tuple(one.tensor(torch.uint8, 0, (nbytes,)) for one in pair) for pair in zip(sources, targets, strict=True)]
+    for source, _ in pairs:
+        source.fill_(1)
+    calls = [lambda source=source, target=target: target.copy_(source) for source, target in pairs]
     try:
-        return significant(nbytes / seconds(lambda: memory.copy(one.view, other.view, "probe", write=True).result()))
+        return significant(nbytes / seconds(in_turn(calls, 1)))
     finally:
-        memory.close()
-        one.close()
-        other.close()
+        calls.clear()
+        pairs.clear()
+        for buffer in sources + targets:
+            buffer.close()
 
 
 class DiskProbe:
