@@ -48,6 +48,7 @@ class _Machine:
     def __init__(self, schedule: Schedule, facts: Facts, allotment: Allotment) -> None:
         self.schedule, self.facts, self.allotment = schedule, facts, allotment
         self.blocks = {block.index: block for block in facts.blocks}
+        self.residents = [block.index for block in facts.blocks if block.resident]
         self.version = dict.fromkeys(self.blocks, 0)
         self.slabs: dict[int, tuple[int, int]] = {}  # slab -> (block, version)
         self.records = set(schedule.loaded)
@@ -97,9 +98,8 @@ class _Machine:
 
     def residents_in_slabs(self, what: str) -> None:
         """Whatever computes may use a resident block's parameters: they are not any module's alone."""
-        for block in self.facts.blocks:
-            if block.resident:
-                self.in_slab(block.index, what)
+        for block in self.residents:
+            self.in_slab(block, what)
 
     def step(self, operation: Operation, what: str) -> None:
         match operation:

@@ -15,12 +15,16 @@ class Disk:
     """A disk, or what stands in its place; alone each direction has its full rate.
 
     `together` is how much of both rates a mixture reaches: 1.0, as if one went after the other; 2.0, as if each were alone.
+    `urgent_share` of what is read is streamed copies, gradients and activations, while records are read too: the store
+    has 3 requests of the first kind under way, and 6 of the second. `latency_s` passes before a transfer is over, while
+    the next one goes on.
     """
 
     read_bytes_per_s: float
     write_bytes_per_s: float
     together: float = 1.0
     latency_s: float = 0.0
+    urgent_share: float = 1 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +39,16 @@ class Link:
     chunk_bytes: int = 2 << 20
     fan_out: int = 1
 
-    def fill_s(self, ranks: int) -> float:
-        """From the moment the first byte leaves to the moment the last of `ranks` receivers begins to have a whole chunk."""
+    def fill_s(self, ranks: int, nbytes: float = float("inf")) -> float:
+        """From the moment the first byte leaves to the moment the last of `ranks` receivers begins to have a whole chunk,
+        or all of so many bytes if that is less."""
         hops = 0
         reached, width = 0, 1
         while reached < ranks:
             width = width * self.fan_out
             reached += width if self.fan_out > 1 else 1
             hops += 1
-        return hops * self.latency_s + max(0, hops - 1) * self.chunk_bytes / self.bytes_per_s
+        return hops * self.latency_s + max(0, hops - 1) * min(self.chunk_bytes, nbytes) / self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,7 @@ class Hardware:
         io_compute_s_per_byte: what a byte that is read or written takes from the compute of the same host, since
             checksums and copies need its cores.
         slowdown: by rank, how many times slower than the others it computes.
+        sums_travelling: blocks whose gradient is on its way to its owner while the next one is summed.
     """
 
     cluster: Cluster
@@ -73,6 +79,7 @@ class Hardware:
     updates_beside: bool = False
     io_compute_s_per_byte: float = 0.0
     slowdown: Mapping[int, float] = field(default_factory=dict)
+    sums_travelling: int = 2
 
     def __post_init__(self) -> None:
         if len(self.hosts) != self.cluster.size:
