@@ -12,6 +12,8 @@ Keys: `runs` (how many), `step_error_median`, `step_error_p90` (of |predicted / 
 """
 
 import argparse
+import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -96,12 +98,8 @@ def chosen(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     every = [dict(zip(keys, row, strict=True)) for row in GRID if row[-1] in arguments.workers]
     count = min(arguments.runs, len(every))
     memory = {"device_memory": arguments.device_memory, "host_memory": arguments.host_memory}
-    return [
-        every[index * len(every) // count] | memory | {
-            "threads": max(1, arguments.threads // every[index * len(every) // count]["workers"])
-        }
-        for index in range(count)
-    ]  # fmt: skip
+    spread = [every[index * len(every) // count] for index in range(count)]
+    return [run | memory | {"threads": max(1, arguments.threads // run["workers"])} for run in spread]
 
 
 def predicted_of(run: dict[str, Any], profile: Profile, store: Path, idle: int) -> dict[str, Any]:
@@ -115,20 +113,13 @@ def predicted_of(run: dict[str, Any], profile: Profile, store: Path, idle: int) 
             engine, micro_batch, profile, micro_batches=workload.micro_batches, loss_fn=loss_fn, cluster=cluster,
             threads=run["threads"],
         )  # fmt: skip
-    remove(store)
-    allotment = found.inputs.allotment
+    shutil.rmtree(store)
     return {
         "predicted_s": found.seconds_per_step, "binds": found.binds,
         "predicted_read": found.read_bytes, "predicted_written": found.written_bytes,
-        "predicted_memory_bytes": cluster.size * (allotment.device_bytes + allotment.host_bytes + idle),
+        "predicted_memory_bytes": cluster.size * (found.memory_bytes + idle),
         "predicted_seconds": found.seconds_by_kind(),
     }  # fmt: skip
-
-
-def remove(store: Path) -> None:
-    import shutil
-
-    shutil.rmtree(store, ignore_errors=True)
 
 
 def measured_beside(
@@ -165,8 +156,6 @@ def measure(
     batch: Sequence[tuple[int, dict[str, Any], bool]], arguments: argparse.Namespace, folder: Path
 ) -> list[tuple[int, bool, Side, dict[str, Any]]]:
     """These runs, one step of each in turn."""
-    import json
-
     sides: list[tuple[int, bool, Side]] = []
     try:
         for number, run, repeated in batch:
@@ -182,7 +171,7 @@ def measure(
     finally:
         for *_, side in sides:
             side.abandon()
-            remove(folder / side.name)
+            shutil.rmtree(folder / side.name, ignore_errors=True)
     return found
 
 

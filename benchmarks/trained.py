@@ -25,7 +25,9 @@ from weightstream.fabric.links import Links
 GROUPS = 4  # reduction groups: as many as the most workers
 
 
-def open_engine(wanted: dict[str, Any], store: Path, cluster: Cluster | None = None, links: Links | None = None) -> ws.Engine:
+def open_engine(
+    wanted: dict[str, Any], store: Path, cluster: Cluster | None = None, links: Links | None = None
+) -> ws.Engine:
     """The engine of a run, alone or as one rank."""
     return ws.Engine(
         model=workload_of(wanted).build, store=store,

@@ -20,8 +20,8 @@ LAYERS = (
     ("worker",),
     ("trace",),
     ("runtime", "keeping", "improvising", "simulator", "streaming"),
-    ("captures", "planning", "opening", "engine", "nn", "plan_text", "census", "costing", "machine", "predicting"),
-    ("data", "hub", "training", "report"),
+    ("captures", "planning", "opening", "engine", "nn", "plan_text"),
+    ("data", "hub", "training", "report", "census", "costing", "machine", "predicting"),
     ("config", "architectures", "presets", "board", "folders", "processes", "hosts", "launcher", "agent", "ranks"),
     ("preflight", "run", "commands", "transfer", "demo", "demo_workers", "cli"),
 )

@@ -70,8 +70,8 @@ class VisitCensus:
 
     def copy(self) -> "VisitCensus":
         """Counts of its own, for another visit that is alike."""
-        counts = (self.forward, self.recompute, self.backward, self.gradients)
-        return VisitCensus(*(Counter(count) for count in counts), self.parameters)
+        forward, recompute, backward = (Counter(kernels) for kernels in (self.forward, self.recompute, self.backward))
+        return VisitCensus(forward, recompute, backward, Counter(self.gradients), self.parameters)
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ def _kernel(func: Any, args: Any, kwargs: Any, result: Any) -> Kernel | None:
 def _is_view(func: Any) -> bool:
     returned = func._schema.returns
     alias = returned[0].alias_info if returned else None
-    return alias is not None and not alias.is_write or func._schema.name == "aten::_unsafe_view"
+    return (alias is not None and not alias.is_write) or func._schema.name == "aten::_unsafe_view"
 
 
 def _product(name: str, dtype: str, inputs: Sequence[Tensor], elements: int, nbytes: int) -> Kernel:

@@ -135,12 +135,20 @@ def generate(
 
 
 @app.command()
-def plan(source: Source, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """What a run would use: blocks, memory, bytes per step; nothing is created."""
+def plan(
+    source: Source,
+    overrides: Overrides = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `calibrate` wrote; ~/.cache/weightstream/profile.toml by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run would use and take: blocks, memory, bytes and seconds per step; nothing is created."""
     config = _config(source, overrides)
     from weightstream.run import plan as run_plan
 
-    _print(run_plan(config), lambda found: str(found["text"]), as_json)
+    _print(run_plan(config, _say, profile), lambda found: str(found["text"]), as_json)
 
 
 @app.command()
@@ -148,9 +156,7 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="Where the profile goes; ~/.cache/weightstream/profile.toml by default.")
     ] = None,
-    disk: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="A folder on the disk that stores will be on.")
-    ] = Path("."),
+    disk: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder on the disk that stores will be on.")] = Path(),
     threads: Annotated[int | None, typer.Option(min=1, help="Of each rank, as in engine.threads_per_worker.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -19,17 +19,16 @@ from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Disk, Hardware, Link
 
 _SAME = {
-    "addmm": "mm", "baddbmm": "bmm", "sub": "add", "mul_": "mul", "div_": "div", "sub_": "add", "rsub": "add", "zeros": "new_zeros",
-    "zeros_like": "new_zeros", "new_ones": "new_zeros", "ones_like": "new_zeros", "full": "new_zeros", "fill_": "new_zeros",
-    "zero_": "new_zeros", "new_empty": "", "empty_like": "", "empty": "", "exp": "rsqrt", "cos": "tanh", "sin": "tanh",
-    "sigmoid": "tanh", "sqrt": "rsqrt", "copy_": "clone", "tanh_backward": "mul", "threshold_backward": "mul",
-    "index_put_": "index_put", "index_add": "index_put", "index_add_": "index_put", "index_select": "index",
-    "gather": "index", "scatter": "index_put", "native_dropout_backward": "mul", "where": "mul", "constant_pad_nd": "clone",
-    "amax": "mean", "var_mean": "mean", "split_with_sizes_copy": "clone", "select_backward": "slice_backward",
+    "sub": "add", "mul_": "mul", "div_": "div", "sub_": "add", "rsub": "add",
+    "zeros": "new_zeros", "zeros_like": "new_zeros", "new_ones": "new_zeros", "ones_like": "new_zeros", "full": "new_zeros",
+    "fill_": "new_zeros", "zero_": "new_zeros", "new_empty": "", "empty_like": "", "empty": "", "exp": "rsqrt",
+    "cos": "tanh", "sin": "tanh", "sigmoid": "tanh", "sqrt": "rsqrt", "copy_": "clone", "tanh_backward": "mul",
+    "threshold_backward": "mul", "index_put_": "index_put", "index_add": "index_put", "index_add_": "index_put",
+    "index_select": "index", "gather": "index", "scatter": "index_put", "native_dropout_backward": "mul", "where": "mul",
+    "constant_pad_nd": "clone", "amax": "mean", "var_mean": "mean", "split_with_sizes_copy": "clone",
+    "select_backward": "slice_backward",
 }  # fmt: skip
 """Kernels that go through memory as a measured one does."""
-
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int64": 8, "int32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,9 @@ class Tables:
 
     def _product_s(self, kernel: Kernel) -> float:
         assert kernel.product is not None
-        rates = self._row(self.compute.products, f"{kernel.layout} {kernel.dtype}", f"nn {_half_or_whole(kernel.dtype)}")
+        rates = self._row(
+            self.compute.products, f"{kernel.layout} {kernel.dtype}", f"nn {_half_or_whole(kernel.dtype)}"
+        )
         batch, m, n, k = kernel.product
         small = batch > 1 and m * n * k < self.product_sizes[0] ** 3
         rate = _between(self.product_sizes, rates, [max(m, 1), max(n, 1), max(k, 1)])
@@ -219,9 +220,7 @@ class Costs:
         each = sum(sums[f"add {_half_or_whole(dtype)}"] * count for dtype, count in visit.gradients.items())
         return (each + self.executor.tensor_s.get("reduce", 0.0) * visit.parameters / 2) * self.slowdown
 
-    def _reduce(
-        self, tables: Tables, block: BlockFacts, gradients: Counter[str], tensors: int, present: int
-    ) -> float:
+    def _reduce(self, tables: Tables, block: BlockFacts, gradients: Counter[str], tensors: int, present: int) -> float:
         """The squares, and the sum itself where it waits until here."""
         if not block.trainable:
             return 0.0
@@ -240,7 +239,9 @@ class Costs:
         if not block.trainable or not block.staged_bytes:
             return 0.0
         compute, parameters = tables.compute, block.staged_bytes / 4
-        each = compute.optimizer.get(self.optimizer) or compute.optimizer["AdamW"] * block.load_bytes / (12 * parameters)
+        each = compute.optimizer.get(self.optimizer) or compute.optimizer["AdamW"] * block.load_bytes / (
+            12 * parameters
+        )
         own = parameters * (each + (compute.scale_s if clipped else 0.0))
         if dtype != "float32":
             own += parameters * compute.cast_s[_half_or_whole(dtype)]
@@ -252,7 +253,9 @@ class Costs:
 def slowdown_of(profile: Profile, ranks: int, threads: int) -> float:
     """How many times slower a rank computes among so many of its host, beyond what sharing cores explains."""
     cores = profile.machine.cores
-    alike = {int(key.split("x")[0]): value for key, value in profile.contention.ranks.items() if key.endswith(f"x{threads}")}
+    alike = {
+        int(key.split("x")[0]): value for key, value in profile.contention.ranks.items() if key.endswith(f"x{threads}")
+    }
     if ranks == 1 or not alike:
         return 1.0
     nearest = min(alike, key=lambda count: (abs(count - ranks), count))
@@ -268,15 +271,12 @@ def hardware_of(
         PlanError: a cluster of several ranks, and the profile has no link.
     """
     disk, link = profile.disk, profile.link
-    together = disk.read_together_bytes_per_s / disk.read_bytes_per_s + (
-        disk.write_together_bytes_per_s / disk.write_bytes_per_s
-    )
     return Hardware(
         cluster=cluster, hosts=tuple(hosts) if hosts is not None else (0,) * cluster.size,
         cores_per_host=profile.machine.cores, cores_per_rank=threads,
         disk=Disk(
             read_bytes_per_s=disk.read_bytes_per_s, write_bytes_per_s=disk.write_bytes_per_s,
-            together=min(2.0, max(1.0, together)), latency_s=disk.latency_s,
+            together=disk.together, latency_s=disk.latency_s,
         ) if on_disk else None,
         link=Link(
             bytes_per_s=min(link.broadcast_bytes_per_s, link.reduce_bytes_per_s), latency_s=link.latency_s,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from weightstream.census import Census, take
 from weightstream.cluster import Cluster
 from weightstream.costing import Costs, hardware_of, slowdown_of
 from weightstream.engine import DTYPES, Engine, default_loss
+from weightstream.machine.executing import HOLES
 from weightstream.machine.profile import Profile
 from weightstream.schedule.planner import Allotment, Facts
 from weightstream.simulator.durations import Durations
@@ -36,7 +36,10 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """A steady step, in seconds: its length, and how long each resource works for it if it never waits."""
+    """A steady step: its length, and how long each resource works for it if it never waits, in seconds.
+
+    Bytes are of all ranks together; `memory_bytes` of one rank, beyond what an idle process has.
+    """
 
     inputs: Inputs
     simulation: Simulation
@@ -47,6 +50,7 @@ class Prediction:
     link_s: float
     read_bytes: int
     written_bytes: int
+    memory_bytes: int
 
     @property
     def binds(self) -> str:
@@ -64,9 +68,7 @@ class Prediction:
         return max(1, ceil(max(self.optimizer_s, self.disk_s, self.link_s) / each))
 
 
-def census_of(
-    engine: Engine, micro_batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss
-) -> Census:
+def census_of(engine: Engine, micro_batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss) -> Census:
     """The kernels of one micro-batch of an engine's model."""
     modules = [visit.module for visit in engine.runtime.facts.visits]
     forwards = {module: engine.worker.own_forward(module) for module in modules}
@@ -122,10 +124,10 @@ def predict(
     inputs = inputs_of(
         engine, micro_batch, profile, micro_batches=micro_batches, loss_fn=loss_fn, cluster=cluster, threads=threads
     )
-    return prediction_of(inputs, engine)
+    return prediction_of(inputs, engine, profile)
 
 
-def prediction_of(inputs: Inputs, engine: Engine) -> Prediction:
+def prediction_of(inputs: Inputs, engine: Engine, profile: Profile) -> Prediction:
     """The simulation of what was put together for it, and what each resource works."""
     facts, allotment, durations, hardware = inputs.facts, inputs.allotment, inputs.durations, inputs.hardware
     simulation = simulate(facts, allotment, durations, hardware)
@@ -135,11 +137,15 @@ def prediction_of(inputs: Inputs, engine: Engine) -> Prediction:
     if size > 1:  # of all ranks together; the simulation tells of the one that moves most
         bound = engine.bytes_bound_of(engine.whole_facts(facts.micro_batches), allotment)
         read, written = bound.read, bound.written
+    # what is allotted, what a process needs besides, and the holes that the heap leaves around what one block works in
+    memory_bytes = allotment.device_bytes + allotment.host_bytes + profile.executor.process_bytes
+    memory_bytes += HOLES * facts.workspace_bytes if facts.host_is_device else 0
     return Prediction(
         inputs=inputs, simulation=simulation, seconds_per_step=simulation.step_s,
         compute_s=crowded * sum(_computed(inputs, kind) for kind in ("forward", "backward", "turn", "reduce")),
         optimizer_s=crowded * _computed(inputs, "update"), disk_s=busy.get("disk", 0.0),
-        link_s=max(busy.get("down", 0.0), busy.get("up", 0.0)), read_bytes=read, written_bytes=written,
+        link_s=max(busy.get("down", 0.0), busy.get("up", 0.0)), read_bytes=read,
+        written_bytes=written, memory_bytes=memory_bytes,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,13 @@ class Effort:
     processes: bool = True
 
 
-def calibrate(folder: Path, *, threads: int | None = None, effort: Effort | None = None, step: Step = lambda what, done: None) -> Profile:
+def _silent(what: str, done: float) -> None:
+    """Nobody wants to know."""
+
+
+def calibrate(
+    folder: Path, *, threads: int | None = None, effort: Effort | None = None, step: Step = _silent
+) -> Profile:
     """Measures everything; `folder` is on the disk that stores will be on, and left as it was."""
     effort = effort or Effort()
     threads = threads or torch.get_num_threads()
@@ -62,7 +69,7 @@ def _calibrate(folder: Path, threads: int, effort: Effort, step: Step) -> Profil
     compute = []
     for number, count in enumerate(sorted({1, threads})):
         torch.set_num_threads(count)
-        compute.append(_compute(count, effort, lambda what, done, n=number: step(what, 0.35 * n + 0.35 * done)))  # type: ignore[misc]
+        compute.append(_compute(count, effort, partial(_within, step, 0.35 * number)))
     torch.set_num_threads(threads)
     step("copies in memory", 0.7)
     memory_bytes_per_s = storing.memory_rate(effort.file_bytes)
@@ -93,6 +100,10 @@ def _calibrate(folder: Path, threads: int, effort: Effort, step: Step) -> Profil
         memory_bytes_per_s=memory_bytes_per_s, disk=disk, link=link, executor=overheads,
         contention=Contention(io_compute_s_per_byte=io_compute_s_per_byte, ranks=ranks),
     )  # fmt: skip
+
+
+def _within(step: Step, begin: float, what: str, part: float) -> None:
+    step(what, begin + 0.35 * part)
 
 
 def _compute(threads: int, effort: Effort, step: Step) -> Compute:

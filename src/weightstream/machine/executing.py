@@ -17,16 +17,21 @@ from weightstream.census import Census, Kernels, take
 from weightstream.engine import Engine
 from weightstream.machine.kernels import significant
 from weightstream.machine.profile import Executor
+from weightstream.machine.sharing import in_processes
 from weightstream.store.optimizers import AdamW
+from weightstream.training.memory import peak_rss_bytes, rss_bytes
 
 _WIDTH, _TOKENS, _LAYERS, _MICRO_BATCHES = 32, 16, 4, 4
+_LARGE = 256
+HOLES = 3
+"""Room that the heap leaves between what is in use, in units of what one block computes in (the plan's `workspace`)."""
 KernelSeconds = Callable[[Kernels], float]
 
 
 class _Bare(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.product = nn.Linear(_WIDTH, _WIDTH, bias=False)
+        self.product = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)  # type: ignore[no-any-return]
@@ -35,35 +40,38 @@ class _Bare(nn.Module):
 class _Layer(nn.Module):
     """A decoder layer by hand, so that no library is needed for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norms = nn.ParameterList([nn.Parameter(torch.ones(_WIDTH)) for _ in range(2)])
-        self.query, self.key, self.value, self.out = (nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(4))
-        self.gate, self.up, self.down = (nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(3))
+        self.norms = nn.ParameterList([nn.Parameter(torch.ones(width)) for _ in range(2)])
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = (nn.Linear(width, width, bias=False) for _ in range(3))
 
     def norm(self, x: Tensor, which: int) -> Tensor:
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
         return self.norms[which] * scaled.to(x.dtype)
 
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(1, x.shape[1], 2, x.shape[2] // 2).transpose(1, 2)
+
     def turned(self, x: Tensor) -> Tensor:
-        heads = x.view(1, _TOKENS, 2, _WIDTH // 2).transpose(1, 2)
+        heads = self.heads(x)
         one, other = heads.chunk(2, -1)
         return heads * 0.5 + torch.cat([-other, one], -1) * 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x, 0)
-        value = self.value(y).view(1, _TOKENS, 2, _WIDTH // 2).transpose(1, 2)
-        seen = F.scaled_dot_product_attention(self.turned(self.query(y)), self.turned(self.key(y)), value, is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).reshape(1, _TOKENS, _WIDTH))
+        query, key = self.turned(self.query(y)), self.turned(self.key(y))
+        seen = F.scaled_dot_product_attention(query, key, self.heads(self.value(y)), is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(x.shape))
         y = self.norm(x, 1)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))  # type: ignore[no-any-return]
 
 
 class _Model(nn.Module):
-    def __init__(self, layer: type[nn.Module]) -> None:
+    def __init__(self, layer: Callable[[int], nn.Module], width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([layer() for _ in range(_LAYERS)])
+        self.layers = nn.ModuleList([layer(width) for _ in range(_LAYERS)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -86,14 +94,23 @@ class _Toy:
     tensors: int
 
 
-def _measure(layer: type[nn.Module], folder: Path, steps: int, threads: int) -> _Toy:
-    micro_batches = [torch.randn(1, _TOKENS, _WIDTH).to(torch.bfloat16) for _ in range(_MICRO_BATCHES)]
+def _engine(layer: Callable[[int], nn.Module], folder: Path, threads: int, width: int) -> Engine:
+    return Engine(
+        lambda: _Model(layer, width), folder, AdamW(), clip_norm=1.0, precision="bf16", device_memory="256MiB",
+        host_memory="256MiB", activations="recompute", ram_tier=False, threads_per_worker=threads,
+        block_rules={"layers.*": "block"},
+    )  # fmt: skip
+
+
+def _micro_batches(tokens: int, width: int) -> list[Tensor]:
+    return [torch.randn(1, tokens, width).to(torch.bfloat16) for _ in range(_MICRO_BATCHES)]
+
+
+def _measure(layer: Callable[[int], nn.Module], folder: Path, steps: int, threads: int) -> _Toy:
+    micro_batches = _micro_batches(_TOKENS, _WIDTH)
     found: dict[str, list[float]] = {}
     begins, betweens = [], []
-    with Engine(
-        lambda: _Model(layer), folder, AdamW(), clip_norm=1.0, precision="bf16", device_memory="64MiB", host_memory="64MiB",
-        activations="recompute", ram_tier=False, threads_per_worker=threads, block_rules={"layers.*": "block"},
-    ) as engine:  # fmt: skip
+    with _engine(layer, folder, threads, _WIDTH) as engine:
         for number in range(steps + 3):
             result = engine.step(micro_batches, _loss)
             counts = engine.runtime.outcome.counts
@@ -139,8 +156,20 @@ def executor(folder: Path, kernel_seconds: KernelSeconds, *, steps: int = 15, th
         operation_s={kind: significant(value) for kind, value in sorted(operation_s.items())},
         kernel_s={kind: significant(value) for kind, value in kernel_s.items()},
         tensor_s={kind: significant(value) for kind, value in tensor_s.items()},
-        between_steps_s=significant(bare.between_s),
-    )
+        between_steps_s=significant(bare.between_s), process_bytes=in_processes(1, process_bytes, folder / "large", threads)[0],
+    )  # fmt: skip
+
+
+def process_bytes(rank: int, folder: Path, threads: int) -> int:
+    """What a process of its own needs beyond its plan, and beyond what it holds before it begins."""
+    idle = rss_bytes()
+    with _engine(_Layer, folder, threads, _LARGE) as engine:
+        micro_batches = _micro_batches(_LARGE, _LARGE)
+        for _ in range(5):
+            engine.step(micro_batches, _loss)
+        facts, allotment = engine.runtime.facts, engine.allotment
+        planned = allotment.device_bytes + allotment.host_bytes + HOLES * facts.workspace_bytes
+        return max(0, peak_rss_bytes() - idle - planned)
 
 
 def _kernels(toy: _Toy, kind: str, kernel_seconds: KernelSeconds) -> tuple[float, float]:

@@ -7,6 +7,7 @@ the cache, and so many threads as a rank has.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,9 @@ ATTENTION_WIDTH = 64
 KERNEL_ELEMENTS = (1 << 12, 1 << 15, 1 << 18, 1 << 21)
 DTYPES = (torch.bfloat16, torch.float32)
 _COLD_BYTES = 64 << 20  # weights take turns in so much memory: more than most caches hold
-_APART_BYTES = 24 << 20  # what other kernels work on takes turns in so much: results do not lie where they were used last
+_APART_BYTES = (
+    24 << 20
+)  # what other kernels work on takes turns in so much: results do not lie where they were used last
 _COLUMNS = 4096
 
 
@@ -70,13 +73,14 @@ def in_turn(calls: list[Call], kept: int) -> Call:
 def product(layout: str, dtype: torch.dtype, m: int, n: int, k: int) -> Call:
     """`nt` is a layer's forward (tokens × in, out × in transposed), `nn` its input's gradient, `tn` its weight's."""
     copies = max(1, min(8, _COLD_BYTES // ((n * k + m * k) * dtype.itemsize)))
+
     def operands() -> tuple[Tensor, Tensor]:
         one = torch.randn((k, m) if layout == "tn" else (m, k)).to(dtype)
         other = torch.randn((n, k) if layout == "nt" else (k, n)).to(dtype)
         return one.t() if layout == "tn" else one, other.t() if layout == "nt" else other
 
     pairs = [operands() for _ in range(copies)]
-    return in_turn([lambda one=one, other=other: aten.mm(one, other) for one, other in pairs], 4)  # type: ignore[misc]
+    return in_turn([partial(aten.mm, one, other) for one, other in pairs], 4)
 
 
 def products(sizes: tuple[int, ...] = PRODUCT_SIZES, repeats: int = 5) -> Iterator[tuple[str, tuple[float, ...]]]:
@@ -95,7 +99,10 @@ def products(sizes: tuple[int, ...] = PRODUCT_SIZES, repeats: int = 5) -> Iterat
 
 def attention(lengths: tuple[int, ...] = ATTENTION_LENGTHS) -> Iterator[tuple[str, tuple[float, ...]]]:
     """FLOP/s of attention over sequences of each length, as if each token saw all: two products forward, five back."""
-    flash, back = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
+    flash, back = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
     width = ATTENTION_WIDTH
     for dtype in DTYPES:
         for causal in (True, False):
@@ -105,10 +112,8 @@ def attention(lengths: tuple[int, ...] = ATTENTION_LENGTHS) -> Iterator[tuple[st
                 q, k, v, grad = (torch.randn(1, length, heads, width).to(dtype).transpose(1, 2) for _ in range(4))
                 out, lse = flash(q, k, v, 0.0, causal)
                 work = 4 * heads * length * length * width
-                forward = in_turn([lambda q=q, k=k, v=v: flash(q, k, v, 0.0, causal)], 4)  # type: ignore[misc]
-                ahead.append(significant(work / seconds(forward)))
-                backward = [lambda q=q, k=k, v=v, o=out, s=lse, g=grad: back(g, q, k, v, o, s, 0.0, causal)]  # type: ignore[misc]
-                taken = seconds(in_turn(backward, 4))  # type: ignore[arg-type]
+                ahead.append(significant(work / seconds(in_turn([partial(flash, q, k, v, 0.0, causal)], 4))))
+                taken = seconds(in_turn([partial(back, grad, q, k, v, out, lse, 0.0, causal)], 4))
                 behind.append(significant(2.5 * work / taken))
             mask = "causal" if causal else "full"
             yield f"attention {mask} {name_of(dtype)}", tuple(ahead)
@@ -239,7 +244,7 @@ def _calls(dtype: torch.dtype, size: int) -> Mapping[str, Callable[[], Call]]:
 
         return make
 
-    in_both = {
+    return {
         f"mul {kind}": binary(aten.mul), f"add {kind}": binary(aten.add), f"add_ {kind}": binary(aten.add_),
         f"div {kind}": unary(aten.div, 3.0), f"pow {kind}": unary(aten.pow, 2), f"mean {kind}": unary(aten.mean, [-1], True),
         f"rsqrt {kind}": unary(aten.rsqrt), f"neg {kind}": neg, f"cat {kind}": cat, f"clone {kind}": clone,
@@ -257,4 +262,3 @@ def _calls(dtype: torch.dtype, size: int) -> Mapping[str, Callable[[], Call]]:
         f"index {kind}": index, f"index_put {kind}": index_put, f"new_zeros {kind}": made(aten.zeros_like),
         f"_to_copy {kind}>{name_of(other)}": to_other,
     }  # fmt: skip
-    return in_both

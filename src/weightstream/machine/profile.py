@@ -10,6 +10,7 @@ import platform
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -28,7 +29,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if not sizes or sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
         raise ValueError(f"expected sizes of at least 1 in ascending order, found {list(sizes)}")
     return sizes
 
@@ -68,12 +69,12 @@ class Compute(Section):
 
 
 class DiskRates(Section):
-    """Direct I/O in the store's own way; `*_together` while both go on."""
+    """Direct I/O in the store's own way, each direction alone."""
 
     read_bytes_per_s: Positive
     write_bytes_per_s: Positive
-    read_together_bytes_per_s: Positive
-    write_together_bytes_per_s: Positive
+    together: Annotated[float, Field(ge=1, le=2)]
+    """How much of both rates a mixture reaches: 1 as if one went after the other, 2 as if each were alone."""
     latency_s: NotNegative
     """From the request for a small record to its bytes."""
     sync_s: NotNegative
@@ -98,6 +99,9 @@ class Executor(Section):
     tensor_s: dict[str, NotNegative]
     """Seconds per tensor by kind: of a block's sum (`reduce`) and of its update."""
     between_steps_s: NotNegative
+    process_bytes: int = Field(ge=0)
+    """Memory of a process that trains beyond what its plan allots and what it holds when it has imported everything:
+    threads, tables of the libraries that compute, what allocators keep."""
 
 
 class Contention(Section):
@@ -153,7 +157,7 @@ class Profile(Section):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".new")
         beside.write_text(_one_line_a_row(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))), "utf-8")
-        os.replace(beside, path)
+        beside.replace(path)
 
 
 def this_machine() -> Machine:
@@ -182,9 +186,7 @@ def load_profile(path: Path | None = None, warn: Callable[[str], None] = lambda 
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise ConfigError(
-            f"profile {path}: {where}: {first['msg']}; run `weightstream calibrate` anew"
-        ) from None
+        raise ConfigError(f"profile {path}: {where}: {first['msg']}; run `weightstream calibrate` anew") from None
     differing = differences(profile.machine, this_machine())
     if differing:
         warn(f"profile {path} is of another machine ({'; '.join(differing)}): what it predicts may be far off here")

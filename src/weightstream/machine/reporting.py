@@ -39,8 +39,8 @@ def profile_text(profile: Profile, path: Path) -> str:
     disk, link, executor = profile.disk, profile.link, profile.executor
     lines += [
         f"memory       {format_bytes(profile.memory_bytes_per_s)}/s copied",
-        f"disk         read {format_bytes(disk.read_bytes_per_s)}/s, write {format_bytes(disk.write_bytes_per_s)}/s; at once "
-        f"{format_bytes(disk.read_together_bytes_per_s)}/s and {format_bytes(disk.write_together_bytes_per_s)}/s",
+        f"disk         read {format_bytes(disk.read_bytes_per_s)}/s, write {format_bytes(disk.write_bytes_per_s)}/s; both "
+        f"at once {disk.together:.2f} of them",
     ]
     if link is not None:
         lines.append(
@@ -55,5 +55,3 @@ def profile_text(profile: Profile, path: Path) -> str:
         f"kept as {path}",
     ]
     return "\n".join(lines)
-
-

@@ -4,6 +4,7 @@ import multiprocessing as mp
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -42,7 +43,7 @@ def slowdowns(threads: int, round_s: float = 0.3) -> dict[str, float]:
 def _side_by_side(processes: int, threads: int, round_s: float) -> list[float]:
     """Seconds of a round of each process, all at once."""
     barrier = _CONTEXT.Barrier(processes)
-    return _in_processes(processes, _compute, barrier, threads, round_s)
+    return in_processes(processes, _compute, barrier, threads, round_s)
 
 
 def _compute(rank: int, barrier: Any, threads: int, round_s: float) -> float:
@@ -51,7 +52,7 @@ def _compute(rank: int, barrier: Any, threads: int, round_s: float) -> float:
     work = product("nt", torch.bfloat16, 256, 1024, 1024)
     wide = torch.rand(KERNEL_ELEMENTS[-2])
     barrier.wait(_WITHIN_S)
-    rounds = []
+    rounds: list[float] = []
     until = time.monotonic() + round_s
     while time.monotonic() < until or len(rounds) < 3:
         started = time.perf_counter()
@@ -65,7 +66,7 @@ def _compute(rank: int, barrier: Any, threads: int, round_s: float) -> float:
 def link(nbytes: int = 16 << 20, rounds: int = 5) -> LinkRates:
     """A block from one process to another and its gradient back, as the fabric moves them."""
     meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    found = _in_processes(2, _rank, meeting.port, nbytes, rounds)
+    found = in_processes(2, _rank, meeting.port, nbytes, rounds)
     down, up, small = (max(pair) for pair in zip(*found, strict=True))
     return LinkRates(
         broadcast_bytes_per_s=significant(nbytes / down), reduce_bytes_per_s=significant(nbytes / up),
@@ -100,7 +101,7 @@ def _moves(
     gradient, total = torch.zeros(nbytes // 4), torch.zeros(nbytes // 4)
 
     def broadcast() -> None:
-        local = {0: done(None)} if rank == 0 else {}
+        local: dict[int, Future[object]] = {0: done(None)} if rank == 0 else {}
         for future in down.start(memoryview(slab), [Span(0, 0, nbytes, 0)], local):
             future.result()
 
@@ -124,9 +125,9 @@ def _timed(move: Callable[[], None], gather: Callable[[Any], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What each process returns. They are forked from a server that has imported everything."""
-    _CONTEXT.set_forkserver_preload([__name__])
+    _CONTEXT.set_forkserver_preload([__name__, "weightstream.machine.executing"])
     pipes: list[Connection] = []
     processes: list[Any] = []
     try:

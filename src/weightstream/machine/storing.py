@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from weightstream.fabric.reduction import BlockSum, add_squares
-from weightstream.machine.kernels import DTYPES, in_turn, name_of, product, seconds, significant
+from weightstream.machine.kernels import DTYPES, Call, in_turn, name_of, product, seconds, significant
 from weightstream.machine.profile import DiskRates
 from weightstream.store.checksums import checksums
 from weightstream.store.optimizers import SGD, Adafactor, AdamW, Lion, Optimizer
@@ -47,9 +48,9 @@ def scale_and_cast(parameters: int) -> tuple[float, dict[str, float]]:
     casts = {}
     for dtype in DTYPES:
         copies = [torch.empty(parameters, dtype=dtype) for _ in masters]
-        calls = [lambda copy=copy, master=master: copy.copy_(master) for copy, master in zip(copies, masters, strict=True)]
+        calls: list[Call] = [partial(copy.copy_, master) for copy, master in zip(copies, masters, strict=True)]
         casts[name_of(dtype)] = significant(seconds(in_turn(calls, 1)) / parameters)
-    scaling = in_turn([lambda grad=grad: grad.mul_(0.999) for grad in masters], 1)
+    scaling = in_turn([partial(grad.mul_, 0.999) for grad in masters], 1)
     return significant(seconds(scaling) / parameters), casts
 
 
@@ -69,7 +70,7 @@ def sums(parameters: int) -> Iterator[tuple[str, float]]:
             found.close()
 
         squares = seconds(lambda: add_squares(0.0, target)) / parameters
-        one, four = (seconds(lambda count=count: total(count)) / parameters for count in (1, 4))  # type: ignore[misc]
+        one, four = (seconds(partial(total, count)) / parameters for count in (1, 4))
         yield f"add {name_of(dtype)}", significant(max((four - one) / 3, one / 20))
         yield f"copy {name_of(dtype)}", significant(max(one - squares, one / 10))
     yield "squares", significant(squares)
@@ -88,10 +89,13 @@ def checksum_rate(nbytes: int) -> float:
 def memory_rate(nbytes: int) -> float:
     """Bytes per second of a copy in memory, between places that are not in the cache, as a block goes to its slab."""
     sources, targets = ([AlignedBuffer(nbytes) for _ in range(4)] for _ in range(2))
-    pairs = [tuple(one.tensor(torch.uint8, 0, (nbytes,)) for one in pair) for pair in zip(sources, targets, strict=True)]
+    pairs = [
+        (one.tensor(torch.uint8, 0, (nbytes,)), other.tensor(torch.uint8, 0, (nbytes,)))
+        for one, other in zip(sources, targets, strict=True)
+    ]
     for source, _ in pairs:
         source.fill_(1)
-    calls = [lambda source=source, target=target: target.copy_(source) for source, target in pairs]
+    calls: list[Call] = [partial(target.copy_, source) for source, target in pairs]
     try:
         return significant(nbytes / seconds(in_turn(calls, 1)))
     finally:
@@ -137,27 +141,15 @@ class DiskProbe:
         return self.file_bytes * len(self.targets)
 
     def rates(self, rounds: int = 3) -> DiskRates:
-        read_s, write_s, both_read_s, both_write_s = [], [], [], []
+        read_s, write_s, both_s = [], [], []
         for _ in range(rounds):
             read_s.append(_until(self.read()))
             write_s.append(_until(self.write()))
-            started = time.perf_counter()
-            ends = dict.fromkeys(("read", "write"), started)
-            reads, writes = self.read() + self.read(), self.write() + self.write()
-            for name, futures in (("read", reads), ("write", writes)):
-                for future in futures:
-                    future.add_done_callback(
-                        lambda _, name=name: ends.__setitem__(name, max(ends[name], time.perf_counter()))  # type: ignore[misc]
-                    )
-            for future in reads + writes:
-                future.result()
-            both_read_s.append(ends["read"] - started)
-            both_write_s.append(ends["write"] - started)
+            both_s.append(_until(self.read() + self.write()))
         return DiskRates(
             read_bytes_per_s=significant(self.nbytes / median(read_s)),
             write_bytes_per_s=significant(self.nbytes / median(write_s)),
-            read_together_bytes_per_s=significant(2 * self.nbytes / median(both_read_s)),
-            write_together_bytes_per_s=significant(2 * self.nbytes / median(both_write_s)),
+            together=significant(min(2.0, max(1.0, (median(read_s) + median(write_s)) / median(both_s)))),
             latency_s=significant(median(self._small_reads())), sync_s=significant(median(self._small_writes())),
         )  # fmt: skip
 
@@ -177,8 +169,7 @@ class DiskProbe:
         found = []
         for _ in range(rounds):
             alone = _loop(work, count)
-            moved, moving = 0, self.read() + self.write()
-            moved += 2 * self.nbytes
+            moved, moving = 2 * self.nbytes, self.read() + self.write()
             beside, calls = 0.0, 0
             while not all(future.done() for future in moving):
                 beside += _loop(work, 1)
