@@ -137,10 +137,12 @@ def measured_beside(
                 again[number] = taken
                 continue
             facts = side.facts[-1]
+            bytes_of_steps = (median(fact[key] for fact in side.facts) for key in ("read", "written"))
+            read, written = closed.pop("whole_step", None) or bytes_of_steps
             row = wanted[number] | predicted[number] | {
                 "measured_s": taken, "measured_s_spread": [min(side.turns), max(side.turns)],
-                "error": predicted[number]["predicted_s"] / taken - 1, "measured_read": facts["read"],
-                "measured_written": facts["written"], "measured_memory_bytes": side.peak.nbytes,
+                "error": predicted[number]["predicted_s"] / taken - 1, "measured_read": read,
+                "measured_written": written, "measured_memory_bytes": side.peak.nbytes,
                 "memory_error": predicted[number]["predicted_memory_bytes"] / side.peak.nbytes - 1,
                 "measured_seconds": facts["seconds"], "stalled_s": facts["stalled_s"], **closed,
             }  # fmt: skip

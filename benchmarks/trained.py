@@ -69,6 +69,8 @@ class Run:
         self.engine.gather("close")
         allotment = self.engine.allotment
         found = {"device_bytes": allotment.device_bytes, "host_bytes": allotment.host_bytes}
+        if not self.wanted["clip"]:
+            found["whole_step"] = whole_step(self.engine, self.wanted)
         self.engine.close()
         if self.links is not None:
             self.links.close()
@@ -87,6 +89,24 @@ def stepped(engine: ws.Engine, wanted: dict[str, Any], number: int) -> dict[str,
     }  # fmt: skip
 
 
+def whole_step(engine: ws.Engine, wanted: dict[str, Any]) -> tuple[int, int]:
+    """Bytes read and written by one more step of all ranks from its first to its last: without clipping a step's writes
+    go on into the next one, and are counted there."""
+    engine.commit()
+    before = moved_bytes(engine)
+    engine.step(workload_of(wanted).batches(0), loss_fn)
+    engine.commit()
+    both = [after - earlier for after, earlier in zip(moved_bytes(engine), before, strict=True)]
+    every = engine.gather(both)
+    return sum(read for read, _ in every), sum(written for _, written in every)
+
+
+def moved_bytes(engine: ws.Engine) -> tuple[int, int]:
+    """What this rank has read from its disk and written to it so far."""
+    counts = [found for (tier, _), found in engine.store.counters.items() if tier == "disk"]
+    return sum(found["read"] for found in counts), sum(found["written"] for found in counts)
+
+
 def follow(wanted: dict[str, Any], store: Path) -> None:
     """Another rank: does what the first one says."""
     links = connect(timeout_s=1800)
@@ -95,6 +115,8 @@ def follow(wanted: dict[str, Any], store: Path) -> None:
     while engine.gather(None)[0] == "step":
         number += 1
         stepped(engine, wanted, number)
+    if not wanted["clip"]:
+        whole_step(engine, wanted)
     engine.close()
     links.close()
     os._exit(0)

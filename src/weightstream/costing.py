@@ -137,6 +137,7 @@ class Costs:
     """Seconds on one rank of a machine that was measured.
 
     Args:
+        ranks: how many there are; with several, what goes between them takes processor time of each.
         slowdown: how many times slower this rank computes because others share what all need (memory, caches).
     """
 
@@ -144,6 +145,7 @@ class Costs:
     threads: int
     optimizer: str = "AdamW"
     slowdown: float = 1.0
+    ranks: int = 1
 
     @property
     def tables(self) -> Tables:
@@ -176,8 +178,11 @@ class Costs:
         tables = self.tables
         at_reduce = self._sums_at_reduce(facts, allotment)
         forward, recompute, backward = [], [], []
-        for visit in census.visits:
-            forward.append(self._run(tables, visit.forward, "forward"))
+        link = self.profile.link if self.ranks > 1 else None
+        down_s = link.broadcast_cpu_s_per_byte if link else 0.0
+        for place, visit in zip(facts.visits, census.visits, strict=True):
+            received = down_s * facts.blocks[place.block].streamed_bytes / facts.present
+            forward.append(self._run(tables, visit.forward, "forward") + received)
             recompute.append(self._run(tables, visit.recompute, "forward"))
             arriving = 0.0 if at_reduce else self._arriving(tables, visit)
             backward.append(self._run(tables, visit.backward, "backward") + arriving)
@@ -191,11 +196,12 @@ class Costs:
             for block in facts.blocks
         )
         begin = self.executor.operation_s.get("begin", 0.0) + self._run(tables, census.begin, "forward")
+        agreed = 2 * link.gather_s if link else 0.0  # what is asked, and what was found
         return Durations(
             forward=tuple(forward), recompute=tuple(recompute), backward=tuple(backward),
             turn=self._run(tables, census.turn, "backward"), update=update, reduce=reduce,
             overhead={kind: value for kind, value in self.executor.operation_s.items() if kind != "begin"},
-            between_steps=self.executor.between_steps_s + facts.present * begin,
+            between_steps=self.executor.between_steps_s + facts.present * begin + agreed,
         )  # fmt: skip
 
     def _run(self, tables: Tables, kernels: Kernels, direction: str) -> float:
@@ -226,6 +232,8 @@ class Costs:
             return 0.0
         sums = tables.compute.sums
         own = sums["squares"] * block.gradient_bytes / 4
+        if self.ranks > 1 and self.profile.link is not None:
+            own += self.profile.link.reduce_cpu_s_per_byte * block.gradient_bytes
         if present:
             for dtype, count in gradients.items():
                 kind = _half_or_whole(dtype)

@@ -15,7 +15,7 @@ from weightstream.census import Census, take
 from weightstream.cluster import Cluster
 from weightstream.costing import Costs, hardware_of, slowdown_of
 from weightstream.engine import DTYPES, Engine, default_loss
-from weightstream.machine.executing import HOLES
+from weightstream.machine.executing import HOLES, HOLES_KEPT
 from weightstream.machine.profile import Profile
 from weightstream.schedule.planner import Allotment, Facts
 from weightstream.simulator.durations import Durations
@@ -99,7 +99,7 @@ def inputs_of(
     facts, allotment = engine.planned_for(cluster, micro_batches)
     costs = Costs(
         profile, threads, optimizer=type(engine.optimizer).__name__,
-        slowdown=slowdown_of(profile, cluster.size, threads),
+        slowdown=slowdown_of(profile, cluster.size, threads), ranks=cluster.size,
     )  # fmt: skip
     durations = costs.durations(
         census_of(engine, micro_batch, loss_fn), facts, allotment,
@@ -139,7 +139,8 @@ def prediction_of(inputs: Inputs, engine: Engine, profile: Profile) -> Predictio
         read, written = bound.read, bound.written
     # what is allotted, what a process needs besides, and the holes that the heap leaves around what one block works in
     memory_bytes = allotment.device_bytes + allotment.host_bytes + profile.executor.process_bytes
-    memory_bytes += HOLES * facts.workspace_bytes if facts.host_is_device else 0
+    kept = len(allotment.keep) >= len(facts.visits) - 1
+    memory_bytes += round((HOLES_KEPT if kept else HOLES) * facts.workspace_bytes) if facts.host_is_device else 0
     return Prediction(
         inputs=inputs, simulation=simulation, seconds_per_step=simulation.step_s,
         compute_s=crowded * sum(_computed(inputs, kind) for kind in ("forward", "backward", "turn", "reduce")),

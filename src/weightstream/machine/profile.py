@@ -86,7 +86,12 @@ class LinkRates(Section):
 
     broadcast_bytes_per_s: Positive
     reduce_bytes_per_s: Positive
+    broadcast_cpu_s_per_byte: NotNegative
+    reduce_cpu_s_per_byte: NotNegative
+    """Processor time of one process, sender or receiver, per byte."""
     latency_s: NotNegative
+    gather_s: NotNegative
+    """Until all know what each of them says."""
 
 
 class Executor(Section):

@@ -1,5 +1,6 @@
 """`weightstream calibrate`: progress while it measures, and what it found in a few lines."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,36 @@ from weightstream.machine.profile import DEFAULT_PATH, Profile
 from weightstream.units import format_bytes
 
 
+BUSY = 0.05
+
+
+def busy_share(seconds: float = 0.5) -> float:
+    """How much of all cores is in use while this process sleeps; 0 where the system does not tell."""
+    before = _ticks()
+    time.sleep(seconds)
+    busy, total = (after - earlier for after, earlier in zip(_ticks(), before, strict=True))
+    return busy / total if total else 0.0
+
+
+def _ticks() -> tuple[int, int]:
+    try:
+        values = [int(value) for value in Path("/proc/stat").read_text("utf-8").split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return sum(values) - values[3] - values[4], sum(values)  # without idling, and waiting for the disk
+
+
 def calibrate_here(
     out: Path | None, disk: Path, threads: int | None, console: Console, effort: Effort | None = None
 ) -> tuple[dict[str, Any], str]:
     """Measures this machine and keeps the profile: it as JSON, and as text."""
     path = (out or DEFAULT_PATH).expanduser()
+    others = busy_share()
+    if others > BUSY:
+        console.print(
+            f"other processes use {others:.0%} of this machine: what is measured now will be of no use; stop them first",
+            markup=False,
+        )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("calibrate", total=1.0)

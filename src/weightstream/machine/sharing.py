@@ -43,7 +43,7 @@ def slowdowns(threads: int, round_s: float = 0.3) -> dict[str, float]:
 def _side_by_side(processes: int, threads: int, round_s: float) -> list[float]:
     """Seconds of a round of each process, all at once."""
     barrier = _CONTEXT.Barrier(processes)
-    return in_processes(processes, _compute, barrier, threads, round_s)
+    return _in_processes(processes, _compute, barrier, threads, round_s)
 
 
 def _compute(rank: int, barrier: Any, threads: int, round_s: float) -> float:
@@ -66,15 +66,16 @@ def _compute(rank: int, barrier: Any, threads: int, round_s: float) -> float:
 def link(nbytes: int = 16 << 20, rounds: int = 5) -> LinkRates:
     """A block from one process to another and its gradient back, as the fabric moves them."""
     meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    found = in_processes(2, _rank, meeting.port, nbytes, rounds)
-    down, up, small = (max(pair) for pair in zip(*found, strict=True))
+    found = _in_processes(2, _rank, meeting.port, nbytes, rounds)
+    down, down_cpu, up, up_cpu, small, gather = (max(pair) for pair in zip(*found, strict=True))
     return LinkRates(
         broadcast_bytes_per_s=significant(nbytes / down), reduce_bytes_per_s=significant(nbytes / up),
-        latency_s=significant(small),
+        broadcast_cpu_s_per_byte=significant(down_cpu / nbytes), reduce_cpu_s_per_byte=significant(up_cpu / nbytes),
+        latency_s=significant(small), gather_s=significant(gather),
     )  # fmt: skip
 
 
-def _rank(rank: int, port: int, nbytes: int, rounds: int) -> tuple[float, float, float]:
+def _rank(rank: int, port: int, nbytes: int, rounds: int) -> tuple[float, ...]:
     os.environ |= {
         "RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -86,10 +87,15 @@ def _rank(rank: int, port: int, nbytes: int, rounds: int) -> tuple[float, float,
     try:
         down, up = Broadcast(links.down, cluster), Reduction(links.up, cluster, 1)
         large, small = (_moves(rank, size, down, up, links.control.gather, cluster) for size in (nbytes, 4096))
-        taken = [[_timed(move, links.control.gather) for _ in range(rounds + 1)][1:] for move in (*large, small[0])]
+        gather = links.control.gather
+        moves = (*large, small[0], lambda: None)
+        taken = [[_timed(move, gather) for _ in range(rounds + 1)][1:] for move in moves]
         down.close()
         up.close()
-        return median(taken[0]), median(taken[1]), median(taken[2])
+        (down_s, down_cpu_s), (up_s, up_cpu_s), (small_s, _), (gather_s, _) = (
+            tuple(map(median, zip(*rounds, strict=True))) for rounds in taken
+        )
+        return down_s, down_cpu_s, up_s, up_cpu_s, small_s, gather_s
     finally:
         links.close()
 
@@ -116,18 +122,18 @@ def _moves(
     return broadcast, reduce
 
 
-def _timed(move: Callable[[], None], gather: Callable[[Any], Any]) -> float:
-    """From when both are ready until both are done."""
+def _timed(move: Callable[[], None], gather: Callable[[Any], Any]) -> tuple[float, float]:
+    """Seconds from when both are ready until both are done, and processor time of this one."""
     gather(None)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     move()
     gather(None)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
-def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def _in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What each process returns. They are forked from a server that has imported everything."""
-    _CONTEXT.set_forkserver_preload([__name__, "weightstream.machine.executing"])
+    _CONTEXT.set_forkserver_preload([__name__])
     pipes: list[Connection] = []
     processes: list[Any] = []
     try:

@@ -93,8 +93,9 @@ def memory_rate(nbytes: int) -> float:
         (one.tensor(torch.uint8, 0, (nbytes,)), other.tensor(torch.uint8, 0, (nbytes,)))
         for one, other in zip(sources, targets, strict=True)
     ]
-    for source, _ in pairs:
-        source.fill_(1)
+    for pair in pairs:
+        for tensor in pair:
+            tensor.fill_(1)  # memory that was never touched is not there yet
     calls: list[Call] = [partial(target.copy_, source) for source, target in pairs]
     try:
         return significant(nbytes / seconds(in_turn(calls, 1)))
