@@ -87,7 +87,9 @@ def test_tokens_make_products_grow_alone() -> None:
     for length in (LENGTH, 2 * LENGTH):
         ids = torch.zeros((SEQUENCES, length), dtype=torch.long)
         names = ["model.embed_tokens", "model.layers.0", "lm_head"]
-        counts.append(take(model, names, default_loss, {"input_ids": ids, "labels": ids}, dtype=torch.bfloat16).visits[1])
+        counts.append(
+            take(model, names, default_loss, {"input_ids": ids, "labels": ids}, dtype=torch.bfloat16).visits[1]
+        )
     assert flops(counts[1].forward) == 2 * flops(counts[0].forward)
     assert sum(counts[1].forward.values()) == sum(counts[0].forward.values())
 

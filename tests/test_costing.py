@@ -102,7 +102,7 @@ def test_gradients_that_cannot_be_held_are_added_in_backward() -> None:
     facts = chain(2, micro_batches=12, root=False)
     assert allot(facts).held_gradients < 12
     assert durations(facts).backward[0] > durations(replace(facts, micro_batches=2)).backward[0]
-    assert durations(facts).reduce[0] < 12 * 1024e-9
+    assert durations(facts).reduce[0] < durations(replace(facts, micro_batches=2)).reduce[0]
 
 
 def test_ranks_that_share_a_host() -> None:

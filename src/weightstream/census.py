@@ -232,12 +232,13 @@ class _Taking:
         """Parameters and buffers without bytes, and blocks that come here when they are called."""
         kept: list[tuple[dict[str, Any], str, Any]] = []
         made: dict[int, nn.Parameter] = {}
+        within = {id(parameter) for module in self.modules.values() for parameter in module.parameters()}
         for module in self.model.modules():
             for key, parameter in list(module._parameters.items()):
                 if parameter is not None:
                     kept.append((module._parameters, key, parameter))
                     if id(parameter) not in made:
-                        made[id(parameter)] = self._parameter(parameter)
+                        made[id(parameter)] = self._parameter(parameter, fake=id(parameter) in within)
                     module._parameters[key] = made[id(parameter)]
             for key, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.device.type == "meta":
@@ -257,8 +258,12 @@ class _Taking:
             for holder, key, value in reversed(kept):
                 holder[key] = value
 
-    def _parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+    def _parameter(self, parameter: nn.Parameter, *, fake: bool) -> nn.Parameter:
+        """Zeros that take no room where it is used between blocks."""
         dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
+        if not fake:
+            zeros = torch.zeros((), dtype=dtype).expand(parameter.shape)
+            return nn.Parameter(zeros, requires_grad=parameter.requires_grad)
         with self.fakes:
             return nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
 

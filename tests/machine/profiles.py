@@ -25,7 +25,7 @@ def profile(**changes: Any) -> Profile:
         "measured_at": "2026-01-01T00:00:00+00:00",
         "machine": {"processor": "abacus", "cores": 2, "memory_bytes": 1 << 30, "torch": "2.0"},
         "product_sizes": SIZES, "attention_lengths": LENGTHS, "attention_width": 64, "kernel_elements": ELEMENTS,
-        "compute": [compute, {**compute, "threads": 2, "products": {k: (2e9,) * 8 for k in compute["products"]}}],
+        "compute": [compute, {**compute, "threads": 2, "products": dict.fromkeys(compute["products"], (2000000000.0,) * 8)}],
         "memory_bytes_per_s": 1e9,
         "disk": {"read_bytes_per_s": 1e9, "write_bytes_per_s": 1e9, "together": 1.0, "latency_s": 0.0, "sync_s": 0.0},
         "link": {"broadcast_bytes_per_s": 2e9, "reduce_bytes_per_s": 1e9, "latency_s": 1e-4, "gather_s": 1e-3,

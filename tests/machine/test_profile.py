@@ -25,7 +25,7 @@ def test_rows_are_lines(tmp_path: Path) -> None:
     profile().save(tmp_path / "p.toml")
     text = (tmp_path / "p.toml").read_text()
     assert '"nt bfloat16" = [1000000000.0, 1000000000.0,' in text
-    assert len(text.splitlines()) < 120
+    assert len(text.splitlines()) < 150
 
 
 def test_another_machine_is_warned_of(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_another_machine_is_warned_of(tmp_path: Path) -> None:
         (lambda text: text[: len(text) // 2], "no TOML|Field required"),
         (lambda text: text.replace("threads = 1", "threads = 0"), "compute.0.threads: Input should be greater"),
         (lambda text: text.replace("cores", "kores"), "machine.cores: Field required"),
-        (lambda text: text + "\nspeed = 3\n", "Extra inputs are not permitted"),
+        (lambda text: "speed = 3\n" + text, "Extra inputs are not permitted"),
         (lambda text: text.replace("format = 1", "format = 2"), "format 2, this version reads 1"),
         (lambda text: text.replace("[16, 256]", "[256, 16]"), "product_sizes: .*ascending order"),
         (lambda text: text.replace("[16, 256]", "[16, 256, 512]"), "expected 27 figures, found 8"),

@@ -118,7 +118,7 @@ def _compute(threads: int, effort: Effort, step: Step) -> Compute:
     scale_s, cast_s = storing.scale_and_cast(effort.parameters)
     return Compute(
         threads=threads, products=products, attention=attention, kernels=others,
-        sums=dict(storing.sums(effort.parameters)), optimizer=dict(storing.updates(effort.parameters)),
+        sums=dict(storing.sums(effort.parameters // 4)), optimizer=dict(storing.updates(effort.parameters)),
         scale_s=scale_s, cast_s=cast_s, checksum_bytes_per_s=storing.checksum_rate(4 * effort.file_bytes),
     )  # fmt: skip
 

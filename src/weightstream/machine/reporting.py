@@ -11,7 +11,6 @@ from weightstream.machine.calibrate import Effort, calibrate
 from weightstream.machine.profile import DEFAULT_PATH, Profile
 from weightstream.units import format_bytes
 
-
 BUSY = 0.05
 
 

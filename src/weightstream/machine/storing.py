@@ -77,13 +77,17 @@ def sums(parameters: int) -> Iterator[tuple[str, float]]:
 
 
 def checksum_rate(nbytes: int) -> float:
-    """Bytes per second of checksums by all threads."""
-    buffer = AlignedBuffer(nbytes)
-    buffer.tensor(torch.uint8, 0, (nbytes,)).random_(256)
+    """Bytes per second of checksums by all threads, of records that are not in the cache."""
+    buffers = [AlignedBuffer(nbytes) for _ in range(4)]
+    for buffer in buffers:
+        buffer.tensor(torch.uint8, 0, (nbytes,)).random_(256)
+    calls: list[Call] = [partial(checksums, [buffer.view], CHUNK_BYTES) for buffer in buffers]
     try:
-        return significant(nbytes / seconds(lambda: checksums([buffer.view], CHUNK_BYTES)))
+        return significant(nbytes / seconds(in_turn(calls, 1)))
     finally:
-        buffer.close()
+        calls.clear()
+        for buffer in buffers:
+            buffer.close()
 
 
 def memory_rate(nbytes: int) -> float:
@@ -163,8 +167,8 @@ class DiskProbe:
         return [_until([self.disk.write(path, [(0, view)], "image", allocate_bytes=4096)]) for _ in range(11)]
 
     def compute_per_byte(self, rounds: int = 5) -> float:
-        """Seconds that products take longer, per byte that is read or written meanwhile."""
-        work = product("nt", torch.bfloat16, 512, 1024, 1024)
+        """Seconds that compute takes longer, per byte that is read or written meanwhile."""
+        work = _layer_like()
         once = seconds(work)
         count = max(1, round(0.05 / once))
         found = []
@@ -186,6 +190,18 @@ class DiskProbe:
             buffer.close()
         for path in self.sources + self.targets:
             path.unlink(missing_ok=True)
+
+
+def _layer_like() -> Call:
+    """A product and kernels beside it, as in a layer: what all threads do together waits for the slowest each time."""
+    multiply, wide = product("nt", torch.bfloat16, 256, 512, 512), torch.rand(1 << 17)
+
+    def call() -> None:
+        multiply()
+        for _ in range(4):
+            wide.mul(2.0)
+
+    return call
 
 
 def _until(futures: "list[Future[Any]]") -> float:
