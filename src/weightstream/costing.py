@@ -253,8 +253,10 @@ class Costs:
         own = parameters * (each + (compute.scale_s if clipped else 0.0))
         if dtype != "float32":
             own += parameters * compute.cast_s[_half_or_whole(dtype)]
-        checked = 0 if block.index in allotment.pinned_states else block.load_bytes
-        own += (checked + block.record_bytes) / compute.checksum_bytes_per_s
+        in_ram = block.index in allotment.pinned_states
+        own += (block.record_bytes + (0 if in_ram else block.load_bytes)) / compute.checksum_bytes_per_s
+        if in_ram:  # the RAM tier's threads copy states out of it and back, on cores that compute then lacks
+            own += 2 * block.load_bytes / self.profile.memory_bytes_per_s
         return (own + self.executor.tensor_s.get("update", 0.0) * tensors) * self.slowdown
 
 

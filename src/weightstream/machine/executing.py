@@ -170,7 +170,7 @@ def _in_a_process(folder: Path, threads: int) -> int:
     Raises:
         ConfigError: it fails.
     """
-    program = "import sys; from weightstream.machine.executing import process_bytes as f; print(f(sys.argv[1], int(sys.argv[2])))"
+    program = f"import sys; from {__name__} import process_bytes as measured; print(measured(*sys.argv[1:]))"
     command = [sys.executable, "-W", "ignore", "-c", program, str(folder), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
@@ -178,8 +178,9 @@ def _in_a_process(folder: Path, threads: int) -> int:
     return int(done.stdout.split()[-1])
 
 
-def process_bytes(folder: str, threads: int) -> int:
+def process_bytes(folder: str, count: str) -> int:
     """What this process comes to need beyond its plan, and beyond what it holds before it begins."""
+    threads = int(count)
     importlib.import_module("transformers.models.llama.modeling_llama")  # what any model's code has imported
     idle = rss_bytes()
     torch.set_num_threads(threads)
