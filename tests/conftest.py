@@ -1,5 +1,7 @@
 """Order of the tests: from the fast and elementary to the slow and whole, so that a first failure is the cause.
 
+`--update-golden` writes golden schedules and simulations anew, so that a change of the planner shows as a diff of them.
+
 `make test` runs two at a time (pytest-xdist). Those of one file stay together, as some keep processes or counts between
 them; parity, the longest file, has neither.
 """
@@ -26,6 +28,15 @@ def _rank(item: pytest.Item) -> tuple[bool, int]:
     else:
         place = len(_FIRST)
     return item.get_closest_marker("slow") is not None, place
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden schedules and simulations anew")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-golden", default=False))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -114,7 +114,12 @@ class _Way:
     queue: Lanes
     resource: str
     meetings: dict[int, Meeting] = field(default_factory=dict)
-    last: simpy.Event | None = None
+    gone: dict[int, simpy.Event] = field(default_factory=dict)
+    arrived_s: float = 0.0
+
+    def turn(self, env: simpy.Environment, number: int) -> simpy.Event:
+        """Triggered when a meeting has begun to move its bytes; ranks may come to a later one first."""
+        return self.gone.setdefault(number, env.event())
 
 
 class Fabric:
@@ -175,11 +180,10 @@ class Fabric:
         return work
 
     def _carry(self, way: _Way, number: int, meeting: Meeting, images: int, first: Work) -> Process[None]:
-        before, way.last = way.last, self.env.event()
-        gone = way.last
-        cause: Work | None = None
-        if before is not None and before.callbacks is not None:
+        if number and (before := way.turn(self.env, number - 1)).callbacks is not None:
             yield before
+        way.gone.pop(number - 1, None)
+        cause: Work | None
         event = meeting.all_here
         cause = event.value if event.callbacks is None else (yield event)
         work = Work(first.step, first.rank, first.operation, way.resource, first.issued_s, self.env.now, cause)
@@ -191,11 +195,12 @@ class Fabric:
                 work.cause = earlier
 
         moved = way.queue.run(self._seconds(meeting.nbytes, images), 0, work, begun)
-        gone.succeed()
+        way.turn(self.env, number).succeed()
         yield moved
-        fill_s = self._fill_s(meeting.nbytes)
-        if fill_s:
-            yield self.env.timeout(fill_s)
+        # the first ones have all of it by now, the last ones soon, and none overtakes what went before
+        way.arrived_s = max(way.arrived_s, self.env.now + self._fill_s(meeting.nbytes))
+        if way.arrived_s > self.env.now:
+            yield self.env.timeout(way.arrived_s - self.env.now)
         work.ended_s = self.env.now
         del way.meetings[number]
         meeting.done.succeed(work)

@@ -254,7 +254,7 @@ class Rank:
         yield from self._make_room_for_sums()
         yield from self._restored(operation, visit, micro_batch)
         if self.alone and self.records and block in self._trained:
-            yield from self.wait(self.records.open_sum(block))
+            yield from self.records.open_sum(block)
         self.began(operation, self.log)
         recomputed = visit not in self.allotment.keep and visit != len(self.facts.visits) - 1
         seconds = self.durations.backward[visit] + (self.durations.recompute[visit] if recomputed else 0.0)
@@ -266,13 +266,12 @@ class Rank:
         self.began(operation, self.log)
         seconds = self.durations.reduce[block] if self.share else 0.0
         yield from self.compute(operation, seconds + self.overhead_s(operation))
+        if self.records:
+            yield from self.records.open_sum(block)
         if self.alone:
             assert self.records
-            yield from self.wait(self.records.open_sum(block))  # one that got no gradient before
             self.records.stage(operation, block)
             return
-        if self.records:
-            yield from self.wait(self.records.open_sum(block))
         number, self._meetings["up"] = self._meetings["up"], self._meetings["up"] + 1
         work = self.work(operation, "up", self.facts.blocks[block].gradient_bytes)
         self._reducing[block] = self.env.process(self.fabric.up(number, work.nbytes, self.cause, work))

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 Part = Literal["copy", "states"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a part of a record is: in memory (`pinned`) or on disk, since `ready`."""
+
+    ready: simpy.Event | None
+    pinned: bool = False
+    filled: simpy.Event | None = None
+
+
 @dataclass(slots=True)
 class _Staged:
     """One block's gradient from its first micro-batch until its update: when it is in memory, and in scratch."""
@@ -48,6 +57,7 @@ class Records:
         self._committing: simpy.Event | None = None
         self._pending: frozenset[int] = frozenset()
         self._last_update: simpy.Event | None = None
+        self._updating: dict[int, simpy.Event] = {}  # the last update of each block on a processor beside
         self.optimizer = Lanes(rank.env)
 
     def begin(self, schedule: Schedule) -> None:
@@ -63,26 +73,27 @@ class Records:
 
     # bytes between the store and memory
 
-    def _read(
-        self, operation: Operation, part: Part, block: int, nbytes: float, cause: Work | None, log: "Log"
-    ) -> Process[Work | None]:
-        """The newest version of a part of a record: from memory if it is there, else from the disk."""
+    def _source(self, part: Part, block: int) -> _Source:
+        """Where the newest version of a part of a record is at present; memory that is to hold it is filled by this read."""
         key = (part, block)
-        pin = self._pins.get(key)
-        if pin is not None:
-            cause = yield from until(self._env, cause, pin)
-            self._rank.began(operation, log)
-            return (yield from self._copy(operation, nbytes, cause, log))
-        filled = self._env.event()
-        if key in self._pinned:
+        if key in self._pins:
+            return _Source(self._pins[key], pinned=True)
+        filled = self._env.event() if key in self._pinned else None
+        if filled is not None:
             self._pins[key] = filled
-        cause = yield from until(self._env, cause, *self._some(self._newest.get(block)))
+        return _Source(self._newest.get(block), filled=filled)
+
+    def _read(
+        self, operation: Operation, source: _Source, lane: int, nbytes: float, cause: Work | None, log: "Log"
+    ) -> Process[Work | None]:
+        cause = yield from until(self._env, cause, *self._some(source.ready))
         self._rank.began(operation, log)
-        lane = URGENT if part == "copy" else RECORDS
+        if source.pinned:
+            return (yield from self._copy(operation, nbytes, cause, log))
         found = yield from self._rank.transfer(operation, nbytes, lane, cause, log)
-        if key in self._pinned:
+        if source.filled is not None:
             found = yield from self._copy(operation, nbytes, found, log)
-        filled.succeed(found)
+            source.filled.succeed(found)
         return found
 
     def _copy(self, operation: Operation, nbytes: float, cause: Work | None, log: "Log") -> Process[Work | None]:
@@ -103,7 +114,8 @@ class Records:
             return
         buffer = self._records_of(block).take()
         rank = self._rank
-        self._loaded[block] = self._env.process(self._load(operation, block, buffer, rank.cause, rank.log))
+        source = self._source("states", block)
+        self._loaded[block] = self._env.process(self._load(operation, block, source, buffer, rank.cause, rank.log))
         if block in self._pending:
             self._prefetch(operation, block)
 
@@ -111,10 +123,17 @@ class Records:
         return self._own.get(block, self._shared)
 
     def _load(
-        self, operation: Load, block: int, buffer: simpy.Event, cause: Work | None, log: "Log"
+        self,
+        operation: Load,
+        block: int,
+        source: _Source,
+        buffer: simpy.Event,
+        cause: Work | None,
+        log: "Log",
     ) -> Process[Work | None]:
         cause = yield from until(self._env, cause, buffer)
-        return (yield from self._read(operation, "states", block, self._facts.blocks[block].load_bytes, cause, log))
+        nbytes = self._facts.blocks[block].load_bytes
+        return (yield from self._read(operation, source, RECORDS, nbytes, cause, log))
 
     def update_s(self, block: int) -> float:
         """How long the optimizer step on this rank's part of a block takes."""
@@ -137,7 +156,9 @@ class Records:
         self._last_update = self._env.process(
             self._update(operation, block, needed, reducing is not None, rank.cause, rank.log)
         )
-        self._updated[block] = self._last_update
+        self._updated[block] = self._updating[block] = self._last_update
+        if block not in self._in_ram:  # whoever needs room meanwhile waits for it
+            self._ring.give(self._last_update)
 
     def _update(
         self,
@@ -158,7 +179,7 @@ class Records:
         work.begun_s, work.cause = self._env.now, cause
         yield self.optimizer.run(self.update_s(block), 0, work)
         work.ended_s = self._env.now
-        self._release(block)
+        del self._staged[block]
         return work
 
     def write(self, operation: Write, block: int) -> None:
@@ -194,6 +215,7 @@ class Records:
         yield from rank.wait(*self._some(self._committing))
         self._committing = self._env.process(self._commit(operation, tuple(self._writes), rank.log))
         self._writes.clear()
+        self._pending = frozenset()
 
     def _commit(self, operation: Commit, writes: tuple[simpy.Event, ...], log: "Log") -> Process[Work]:
         work = self._rank.work(operation, "manifest", log=log)
@@ -209,7 +231,8 @@ class Records:
         rank, nbytes = self._rank, self._facts.blocks[block].streamed_bytes / self._owners
         updated = self._updated.get(block)
         if updated is None:
-            return self._env.process(self._read(operation, "copy", block, nbytes, rank.cause, rank.log))
+            source = self._source("copy", block)
+            return self._env.process(self._read(operation, source, URGENT, nbytes, rank.cause, rank.log))
         if rank.hardware.updates_beside:
             return self._env.process(self._serve_later(operation, updated, nbytes, rank.cause, rank.log))
         rank.began(operation, rank.log)
@@ -225,12 +248,14 @@ class Records:
 
     # gradients
 
-    def open_sum(self, block: int) -> simpy.Event:
-        """Room for a block's gradient; a buffer that is on its way back is waited for."""
-        if block in self._staged:
-            return self._env.event().succeed()
-        self._staged[block] = _Staged()
-        return self._env.event().succeed() if block in self._in_ram else self._ring.take_or_grow()
+    def open_sum(self, block: int) -> Process[None]:
+        """Room for a block's gradient, once; waits for a buffer that is on its way back, and for the update that still
+        uses the gradient before."""
+        yield from self._rank.wait(*self._some(self._updating.pop(block, None)))
+        if block not in self._staged:
+            self._staged[block] = _Staged()
+            if block not in self._in_ram:
+                yield from self._rank.wait(self._ring.take_or_grow())
 
     def stage(self, operation: Operation, block: int) -> None:
         """A sum is complete: it waits in memory, or goes to scratch."""
@@ -262,7 +287,8 @@ class Records:
     def _ready(self, operation: Operation, block: int) -> simpy.Event | None:
         staged = self._staged[block]
         if staged.ready is None:
-            self._bring_back(operation, block, staged, self._ring.take_or_grow())
+            patient = not self._rank.hardware.updates_beside  # else it could wait for its own
+            self._bring_back(operation, block, staged, self._ring.take_or_grow(patient=patient))
         return staged.ready
 
     def _release(self, block: int) -> None:

@@ -33,7 +33,7 @@ class Simulation:
     Args:
         step_s, first_step_s: from the end of the step before to the end of this one, on the rank that ends last.
         busy_s: seconds of full use by resource, of the rank or host that is busiest with it. `compute` is time in which
-            a rank computes; `cores` are those of a host, `disk` is reads and writes together.
+            a rank computes, `cores` are all of a host, `down` and `up` the busiest link in each direction.
         utilisation: the same as a share of the step.
         waited_s: how long the compute of the rank that computes longest stood still for bytes.
         read_bytes, written_bytes: between host and disk, of the rank that moves most.
