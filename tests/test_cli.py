@@ -348,3 +348,23 @@ def test_a_wiped_run_goes_on_from_what_was_pushed(shell: Shell) -> None:
     assert damaged.code == 2
     assert record.name in damaged.err
     assert not (shell.folder / "run" / "store" / "manifest.sqlite").exists()
+
+
+def test_a_plan_predicts_where_the_machine_was_measured(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.machine.profiles import profile
+
+    from weightstream import run
+
+    monkeypatch.setattr(run, "DEFAULT_PATH", shell.folder / "none.toml")
+    assert "run `weightstream calibrate` first" in shell("plan", "config.yaml").out
+    profile().save(shell.folder / "profile.toml")
+    found = shell("plan", "config.yaml", "--profile", "profile.toml")
+    assert found.code == 0, found.err
+    assert "is of another machine" in found.err
+    assert " binds: compute " in found.out
+    predicted = shell("plan", "config.yaml", "--profile", "profile.toml", "--json").json()["predicted"]
+    assert predicted["run_s"] > predicted["seconds_per_step"] > 0
+    (shell.folder / "profile.toml").write_text("format = ")
+    refused = shell("plan", "config.yaml", "--profile", "profile.toml")
+    assert refused.code == 2
+    assert "is no TOML" in refused.err

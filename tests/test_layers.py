@@ -21,7 +21,7 @@ LAYERS = (
     ("worker",),
     ("runtime", "keeping", "improvising", "simulator", "streaming"),
     ("captures", "planning", "opening", "engine", "nn", "plan_text"),
-    ("data", "hub", "training", "report"),
+    ("data", "hub", "training", "report", "census", "costing", "machine", "predicting"),
     ("config", "architectures", "presets", "board", "folders", "processes", "hosts", "launcher", "agent", "ranks"),
     ("preflight", "run", "commands", "simulating", "transfer", "demo", "demo_workers", "cli"),
 )

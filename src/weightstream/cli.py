@@ -136,12 +136,36 @@ def generate(
 
 
 @app.command()
-def plan(source: Source, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """What a run would use: blocks, memory, bytes per step; nothing is created."""
+def plan(
+    source: Source,
+    overrides: Overrides = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `calibrate` wrote; ~/.cache/weightstream/profile.toml by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run would use and take: blocks, memory, bytes and seconds per step; nothing is created."""
     config = _config(source, overrides)
     from weightstream.run import plan as run_plan
 
-    _print(run_plan(config), lambda found: str(found["text"]), as_json)
+    _print(run_plan(config, _say, profile), lambda found: str(found["text"]), as_json)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[
+        Path | None, typer.Option(help="Where the profile goes; ~/.cache/weightstream/profile.toml by default.")
+    ] = None,
+    disk: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder on the disk that stores will be on.")] = Path(),
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each rank, as in engine.threads_per_worker.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine, in under two minutes, for what `plan` and `simulate` predict."""
+    from weightstream.machine.reporting import calibrate_here
+
+    found, lines = calibrate_here(out, disk, threads, _stderr())
+    _print(found, lambda _: lines, as_json)
 
 
 @app.command()

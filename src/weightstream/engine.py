@@ -25,7 +25,7 @@ from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
 from weightstream.opening import Wanted, contract_of, opened
-from weightstream.planning import Budgets, Measured, divide, facts_of, same_buffers
+from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
 from weightstream.schedule.cost import StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
@@ -294,12 +294,31 @@ class Engine:
 
     # planning
 
-    def _facts(self, micro_batches: int) -> Facts:
+    def _facts(self, micro_batches: int, division: Division | None = None) -> Facts:
+        division = division or self._division
         return facts_of(
-            self.store.blocks, self._division.records, self._budgets, visits=self._visits,
+            self.store.blocks, division.records, self._budgets, visits=self._visits,
             uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=self._division,
+            division=division,
         )  # fmt: skip
+
+    def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:
+        """What steps of so many micro-batches would be planned as, on a cluster of any size; nothing changes.
+
+        Raises:
+            PlanError: they do not fit; the message names the smallest budget that does.
+        """
+        cluster.check(micro_batches, self._budgets.reduction_groups)
+        sizes = [self.store.layout(unit.index).image_nbytes for unit in self.store.units]
+        owner = owners(sizes, len(cluster.memory_ranks))
+        division = divide(self.store, cluster, owner, self._budgets.reduction_groups)
+        facts = self._facts(micro_batches, division)
+        return facts, allot(facts)
+
+    def whole_facts(self, micro_batches: int) -> Facts:
+        """The facts of a step with the bytes of whole blocks, whoever owns them."""
+        whole = divide(self.store, Cluster(), [0] * len(self.store.units), self._budgets.reduction_groups)
+        return self._facts(micro_batches, whole)
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
@@ -511,7 +530,10 @@ class Engine:
 
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment."""
-        facts, allotment = self.runtime.facts, self.runtime.allotment
+        return self.bytes_bound_of(self.runtime.facts, self.runtime.allotment)
+
+    def bytes_bound_of(self, facts: Facts, allotment: Allotment) -> StepBytes:
+        """The same under any allotment for this engine's store."""
         recent = list(dict.fromkeys(visit.block for visit in reversed(facts.visits)))
         visited = {visit.block for visit in facts.visits}
         blocks = [block for block in facts.blocks if block.index in visited or block.resident]

@@ -3,6 +3,7 @@
 Each function here is a command without its printing; what it returns is what `--json` prints.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from weightstream.engine import Engine
 from weightstream.errors import StoreError
 from weightstream.hosts import free_memory_bytes
 from weightstream.hub import initial_values
+from weightstream.machine.profile import DEFAULT_PATH, load_profile
+from weightstream.predicting import predict, prediction_text
 from weightstream.preflight import require_memory, require_same_text, store_exists
 from weightstream.ranks import ALONE, Ranks
 from weightstream.store.glance import glance
@@ -127,9 +130,13 @@ def _temporary(config: RunConfig) -> Iterator[Engine]:
 
 def _rehearse(engine: Engine, config: RunConfig, micro_batches: int | None = None) -> None:
     """One micro-batch of the run's size, so that the plan knows the activations and refuses what will not fit."""
+    engine.rehearse(_micro_batch(config), micro_batches=micro_batches or config.training.micro_batches)
+
+
+def _micro_batch(config: RunConfig) -> dict[str, Tensor]:
     training = config.training
     ids = torch.zeros((training.micro_batch_size, training.sequence_length), dtype=torch.long)
-    engine.rehearse({"input_ids": ids, "labels": ids}, micro_batches=micro_batches or training.micro_batches)
+    return {"input_ids": ids, "labels": ids}
 
 
 def _engine(
@@ -244,13 +251,16 @@ def fit(
         return _report(run, outcome, samples, compared) if ranks.speaks else None
 
 
-def plan(config: RunConfig) -> dict[str, Any]:
-    """What a run would use, found out without the text and without leaving anything behind."""
+def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, Any]:
+    """What a run would use, found out without the text and without leaving anything behind; and, where this machine has
+    been measured, how long it would take."""
     with _temporary(config) as engine:
         _rehearse(engine, config)
         allotment, bound = engine.allotment, engine.bytes_bound()
+        text, predicted = _predicted(engine, config, say, profile)
         return {
-            "text": engine.plan,
+            "text": f"{engine.plan}\n{text}",
+            "predicted": predicted,
             "parameters": sum(block.numel for block in engine.store.blocks),
             "state_bytes": _state_bytes(engine.store),
             "device_bytes": allotment.device_bytes,
@@ -267,6 +277,31 @@ def plan(config: RunConfig) -> dict[str, Any]:
                 for block in engine.store.blocks
             ],
         }
+
+
+def _predicted(engine: Engine, config: RunConfig, say: Say, path: Path | None) -> tuple[str, dict[str, Any] | None]:
+    """The prediction as lines of the plan, and as figures; without a profile, how to come by one."""
+    if path is None and not DEFAULT_PATH.expanduser().exists():
+        return "seconds per step  not known: run `weightstream calibrate` first", None
+    training, cluster = config.training, config.cluster.roles
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = predict(
+        engine, _micro_batch(config), load_profile(path, say), micro_batches=training.micro_batches, cluster=cluster,
+        threads=config.engine.threads_per_worker or (None if cluster.size == 1 else max(1, cores // cluster.size)),
+    )  # fmt: skip
+    each = training.micro_batch_size * training.sequence_length
+    figures = {
+        "seconds_per_step": found.seconds_per_step,
+        "binds": found.binds,
+        "compute_s": found.compute_s,
+        "optimizer_s": found.optimizer_s,
+        "disk_s": found.disk_s,
+        "link_s": found.link_s,
+        "compute_bound_tokens_per_step": found.compute_bound_micro_batches() * each,
+        "run_s": found.seconds_per_step * training.steps,
+        "run_written_bytes": found.written_bytes * training.steps,
+    }
+    return prediction_text(found, tokens_per_micro_batch=each, steps=training.steps), figures
 
 
 def measure(config: RunConfig, say: Say, *, sequences: int | None) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""What is predicted of a run before it starts, held against the run: seconds, memory and bytes, over a grid of runs.
+
+    python benchmarks/prediction.py --json
+
+The machine is calibrated first (or `--profile` given); then every run of the grid is predicted from its model, its plan
+and the profile, and only then measured: some runs at a time, in turn, each the median of five steps after warm-up. Some
+are measured twice, by processes of their own: what they differ by is noise that no prediction can meet.
+
+Keys: `runs` (how many), `step_error_median`, `step_error_p90` (of |predicted / measured - 1|), `memory_error_max`,
+`memory_under` (runs that used more than was predicted), `bytes_exact` (whether all predicted bytes are those moved),
+`noise_median`, `noise_max` (a run against itself), `calibrate_s`; `table` has each run with its figures.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from memory import idle_bytes
+from results import SCRATCH, provenance, write
+from scratch import scratch
+from trained import open_engine, workload_of
+from turns import Side
+from workload import loss_fn
+
+from weightstream.cluster import Cluster
+from weightstream.machine.calibrate import calibrate
+from weightstream.machine.profile import Profile, load_profile
+from weightstream.predicting import predict
+
+HERE = Path(__file__).resolve().parent
+AT_ONCE = 6
+AGAIN = 5  # every fifth run is measured twice
+
+# (layers, width, tokens, micro-batches, RAM tier, activations, clipped, workers)
+GRID: tuple[tuple[int, int, int, int, bool, str, bool, int], ...] = (
+    (2, 256, 256, 1, False, "recompute", True, 1), (2, 512, 1024, 2, True, "keep", False, 1),
+    (2, 768, 512, 4, False, "keep", True, 1), (2, 768, 2048, 4, True, "recompute", True, 1),
+    (3, 512, 256, 2, False, "recompute", False, 1), (3, 768, 1024, 4, False, "recompute", False, 1),
+    (4, 256, 512, 4, True, "recompute", True, 1), (4, 256, 2048, 8, False, "recompute", True, 1),
+    (4, 384, 1024, 4, True, "keep", True, 1), (4, 512, 512, 1, False, "keep", False, 1),
+    (4, 512, 2048, 4, False, "recompute", True, 1), (4, 768, 256, 1, True, "recompute", True, 1),
+    (5, 640, 1024, 2, False, "recompute", True, 1), (6, 256, 1024, 2, False, "keep", True, 1),
+    (6, 384, 512, 4, False, "recompute", False, 1), (6, 512, 256, 1, True, "recompute", False, 1),
+    (6, 768, 512, 2, False, "recompute", True, 1), (8, 256, 256, 1, True, "keep", True, 1),
+    (8, 384, 2048, 8, True, "recompute", True, 1), (8, 512, 1024, 4, False, "recompute", True, 1),
+    (4, 256, 1024, 4, False, "recompute", True, 2), (4, 512, 1024, 4, True, "recompute", True, 2),
+    (6, 512, 2048, 8, False, "keep", False, 2), (2, 768, 1024, 2, False, "recompute", True, 2),
+    (3, 384, 1024, 4, False, "recompute", True, 3), (4, 512, 2048, 8, False, "recompute", True, 4),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", type=Path, help="instead of calibrating first")
+    parser.add_argument("--runs", type=int, default=len(GRID), help="so many of the grid, spread over it")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4], help="only runs of so many")
+    parser.add_argument("--steps", type=int, default=5, help="counted steps of each run")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps of each run that do not count")
+    parser.add_argument("--device-memory", default="768MiB", help="of each rank")
+    parser.add_argument("--host-memory", default="1GiB", help="of each rank")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the machine, for all ranks")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder on the disk that is measured")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with scratch(arguments.scratch, "prediction") as folder:
+        started = time.perf_counter()
+        profile = load_profile(arguments.profile, say) if arguments.profile else calibrate(folder, step=told)
+        calibrate_s = 0.0 if arguments.profile else time.perf_counter() - started
+        wanted = chosen(arguments)
+        idle = idle_bytes()
+        predicted = [predicted_of(run, profile, folder / "plan", idle) for run in wanted]
+        table = measured_beside(wanted, predicted, arguments, folder)
+    result = {"benchmark": "prediction"} | figures(table) | {"calibrate_s": calibrate_s, "table": table}
+    write("prediction", result | provenance(arguments.steps), as_json=arguments.json, record=not arguments.no_record)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def told(what: str, part: float) -> None:
+    say(f"calibrate {part:4.0%}  {what}")
+
+
+def chosen(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs of the grid that are asked for."""
+    keys = ("layers", "width", "tokens", "micro_batches", "ram_tier", "activations", "clip", "workers")
+    every = [dict(zip(keys, row, strict=True)) for row in GRID if row[-1] in arguments.workers]
+    count = min(arguments.runs, len(every))
+    memory = {"device_memory": arguments.device_memory, "host_memory": arguments.host_memory}
+    spread = [every[index * len(every) // count] for index in range(count)]
+    return [run | memory | {"threads": max(1, arguments.threads // run["workers"])} for run in spread]
+
+
+def predicted_of(run: dict[str, Any], profile: Profile, store: Path, idle: int) -> dict[str, Any]:
+    """What is predicted of a run: one micro-batch is tried for its memory, in a process that has no other ranks."""
+    cluster = Cluster(run["workers"])
+    workload = workload_of(run)
+    micro_batch = workload.batches(0)[0]
+    with open_engine(run, store) as engine:
+        engine.rehearse(micro_batch, loss_fn, micro_batches=cluster.largest_share(workload.micro_batches, 4))
+        found = predict(
+            engine, micro_batch, profile, micro_batches=workload.micro_batches, loss_fn=loss_fn, cluster=cluster,
+            threads=run["threads"],
+        )  # fmt: skip
+    shutil.rmtree(store)
+    return {
+        "predicted_s": found.seconds_per_step, "binds": found.binds,
+        "predicted_read": found.read_bytes, "predicted_written": found.written_bytes,
+        "predicted_memory_bytes": cluster.size * (found.memory_bytes + idle),
+        "predicted_seconds": found.seconds_by_kind(),
+    }  # fmt: skip
+
+
+def measured_beside(
+    wanted: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]], arguments: argparse.Namespace, folder: Path
+) -> list[dict[str, Any]]:
+    """The table: every run as it was predicted and as it was; some runs at a time, their steps in turn."""
+    runs = list(enumerate(wanted))
+    rows: list[dict[str, Any]] = []
+    again: dict[int, float] = {}
+    remaining = iter([(number, run, False) for number, run in runs] + [(n, run, True) for n, run in runs[::AGAIN]])
+    while batch := list(islice(remaining, AT_ONCE)):
+        for number, repeated, side, closed in measure([(n, run, r) for n, run, r in batch], arguments, folder):
+            taken = median(side.turns)
+            if repeated:
+                again[number] = taken
+                continue
+            facts = side.facts[-1]
+            bytes_of_steps = (median(fact[key] for fact in side.facts) for key in ("read", "written"))
+            read, written = closed.pop("whole_step", None) or bytes_of_steps
+            row = wanted[number] | predicted[number] | {
+                "measured_s": taken, "measured_s_spread": [min(side.turns), max(side.turns)],
+                "error": predicted[number]["predicted_s"] / taken - 1, "measured_read": read,
+                "measured_written": written, "measured_memory_bytes": side.peak.nbytes,
+                "memory_error": predicted[number]["predicted_memory_bytes"] / side.peak.nbytes - 1,
+                "measured_seconds": facts["seconds"], "stalled_s": facts["stalled_s"], **closed,
+            }  # fmt: skip
+            rows.append(row)
+            say(f"run {number}: predicted {row['predicted_s']:.3f} s, measured {taken:.3f} s ({row['error']:+.1%})")
+    for number, taken in again.items():
+        rows[number]["again_s"] = taken
+        rows[number]["noise"] = abs(taken / rows[number]["measured_s"] - 1)
+    return rows
+
+
+def measure(
+    batch: Sequence[tuple[int, dict[str, Any], bool]], arguments: argparse.Namespace, folder: Path
+) -> list[tuple[int, bool, Side, dict[str, Any]]]:
+    """These runs, one step of each in turn."""
+    sides: list[tuple[int, bool, Side]] = []
+    try:
+        for number, run, repeated in batch:
+            name = f"run-{number}{'-again' if repeated else ''}"
+            command = [sys.executable, HERE / "trained.py", json.dumps(run), "--store", folder / name]
+            side = Side(name, command, log=folder / f"{name}.log")
+            sides.append((number, repeated, side))
+            side.turn(arguments.warm_up, counted=False)
+        for _ in range(arguments.steps):
+            for _, _, side in sides:
+                side.turn(1, counted=True)
+        found = [(number, repeated, side, side.close()) for number, repeated, side in sides]
+    finally:
+        for *_, side in sides:
+            side.abandon()
+            shutil.rmtree(folder / side.name, ignore_errors=True)
+    return found
+
+
+def figures(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that the table comes to."""
+    errors = sorted(abs(row["error"]) for row in table)
+    memory = [row["memory_error"] for row in table]
+    noise = [row["noise"] for row in table if "noise" in row]
+    inexact = [
+        number for number, row in enumerate(table)
+        if (row["predicted_read"], row["predicted_written"]) != (row["measured_read"], row["measured_written"])
+    ]  # fmt: skip
+    return {
+        "runs": len(table), "step_error_median": median(errors),
+        "step_error_p90": errors[min(len(errors) - 1, int(0.9 * len(errors)))],
+        "memory_error_max": max(map(abs, memory)), "memory_under": sum(error < 0 for error in memory),
+        "bytes_exact": not inexact, "bytes_inexact_runs": inexact,
+        "noise_median": median(noise) if noise else None, "noise_max": max(noise) if noise else None,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

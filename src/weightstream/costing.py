@@ -1,0 +1,295 @@
+"""From a machine's profile to seconds: of a kernel, of a visit, of an update; what the simulator starts from.
+
+Between measured sizes rates are interpolated on logarithmic scales; beyond them the nearest rate holds. A kernel that was
+not measured counts as a multiplication of as many bytes.
+"""
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from weightstream.census import Census, Kernel, Kernels, VisitCensus
+from weightstream.cluster import Cluster
+from weightstream.machine.profile import Compute, Executor, Profile
+from weightstream.schedule.cost import BlockFacts
+from weightstream.schedule.planner import Allotment, Facts
+from weightstream.simulator.durations import Durations
+from weightstream.simulator.hardware import Disk, Hardware, Link
+
+_SAME = {
+    "sub": "add", "mul_": "mul", "div_": "div", "sub_": "add", "rsub": "add",
+    "zeros": "new_zeros", "zeros_like": "new_zeros", "new_ones": "new_zeros", "ones_like": "new_zeros", "full": "new_zeros",
+    "fill_": "new_zeros", "zero_": "new_zeros", "new_empty": "", "empty_like": "", "empty": "", "exp": "rsqrt",
+    "cos": "tanh", "sin": "tanh", "sigmoid": "tanh", "sqrt": "rsqrt", "copy_": "clone", "tanh_backward": "mul",
+    "threshold_backward": "mul", "index_put_": "index_put", "index_add": "index_put", "index_add_": "index_put",
+    "index_select": "index", "gather": "index", "scatter": "index_put", "native_dropout_backward": "mul", "where": "mul",
+    "constant_pad_nd": "clone", "amax": "mean", "var_mean": "mean", "split_with_sizes_copy": "clone",
+    "select_backward": "slice_backward",
+}  # fmt: skip
+"""Kernels that go through memory as a measured one does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """A profile's tables for one number of threads, and how to look into them."""
+
+    compute: Compute
+    product_sizes: Sequence[int]
+    attention_lengths: Sequence[int]
+    attention_width: int
+    kernel_elements: Sequence[int]
+
+    @classmethod
+    def of(cls, profile: Profile, threads: int) -> "Tables":
+        return cls(
+            profile.with_threads(threads), profile.product_sizes, profile.attention_lengths, profile.attention_width,
+            profile.kernel_elements,
+        )  # fmt: skip
+
+    def seconds(self, kernels: Kernels) -> float:
+        """Of so many calls, by themselves."""
+        return sum(self.kernel_s(kernel) * count for kernel, count in kernels.items())
+
+    def kernel_s(self, kernel: Kernel) -> float:
+        """Of one call."""
+        if kernel.view or not kernel.elements:
+            return 0.0
+        if kernel.name.startswith("attention") and kernel.product is not None:
+            return self._attention_s(kernel)
+        if kernel.flops and kernel.product is not None:
+            return self._product_s(kernel)
+        return self._other_s(kernel)
+
+    def _product_s(self, kernel: Kernel) -> float:
+        assert kernel.product is not None
+        rates = self._row(
+            self.compute.products, f"{kernel.layout} {kernel.dtype}", f"nn {_half_or_whole(kernel.dtype)}"
+        )
+        batch, m, n, k = kernel.product
+        small = batch > 1 and m * n * k < self.product_sizes[0] ** 3
+        rate = _between(self.product_sizes, rates, [max(m, 1), max(n, 1), max(k, 1)])
+        if small:  # many small ones in one call go faster than one alone
+            rate = max(rate, _between(self.product_sizes, rates, [self.product_sizes[1]] * 3) / 2)
+        return kernel.flops / rate
+
+    def _attention_s(self, kernel: Kernel) -> float:
+        assert kernel.product is not None
+        batch, queries, keys, width = kernel.product
+        key = f"{kernel.name} {kernel.layout} {kernel.dtype}"
+        rates = self._row(self.compute.attention, key, f"{kernel.name} full {_half_or_whole(kernel.dtype)}")
+        rate = _between(self.attention_lengths, rates, [max(keys, 1)])
+        work = 4.0 * batch * queries * keys * width
+        return (2.5 if kernel.name == "attention_backward" else 1.0) * work / rate
+
+    def _other_s(self, kernel: Kernel) -> float:
+        name = _SAME.get(kernel.name, kernel.name)
+        if not name:
+            return 0.0
+        row = self.compute.kernels.get(f"{name} {kernel.dtype}")
+        elements = kernel.elements
+        if row is None:
+            row = self.compute.kernels["mul float32"]
+            elements = max(1, kernel.nbytes // 12)
+        first, last = self.kernel_elements[0], self.kernel_elements[-1]
+        if elements <= first:
+            return row[0]
+        if elements >= last:
+            return row[-1] * elements / last
+        return math.exp(_interpolated(self.kernel_elements, [math.log(value) for value in row], elements))
+
+    def _row(self, table: Mapping[str, Sequence[float]], key: str, instead: str) -> Sequence[float]:
+        return table[key] if key in table else table[instead]
+
+
+def _half_or_whole(dtype: str) -> str:
+    return "bfloat16" if dtype in ("bfloat16", "float16") else "float32"
+
+
+def _place(sizes: Sequence[int], value: float) -> tuple[int, float]:
+    """The sizes that a value lies between, and how far along, on a logarithmic scale; clamped."""
+    if value <= sizes[0] or len(sizes) == 1:
+        return 0, 0.0
+    if value >= sizes[-1]:
+        return len(sizes) - 2, 1.0
+    low = bisect_right(sizes, value) - 1
+    return low, math.log(value / sizes[low]) / math.log(sizes[low + 1] / sizes[low])
+
+
+def _interpolated(sizes: Sequence[int], values: Sequence[float], value: float) -> float:
+    low, along = _place(sizes, value)
+    return values[low] if along == 0.0 else values[low] * (1 - along) + values[low + 1] * along
+
+
+def _between(sizes: Sequence[int], rates: Sequence[float], point: Sequence[float]) -> float:
+    """The rate at a point of a grid over every dimension's sizes (last fastest): means of seconds per operation."""
+    corners: list[tuple[int, float]] = [(0, 1.0)]
+    for value in point:
+        low, along = _place(sizes, value)
+        ways = [(low, 1 - along)] + ([(low + 1, along)] if along else [])
+        corners = [(index * len(sizes) + at, share * part) for index, share in corners for at, part in ways if part]
+    return math.exp(sum(share * math.log(rates[index]) for index, share in corners))
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds on one rank of a machine that was measured.
+
+    Args:
+        ranks: how many there are; with several, what goes between them takes processor time of each.
+        slowdown: how many times slower this rank computes because others share what all need (memory, caches).
+    """
+
+    profile: Profile
+    threads: int
+    optimizer: str = "AdamW"
+    slowdown: float = 1.0
+    ranks: int = 1
+
+    @property
+    def tables(self) -> Tables:
+        return Tables.of(self.profile, self.threads)
+
+    @property
+    def executor(self) -> Executor:
+        return self.profile.executor
+
+    def durations(
+        self,
+        census: Census,
+        facts: Facts,
+        allotment: Allotment,
+        *,
+        tensors: Sequence[int],
+        clipped: bool,
+        dtype: str,
+        owners: int = 1,
+    ) -> Durations:
+        """What the simulator needs of one rank.
+
+        Args:
+            census: of one micro-batch.
+            tensors: how many trained parameters each block has.
+            clipped: whether gradients are scaled before the update.
+            dtype: of the copy that streams.
+            owners: how many ranks own records; each has an equal part of every block.
+        """
+        tables = self.tables
+        at_reduce = self._sums_at_reduce(facts, allotment)
+        forward, recompute, backward = [], [], []
+        link = self.profile.link if self.ranks > 1 else None
+        down_s = link.broadcast_cpu_s_per_byte if link else 0.0
+        for place, visit in zip(facts.visits, census.visits, strict=True):
+            received = down_s * facts.blocks[place.block].streamed_bytes / facts.present
+            forward.append(self._run(tables, visit.forward, "forward") + received)
+            recompute.append(self._run(tables, visit.recompute, "forward"))
+            arriving = 0.0 if at_reduce else self._arriving(tables, visit)
+            backward.append(self._run(tables, visit.backward, "backward") + arriving)
+        counts = [self._gradients(census, facts, block.index) for block in facts.blocks]
+        reduce = tuple(
+            self._reduce(tables, block, counts[block.index], tensors[block.index], facts.present if at_reduce else 0)
+            for block in facts.blocks
+        )
+        update = tuple(
+            owners * self._update(tables, block, allotment, tensors[block.index], clipped, dtype)
+            for block in facts.blocks
+        )
+        begin = self.executor.operation_s.get("begin", 0.0) + self._run(tables, census.begin, "forward")
+        agreed = 2 * link.gather_s if link else 0.0  # what is asked, and what was found
+        return Durations(
+            forward=tuple(forward), recompute=tuple(recompute), backward=tuple(backward),
+            turn=self._run(tables, census.turn, "backward"), update=update, reduce=reduce,
+            overhead={kind: value for kind, value in self.executor.operation_s.items() if kind != "begin"},
+            between_steps=self.executor.between_steps_s + facts.present * begin + agreed,
+        )  # fmt: skip
+
+    def _run(self, tables: Tables, kernels: Kernels, direction: str) -> float:
+        own = tables.seconds(kernels) + self.executor.kernel_s.get(direction, 0.0) * sum(kernels.values())
+        return own * self.slowdown
+
+    def _sums_at_reduce(self, facts: Facts, allotment: Allotment) -> bool:
+        """Whether all gradients of a block are held until its sum is closed."""
+        return facts.present == 1 or allotment.held_gradients >= facts.present
+
+    def _gradients(self, census: Census, facts: Facts, block: int) -> Counter[str]:
+        """Elements of a block's gradients from one micro-batch, by dtype; of a parameter used twice, twice."""
+        found: Counter[str] = Counter()
+        for visit, counted in zip(facts.visits, census.visits, strict=True):
+            if visit.block == block:
+                found.update(counted.gradients)
+        return found
+
+    def _arriving(self, tables: Tables, visit: VisitCensus) -> float:
+        """One micro-batch's gradients of a visit are added at once to what is there."""
+        sums = tables.compute.sums
+        each = sum(sums[f"add {_half_or_whole(dtype)}"] * count for dtype, count in visit.gradients.items())
+        return (each + self.executor.tensor_s.get("reduce", 0.0) * visit.parameters / 2) * self.slowdown
+
+    def _reduce(self, tables: Tables, block: BlockFacts, gradients: Counter[str], tensors: int, present: int) -> float:
+        """The squares, and the sum itself where it waits until here."""
+        if not block.trainable:
+            return 0.0
+        sums = tables.compute.sums
+        own = sums["squares"] * block.gradient_bytes / 4
+        if self.ranks > 1 and self.profile.link is not None:
+            own += self.profile.link.reduce_cpu_s_per_byte * block.gradient_bytes
+        if present:
+            for dtype, count in gradients.items():
+                kind = _half_or_whole(dtype)
+                own += count * (sums[f"copy {kind}"] + (present - 1) * sums[f"add {kind}"])
+        return (own + self.executor.tensor_s.get("reduce", 0.0) * tensors) * self.slowdown
+
+    def _update(
+        self, tables: Tables, block: BlockFacts, allotment: Allotment, tensors: int, clipped: bool, dtype: str
+    ) -> float:
+        """One owner's part: read from disk it is checked; scaled, stepped, cast; what will be written gets its checksums."""
+        if not block.trainable or not block.staged_bytes:
+            return 0.0
+        compute, parameters = tables.compute, block.staged_bytes / 4
+        each = compute.optimizer.get(self.optimizer) or compute.optimizer["AdamW"] * block.load_bytes / (
+            12 * parameters
+        )
+        own = parameters * (each + (compute.scale_s if clipped else 0.0))
+        if dtype != "float32":
+            own += parameters * compute.cast_s[_half_or_whole(dtype)]
+        in_ram = block.index in allotment.pinned_states
+        own += (block.record_bytes + (0 if in_ram else block.load_bytes)) / compute.checksum_bytes_per_s
+        if in_ram:  # the RAM tier's threads copy states out of it and back, on cores that compute then lacks
+            own += 2 * block.load_bytes / self.profile.memory_bytes_per_s
+        return (own + self.executor.tensor_s.get("update", 0.0) * tensors) * self.slowdown
+
+
+def slowdown_of(profile: Profile, ranks: int, threads: int) -> float:
+    """How many times slower a rank computes among so many of its host, beyond what sharing cores explains."""
+    cores = profile.machine.cores
+    alike = {
+        int(key.split("x")[0]): value for key, value in profile.contention.ranks.items() if key.endswith(f"x{threads}")
+    }
+    if ranks == 1 or not alike:
+        return 1.0
+    nearest = min(alike, key=lambda count: (abs(count - ranks), count))
+    return max(1.0, alike[nearest] / max(1.0, nearest * threads / cores))
+
+
+def hardware_of(
+    profile: Profile, cluster: Cluster, *, threads: int, on_disk: bool = True, hosts: Sequence[int] | None = None
+) -> Hardware:
+    """The resources of a cluster whose hosts are all like the machine that was measured; one host by default.
+
+    Raises:
+        PlanError: a cluster of several ranks, and the profile has no link.
+    """
+    disk, link = profile.disk, profile.link
+    return Hardware(
+        cluster=cluster, hosts=tuple(hosts) if hosts is not None else (0,) * cluster.size,
+        cores_per_host=profile.machine.cores, cores_per_rank=threads,
+        disk=Disk(
+            read_bytes_per_s=disk.read_bytes_per_s, write_bytes_per_s=disk.write_bytes_per_s,
+            together=disk.together, latency_s=disk.latency_s,
+        ) if on_disk else None,
+        link=Link(
+            bytes_per_s=min(link.broadcast_bytes_per_s, link.reduce_bytes_per_s), latency_s=link.latency_s,
+        ) if link is not None and cluster.size > 1 else None,
+        memory_bytes_per_s=profile.memory_bytes_per_s, io_compute_s_per_byte=profile.contention.io_compute_s_per_byte,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The machine in front of us: its profile, and how that is measured."""

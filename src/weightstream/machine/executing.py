@@ -1,0 +1,203 @@
+"""What the runtime needs for itself: two toy models whose kernels hardly take time are streamed from a toy store.
+
+One has a single product in each block, the other as many kernels as a decoder layer; what their operations take, less the
+kernels by themselves, is an overhead per operation and one per kernel or tensor.
+"""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weightstream.census import Census, Kernels, take
+from weightstream.engine import Engine
+from weightstream.errors import ConfigError
+from weightstream.machine.kernels import significant
+from weightstream.machine.profile import Executor
+from weightstream.store.optimizers import AdamW
+from weightstream.training.memory import peak_rss_bytes, rss_bytes
+
+_WIDTH, _TOKENS, _LAYERS, _MICRO_BATCHES = 32, 16, 4, 4
+_LARGE = 256
+HOLES, HOLES_KEPT = 3.5, 2.0
+"""Room that the heap leaves between what is in use, in units of what one block computes in (the plan's `workspace`); less
+where activations are kept. Seen on this project's runs of 2 to 6 layers: 1.3 to 2.8 with recomputation, 1.3 without."""
+KernelSeconds = Callable[[Kernels], float]
+
+
+class _Bare(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.product = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)  # type: ignore[no-any-return]
+
+
+class _Layer(nn.Module):
+    """A decoder layer by hand, so that no library is needed for it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ParameterList([nn.Parameter(torch.ones(width)) for _ in range(2)])
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = (nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def norm(self, x: Tensor, which: int) -> Tensor:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return self.norms[which] * scaled.to(x.dtype)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(1, x.shape[1], 2, x.shape[2] // 2).transpose(1, 2)
+
+    def turned(self, x: Tensor) -> Tensor:
+        heads = self.heads(x)
+        one, other = heads.chunk(2, -1)
+        return heads * 0.5 + torch.cat([-other, one], -1) * 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x, 0)
+        query, key = self.turned(self.query(y)), self.turned(self.key(y))
+        seen = F.scaled_dot_product_attention(query, key, self.heads(self.value(y)), is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(x.shape))
+        y = self.norm(x, 1)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))  # type: ignore[no-any-return]
+
+
+class _Model(nn.Module):
+    def __init__(self, layer: Callable[[int], nn.Module], width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([layer(width) for _ in range(_LAYERS)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _loss(model: nn.Module, micro_batch: Tensor) -> Tensor:
+    return model(micro_batch).float().square().mean()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _Toy:
+    """Medians of one toy's steps: seconds per operation by kind, and what its kernels are."""
+
+    operation_s: Mapping[str, float]
+    begin_s: float
+    between_s: float
+    census: Census
+    tensors: int
+
+
+def _engine(layer: Callable[[int], nn.Module], folder: Path, threads: int, width: int) -> Engine:
+    return Engine(
+        lambda: _Model(layer, width), folder, AdamW(), clip_norm=1.0, precision="bf16", device_memory="256MiB",
+        host_memory="256MiB", activations="recompute", ram_tier=False, threads_per_worker=threads,
+        block_rules={"layers.*": "block"},
+    )  # fmt: skip
+
+
+def _micro_batches(tokens: int, width: int) -> list[Tensor]:
+    return [torch.randn(1, tokens, width).to(torch.bfloat16) for _ in range(_MICRO_BATCHES)]
+
+
+def _measure(layer: Callable[[int], nn.Module], folder: Path, steps: int, threads: int) -> _Toy:
+    micro_batches = _micro_batches(_TOKENS, _WIDTH)
+    found: dict[str, list[float]] = {}
+    begins, betweens = [], []
+    with _engine(layer, folder, threads, _WIDTH) as engine:
+        for number in range(steps + 3):
+            result = engine.step(micro_batches, _loss)
+            counts = engine.runtime.outcome.counts
+            if number < 3:
+                continue
+            for kind, taken in result.seconds.items():
+                if counts[kind]:
+                    found.setdefault(kind, []).append(taken / counts[kind])
+            begins.append(result.seconds["glue"] / _MICRO_BATCHES)
+            betweens.append(result.elapsed_s - result.stalled_s - sum(result.seconds.values()))
+        census = take(
+            engine.model, [visit.module for visit in engine.runtime.facts.visits], _loss, micro_batches[0],
+            dtype=torch.bfloat16,
+            forwards={visit.module: engine.worker.own_forward(visit.module) for visit in engine.runtime.facts.visits},
+        )  # fmt: skip
+        tensors = len(list(engine.model.layers[1].parameters()))  # type: ignore[index, union-attr]
+    return _Toy(
+        {kind: median(values) for kind, values in found.items()}, median(begins), max(0.0, median(betweens)), census,
+        tensors,
+    )  # fmt: skip
+
+
+def executor(folder: Path, kernel_seconds: KernelSeconds, *, steps: int = 15, threads: int) -> Executor:
+    """Overheads, from two toys in a folder that is theirs."""
+    bare, rich = (_measure(layer, folder / name, steps, threads) for name, layer in (("bare", _Bare), ("rich", _Layer)))
+    operation_s = dict(bare.operation_s)
+    kernel_s, tensor_s = {}, {}
+    for kind in ("forward", "backward"):
+        # the last of a toy's visits is not recomputed: seconds are the mean over all visits, and so are kernels
+        (few, few_s), (many, many_s) = (_kernels(toy, kind, kernel_seconds) for toy in (bare, rich))
+        extra = (rich.operation_s[kind] - many_s) - (bare.operation_s[kind] - few_s)
+        kernel_s[kind] = max(0.0, extra / (many - few))
+        operation_s[kind] = max(0.0, bare.operation_s[kind] - few_s - few * kernel_s[kind])
+    turn = bare.census.turn
+    own = kernel_seconds(turn) + kernel_s["backward"] * sum(turn.values())
+    operation_s["turn"] = max(0.0, bare.operation_s["turn"] - own)
+    for kind in ("reduce", "update"):
+        each = (rich.operation_s[kind] - bare.operation_s[kind]) / (rich.tensors - bare.tensors)
+        tensor_s[kind] = max(0.0, each)
+        operation_s[kind] = max(0.0, bare.operation_s[kind] - tensor_s[kind] * bare.tensors)
+    operation_s["begin"] = bare.begin_s
+    return Executor(
+        operation_s={kind: significant(value) for kind, value in sorted(operation_s.items())},
+        kernel_s={kind: significant(value) for kind, value in kernel_s.items()},
+        tensor_s={kind: significant(value) for kind, value in tensor_s.items()},
+        between_steps_s=significant(bare.between_s), process_bytes=_in_a_process(folder / "large", threads),
+    )  # fmt: skip
+
+
+def _in_a_process(folder: Path, threads: int) -> int:
+    """`process_bytes` of a new process: a forked one has memory that it shares and that does not count at first.
+
+    Raises:
+        ConfigError: it fails.
+    """
+    program = f"import sys; from {__name__} import process_bytes as measured; print(measured(*sys.argv[1:]))"
+    command = [sys.executable, "-W", "ignore", "-c", program, str(folder), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise ConfigError(f"a process that was to measure its own memory failed: {done.stderr.strip()[-500:]}")
+    return int(done.stdout.split()[-1])
+
+
+def process_bytes(folder: str, count: str) -> int:
+    """What this process comes to need beyond its plan, and beyond what it holds before it begins."""
+    threads = int(count)
+    importlib.import_module("transformers.models.llama.modeling_llama")  # what any model's code has imported
+    idle = rss_bytes()
+    torch.set_num_threads(threads)
+    with _engine(_Layer, Path(folder), threads, _LARGE) as engine:
+        micro_batches = _micro_batches(_LARGE, _LARGE)
+        for _ in range(5):
+            engine.step(micro_batches, _loss)
+        facts, allotment = engine.runtime.facts, engine.allotment
+        planned = allotment.device_bytes + allotment.host_bytes + 2 * facts.workspace_bytes
+        return max(0, peak_rss_bytes() - idle - planned)
+
+
+def _kernels(toy: _Toy, kind: str, kernel_seconds: KernelSeconds) -> tuple[float, float]:
+    """How many a forward or a backward runs, and what they take by themselves; means over the visits."""
+    visits = toy.census.visits
+    if kind == "forward":
+        runs = [visit.forward for visit in visits]
+    else:
+        runs = [visit.recompute + visit.backward for visit in visits[:-1]] + [visits[-1].backward]
+    return sum(sum(run.values()) for run in runs) / len(runs), sum(map(kernel_seconds, runs)) / len(runs)

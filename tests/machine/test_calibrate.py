@@ -1,0 +1,36 @@
+"""Calibration with sizes so small that it takes seconds: what it gives is whole, and nothing is left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from weightstream.machine.calibrate import Effort
+from weightstream.machine.profile import load_profile
+from weightstream.machine.reporting import calibrate_here
+
+TINY = Effort(
+    product_sizes=(8, 32), attention_lengths=(16, 32), kernel_elements=(512, 4096), repeats=1, parameters=1 << 14,
+    file_bytes=1 << 16, files=2, link_bytes=1 << 16, rank_round_s=0.01, executor_steps=2,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_everything_is_measured_and_nothing_stays(tmp_path: Path) -> None:
+    said: list[str] = []
+    disk = tmp_path / "disk"
+    found, text = calibrate_here(tmp_path / "p.toml", disk, 1, Console(quiet=True), TINY)
+    profile = load_profile(tmp_path / "p.toml", said.append)
+    assert said == []
+    assert list(disk.iterdir()) == []
+    assert json.loads(json.dumps(found))["profile"] == str(tmp_path / "p.toml")
+    assert "AdamW" in text
+    (compute,) = profile.compute
+    assert set(compute.optimizer) == {"AdamW", "SGD", "Lion", "Adafactor"}
+    assert all(row[-1] > row[0] for name, row in compute.kernels.items() if name.startswith("_log_softmax "))
+    assert profile.link is not None
+    assert set(profile.contention.ranks) == {"2x1", "4x1"}
+    assert {"forward", "backward", "turn", "update", "reduce", "load", "write", "begin"} <= set(
+        profile.executor.operation_s
+    )
