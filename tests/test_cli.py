@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from tests.machine.profiles import profile
 from tests.store.cases import segment
 
+from weightstream import run
 from weightstream.cli import main
 from weightstream.store.store import Store
 from weightstream.trace.spans import Span
@@ -83,6 +85,7 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         body = f"def function_{number}(argument):\n    return argument + {number}\n\n" * (4 + number % 5)
         (tmp_path / "text" / f"{number}.py").write_text(body)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.setattr(run, "DEFAULT_PATH", tmp_path / "profile.toml")  # of this machine, wherever it was measured
     return Shell(tmp_path, capsys, monkeypatch)
 
 
@@ -145,8 +148,8 @@ def test_the_prediction_of_a_run_is_kept_and_compared(shell: Shell) -> None:
     from weightstream.run import Run, fit, summary
     from weightstream.trace.files import read_trace
 
-    def predict(run: Run) -> list[Span]:
-        assert run.engine.step_count == 0
+    def predict(run: Run, say: Any) -> list[Span]:
+        assert run.engine.step_count == 1
         return [Span(2, 0, "forward", "compute", "Forward(0)", 0.0, 0.25), Span(1, 0, "turn", "compute", "", 0.0, 9.0)]
 
     found = fit(load_config(Path("config.yaml"), ["training.steps=3"]), Console(quiet=True), predict=predict)
@@ -350,15 +353,27 @@ def test_a_wiped_run_goes_on_from_what_was_pushed(shell: Shell) -> None:
     assert not (shell.folder / "run" / "store" / "manifest.sqlite").exists()
 
 
-def test_a_plan_predicts_where_the_machine_was_measured(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.machine.profiles import profile
+def test_a_run_is_compared_with_its_prediction_and_is_the_same_without(shell: Shell) -> None:
+    for name in ("alone", "foretold"):
+        assert shell("fit", "config.yaml", f"out={name}").code == 0
+        profile().save(shell.folder / "profile.toml")
+    alone, foretold = (shell("store", "digest", name).out for name in ("alone", "foretold"))
+    assert alone == foretold
+    assert shell("trace", "diff", "alone", "--json").json()["predicted_s"] is None
+    found = shell("trace", "diff", "foretold", "--json").json()
+    assert found["predicted_s"] > 0
+    rows = {(row["kind"], row["resource"]): row for row in found["rows"]}
+    for kind in ("forward", "turn", "backward", "reduce"):
+        measured, predicted = rows[kind, "compute"]["measured"], rows[kind, "compute"]["predicted"]
+        assert predicted["count"] == measured["count"] > 0, kind
+    # a look at the store takes updates out of their steps: never more than are predicted
+    assert rows["update", "compute"]["predicted"]["count"] >= rows["update", "compute"]["measured"]["count"] > 0
 
-    from weightstream import run
 
-    monkeypatch.setattr(run, "DEFAULT_PATH", shell.folder / "none.toml")
+def test_a_plan_predicts_where_the_machine_was_measured(shell: Shell) -> None:
     assert "run `weightstream calibrate` first" in shell("plan", "config.yaml").out
     profile().save(shell.folder / "profile.toml")
-    found = shell("plan", "config.yaml", "--profile", "profile.toml")
+    found = shell("plan", "config.yaml")
     assert found.code == 0, found.err
     assert "is of another machine" in found.err
     assert " binds: compute " in found.out

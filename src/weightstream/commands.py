@@ -26,9 +26,9 @@ from weightstream.trace.perfetto import export
 
 def fit_alone(config: RunConfig, console: Console, again: str, *, as_json: bool) -> int:
     """One rank, this process."""
-    from weightstream.run import fit
+    from weightstream.run import fit, predicted_spans
 
-    report = fit(config, console)
+    report = fit(config, console, predict=predicted_spans)
     assert report is not None
     return _reported(report, console, again, as_json=as_json)
 
@@ -38,11 +38,11 @@ def fit_as_rank(place: Place, read: Callable[[], RunConfig], launched: Path | No
     board = None if launched is None else Board(launched)
 
     def work() -> int:
-        from weightstream.run import fit
+        from weightstream.run import fit, predicted_spans
 
         with joined(place, read, board) as (ranks, config):
             console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not ranks.speaks)
-            report = fit(config, console, ranks)
+            report = fit(config, console, ranks, predicted_spans)
             if report is not None and board is not None:
                 report["losses"] = [asdict(loss) for loss in board.losses()]
             again = shlex.join(sys.argv[1:]) if board is None else None

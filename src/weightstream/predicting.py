@@ -119,18 +119,19 @@ def predict(
     loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss,
     cluster: Cluster | None = None,
     threads: int | None = None,
+    keep_spans: bool = False,
 ) -> Prediction:
-    """A steady step on the virtual clock; arguments and errors as in `inputs_of`."""
+    """A steady step on the virtual clock, with its spans if asked for; arguments and errors as in `inputs_of`."""
     inputs = inputs_of(
         engine, micro_batch, profile, micro_batches=micro_batches, loss_fn=loss_fn, cluster=cluster, threads=threads
     )
-    return prediction_of(inputs, engine, profile)
+    return prediction_of(inputs, engine, profile, keep_spans=keep_spans)
 
 
-def prediction_of(inputs: Inputs, engine: Engine, profile: Profile) -> Prediction:
+def prediction_of(inputs: Inputs, engine: Engine, profile: Profile, *, keep_spans: bool = False) -> Prediction:
     """The simulation of what was put together for it, and what each resource works."""
     facts, allotment, durations, hardware = inputs.facts, inputs.allotment, inputs.durations, inputs.hardware
-    simulation = simulate(facts, allotment, durations, hardware)
+    simulation = simulate(facts, allotment, durations, hardware, keep_spans=keep_spans)
     busy, size = simulation.busy_s, hardware.cluster.size
     crowded = max(1.0, hardware.hosts.count(0) * hardware.cores_per_rank / hardware.cores_per_host)
     read, written = simulation.read_bytes, simulation.written_bytes

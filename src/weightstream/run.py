@@ -202,8 +202,26 @@ def _weights(config: RunConfig, say: Say) -> Mapping[str, Tensor] | None:
     return found
 
 
-Predict = Callable[[Run], Sequence[Span] | None]
+Predict = Callable[[Run, Say], Sequence[Span] | None]
 """The spans of a run's steps as they are predicted; None where nothing can be."""
+
+
+def predicted_spans(run: Run, say: Say, path: Path | None = None) -> Sequence[Span] | None:
+    """A step of an open run on the virtual clock, where this machine has been measured. Never ends the run itself.
+
+    Args:
+        path: of the profile; by default where `weightstream calibrate` leaves it, if it did.
+    """
+    if path is None and not DEFAULT_PATH.expanduser().exists():
+        return None
+    config = run.config
+    try:
+        profile, micro_batches = load_profile(path or DEFAULT_PATH, say), config.training.micro_batches
+        found = predict(run.engine, _micro_batch(config), profile, micro_batches=micro_batches, keep_spans=True)
+    except Exception as error:  # whatever a model does that the census does not know: training goes on
+        say(f"no prediction: {error}")
+        return None
+    return found.simulation.spans
 
 
 def fit(
@@ -212,7 +230,7 @@ def fit(
     """Train to `training.steps`, from wherever the store stands; the result says what happened, on the first rank.
 
     Args:
-        predict: called once, on the first rank, before the first step.
+        predict: called once, on the first rank, after the first step.
     """
     say = _sayer(console)
     with opened(config, say, create=True, ranks=ranks) as run:
@@ -230,7 +248,7 @@ def fit(
             ) as metrics,
             Tracing(
                 config.out, engine.recorder, speaks=ranks.speaks,
-                predict=None if predict is None else lambda: predict(run),
+                predict=None if predict is None else lambda: predict(run, say),
             ) as tracing,
         ):  # fmt: skip
 
@@ -286,7 +304,8 @@ def _predicted(engine: Engine, config: RunConfig, say: Say, path: Path | None) -
     training, cluster = config.training, config.cluster.roles
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = predict(
-        engine, _micro_batch(config), load_profile(path, say), micro_batches=training.micro_batches, cluster=cluster,
+        engine, _micro_batch(config), load_profile(path or DEFAULT_PATH, say), micro_batches=training.micro_batches,
+        cluster=cluster,
         threads=config.engine.threads_per_worker or (None if cluster.size == 1 else max(1, cores // cluster.size)),
     )  # fmt: skip
     each = training.micro_batch_size * training.sequence_length

@@ -27,7 +27,8 @@ class Tracing:
     """Writes the spans of one rank to a run's folder. Used as a context manager around the steps.
 
     Args:
-        predict: gives the spans of steps as they are predicted, on the rank that speaks; None where nothing can be.
+        predict: gives the spans of steps as they are predicted, once the first step has shown what a step is, on the rank
+            that speaks; None where nothing can be.
     """
 
     def __init__(
@@ -36,15 +37,16 @@ class Tracing:
         self._folder, self._recorder = folder, recorder
         self._first: list[Span] = []
         self._steps = 0
-        self._speaks = speaks
-        spans = predict() if speaks and predict is not None else None
-        self._predicted = tuple(last_step(spans or ()))
+        self._speaks, self._predict = speaks, predict
+        self._predicted: tuple[Span, ...] = ()
 
     def stepped(self) -> None:
         """A step is over."""
         self._steps += 1
         if self._steps == 1 and self._speaks:  # a process that has no step to make leaves the trace as it is
             remove_old(self._folder)
+            spans = self._predict() if self._predict is not None else None
+            self._predicted = tuple(span for span in last_step(spans or ()) if span.rank == self._recorder.rank)
             if self._predicted:
                 write_spans(self._folder / FOLDER / PREDICTED, self._predicted)
         if self._steps == TRACED_STEP:
