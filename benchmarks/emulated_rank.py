@@ -16,6 +16,7 @@ from late import LateLinks
 
 import weightstream as ws
 from weightstream.cluster import Cluster
+from weightstream.fabric import broadcast, reduce
 from weightstream.fabric.distributed import connect
 from weightstream.fabric.links import Links
 
@@ -23,6 +24,8 @@ from weightstream.fabric.links import Links
 def main() -> None:
     wanted = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
+    # blocks are a part of their true size, and so are the chunks in which they travel
+    broadcast.CHUNK_BYTES, reduce.CHUNK = wanted["chunk_bytes"], wanted["chunk_bytes"] // 4
     cluster = Cluster(wanted["workers"], wanted["memory"])
     links: Links = connect()
     if wanted["latency_s"]:

@@ -9,7 +9,8 @@ records, `--workers` compute one micro-batch each. Bytes of a block and seconds 
 Then the same in network namespaces with a limited link (`--limited-only`, `--no-limited`; needs root and iproute2): one
 memory rank and two workers, 1 Gbit/s each way, sends 0.2 ms late, and compute that takes `--ratios` times what the
 busiest link takes in the forward and in the backward. `limited_link_ratio` is a step over the larger of the two plus the
-first block's way. `link_bytes_per_s` is what one TCP connection gets there, measured in the same run.
+first block's way. Chunks are smaller there, as blocks are (`--limited-chunk-bytes`). `link_bytes_per_s` is what one TCP
+connection gets there, measured in the same run.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from results import SCRATCH, provenance, summary, write
 from scratch import scratch
 
 from weightstream.cluster import Cluster
+from weightstream.fabric.broadcast import CHUNK_BYTES
 
 
 def main() -> None:
@@ -43,6 +45,9 @@ def main() -> None:
     parser.add_argument("--bits-per-s", type=float, default=1e9, help="of the limited link")
     parser.add_argument("--latency-s", type=float, default=2e-4, help="added to its sends")
     parser.add_argument("--limited-panel-elements", type=int, default=1 << 20)
+    parser.add_argument(
+        "--limited-chunk-bytes", type=int, default=256 << 10, help="the fabric's 2 MiB, made smaller too"
+    )
     parser.add_argument("--no-limited", action="store_true")
     parser.add_argument("--limited-only", action="store_true")
     parser.add_argument("--host-memory", default="2GiB")
@@ -71,6 +76,7 @@ def main() -> None:
         "memory": 1, "shrink": arguments.shrink, "layers": arguments.layers, "groups": arguments.groups,
         "device_memory": arguments.slabs * block_bytes + (1 << 16), "host_memory": arguments.host_memory,
         "ram_tier": arguments.ram_tier,
+        "chunk_bytes": CHUNK_BYTES,
         "prefetch": arguments.prefetch, "block_bytes": block_bytes, "panel_elements": arguments.panel_elements,
         "steps": arguments.warm_up + arguments.steps, "latency_s": 0.0,
         "forward_s": profile.forward_s / factor, "backward_s": profile.backward_s / factor,
@@ -130,6 +136,7 @@ def limited_link(
         for ratio in arguments.ratios:
             own = {
                 "workers": cluster.workers, "latency_s": arguments.latency_s, "panel_elements": panels,
+                "chunk_bytes": arguments.limited_chunk_bytes,
                 "store": str(folder / "limited"),
                 "forward_s": ratio * forward_s / arguments.layers, "backward_s": ratio * backward_s / arguments.layers,
             }  # fmt: skip
@@ -149,7 +156,8 @@ def limited_link(
     return found | {
         "link_bytes_per_s": rate, "limited_forward_transfer_s": forward_s, "limited_backward_transfer_s": backward_s,
         "limited_fill_s": fill_s, "limited_workers": cluster.workers, "limited_panel_elements": panels,
-        "latency_s": arguments.latency_s,
+        "latency_s": arguments.latency_s, "limited_chunk_bytes": arguments.limited_chunk_bytes,
+        "ram_tier": arguments.ram_tier, "host_memory": arguments.host_memory,
     }  # fmt: skip
 
 
