@@ -77,8 +77,8 @@ def _cluster(name: str | None) -> ClusterPreset:
         raise ConfigError(f"simulate: expected --cluster, one of {', '.join(CLUSTERS)}")
     if name == THIS_MACHINE:
         raise ConfigError(
-            f"--cluster {THIS_MACHINE}: this machine has no profile; run `weightstream calibrate` first, or take one of "
-            f"{', '.join(CLUSTERS)}"
+            f"--cluster {THIS_MACHINE}: what this machine was measured to do is what `weightstream plan CONFIG.yaml` predicts "
+            f"with, after `weightstream calibrate`; here take one of {', '.join(CLUSTERS)}"
         )
     return cluster_named(name)
 
