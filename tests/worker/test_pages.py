@@ -42,6 +42,22 @@ def test_emptied_pages_leave_memory_and_can_be_filled_again() -> None:
     assert int(made.sum(dtype=torch.int64)) == 7 * made.numel()
 
 
+def test_pages_that_were_spilled_take_no_memory_while_they_are_free() -> None:
+    before = anonymous_bytes()
+    for _ in range(3):  # boundaries that come back one after another
+        made = pages.on_pages(torch.ones(64 << 20, dtype=torch.uint8))
+        pages.empty(made)
+        made.fill_(7)
+        assert anonymous_bytes() - before > 60 << 20
+        del made
+        gc.collect()
+        assert anonymous_bytes() - before < 10 << 20
+    kept = pages.on_pages(torch.ones(64 << 20, dtype=torch.uint8))  # never spilled: its pages are the next one's
+    del kept
+    gc.collect()
+    assert anonymous_bytes() - before > 60 << 20
+
+
 def test_pages_outlive_no_alias_and_serve_the_next_tensor_of_their_size() -> None:
     made = pages.on_pages(torch.ones(64 << 20, dtype=torch.uint8))
     alias, where = made.detach(), made.untyped_storage().data_ptr()

@@ -19,6 +19,7 @@ _PAGE_BYTES = mmap.PAGESIZE
 _in_use: dict[int, mmap.mmap] = {}  # by address
 _free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)  # by size
 _wanted: set[int] = set()  # sizes asked for since the last `trim`
+_spilled: set[int] = set()  # addresses whose bytes were elsewhere for a time: the plan has no room for them
 
 
 def on_pages(tensor: Tensor) -> Tensor:
@@ -40,7 +41,13 @@ def on_pages(tensor: Tensor) -> Tensor:
 
 
 def _give(address: int, size: int) -> None:
-    _free[size].append(_in_use.pop(address))
+    """Keeps the pages for the next tensor. Of one that was spilled they are empty: on the way back all of these come once
+    more, one after another, and what nobody uses would gather there (one boundary for every visit and micro-batch)."""
+    pages = _in_use.pop(address)
+    if address in _spilled:
+        _spilled.discard(address)
+        pages.madvise(mmap.MADV_DONTNEED)
+    _free[size].append(pages)
 
 
 def has_pages(tensor: Tensor) -> bool:
@@ -50,7 +57,9 @@ def has_pages(tensor: Tensor) -> bool:
 
 def empty(tensor: Tensor) -> None:
     """Returns the pages under a tensor's storage to the kernel; they read as zeros until they are filled again."""
-    _in_use[tensor.untyped_storage().data_ptr()].madvise(mmap.MADV_DONTNEED)
+    address = tensor.untyped_storage().data_ptr()
+    _in_use[address].madvise(mmap.MADV_DONTNEED)
+    _spilled.add(address)
 
 
 def trim() -> None:
