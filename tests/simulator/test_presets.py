@@ -139,8 +139,8 @@ def test_fewer_layers_are_the_same_plan() -> None:
     verify(build(short.facts, short.allotment), short.facts, short.allotment)
 
 
-def test_a_model_of_many_layers_is_planned_by_a_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a few layers say of the whole is what planning all of it says."""
+def test_a_plan_by_a_few_layers_promises_no_more_than_one_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take smaller micro-batches and spill more, since whole visits of few stay or leave; never the other way."""
     for each in (1, 4, 8):
         asked = job("llama-405b", workers=2, each=each)
         whole = prepare(asked)
@@ -148,6 +148,7 @@ def test_a_model_of_many_layers_is_planned_by_a_few_of_them(monkeypatch: pytest.
             patched.setattr(jobs, "MOST_VISITS", 100)
             few = prepare(asked)
         assert few.layers < whole.layers == asked.model.layers
-        assert (few.each, few.allotment.slabs, few.blocks) == (whole.each, whole.allotment.slabs, whole.blocks)
-        assert few.spilled == pytest.approx(whole.spilled, abs=0.02)
+        assert (few.allotment.slabs, few.blocks) == (whole.allotment.slabs, whole.blocks)
+        assert few.each <= whole.each
+        assert whole.spilled <= few.spilled <= whole.spilled + 1 / len(few.facts.visits)
         assert few.allotment.device_bytes <= asked.cluster.device_memory
