@@ -1,7 +1,6 @@
 """`weightstream fit` on one rank, as one rank of several, and as the launcher of all of them; each gives the exit code."""
 
 import json
-import os
 import shlex
 import signal
 import sys
@@ -15,7 +14,7 @@ from rich.console import Console
 from weightstream.board import Board
 from weightstream.config import RunConfig
 from weightstream.errors import ConfigError
-from weightstream.hosts import own_address, require_free_port
+from weightstream.hosts import cores, own_address, require_free_port
 from weightstream.launcher import Launch, Launcher
 from weightstream.ranks import Place, as_rank, joined
 from weightstream.store.glance import committed_step, glance
@@ -65,7 +64,7 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
         threads = found.contract.get("numerics", {}).get("threads_per_worker")
     start = Launch(
         command=("-m", "weightstream", "fit"), arguments=tuple(arguments), ranks=roles.size, address=address,
-        port=cluster.port, threads=threads or max(1, len(os.sched_getaffinity(0)) // roles.size),
+        port=cluster.port, threads=threads or max(1, cores() // roles.size),
         store=config.store, restarts=cluster.restarts,
     )  # fmt: skip
 

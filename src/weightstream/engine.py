@@ -230,8 +230,7 @@ class Engine:
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
         cluster = self.ranks.cluster
-        sizes = [self.store.layout(unit.index).image_nbytes for unit in self.store.units]
-        self.owner = owners(sizes, len(cluster.memory_ranks))
+        self.owner = self._owners(cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
         self.holding = Holding(self.store, owned)
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
@@ -294,6 +293,11 @@ class Engine:
 
     # planning
 
+    def _owners(self, cluster: Cluster) -> tuple[int, ...]:
+        """The memory rank that owns each unit on a cluster."""
+        sizes = [self.store.layout(unit.index).image_nbytes for unit in self.store.units]
+        return owners(sizes, len(cluster.memory_ranks))
+
     def _facts(self, micro_batches: int, division: Division | None = None) -> Facts:
         division = division or self._division
         return facts_of(
@@ -309,9 +313,7 @@ class Engine:
             PlanError: they do not fit; the message names the smallest budget that does.
         """
         cluster.check(micro_batches, self._budgets.reduction_groups)
-        sizes = [self.store.layout(unit.index).image_nbytes for unit in self.store.units]
-        owner = owners(sizes, len(cluster.memory_ranks))
-        division = divide(self.store, cluster, owner, self._budgets.reduction_groups)
+        division = divide(self.store, cluster, self._owners(cluster), self._budgets.reduction_groups)
         facts = self._facts(micro_batches, division)
         return facts, allot(facts)
 

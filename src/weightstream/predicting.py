@@ -75,7 +75,7 @@ def census_of(engine: Engine, micro_batch: Any, loss_fn: Callable[[nn.Module, An
     return take(engine.model, modules, loss_fn, micro_batch, dtype=DTYPES[engine.precision], forwards=forwards)
 
 
-def inputs_of(
+def predict(
     engine: Engine,
     micro_batch: Any,
     profile: Profile,
@@ -84,8 +84,9 @@ def inputs_of(
     loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss,
     cluster: Cluster | None = None,
     threads: int | None = None,
-) -> Inputs:
-    """What the simulator is given for steps of so many micro-batches like this one.
+    keep_spans: bool = False,
+) -> Prediction:
+    """A steady step of so many micro-batches like this one, on the virtual clock; with its spans if asked for.
 
     Args:
         engine: one that has rehearsed the micro-batch, or made a step of such.
@@ -107,28 +108,11 @@ def inputs_of(
         clipped=engine.clip_norm is not None, dtype=str(DTYPES[engine.precision]).removeprefix("torch."),
         owners=len(cluster.memory_ranks),
     )  # fmt: skip
-    return Inputs(facts, allotment, durations, hardware_of(profile, cluster, threads=threads))
+    inputs = Inputs(facts, allotment, durations, hardware_of(profile, cluster, threads=threads))
+    return _prediction_of(inputs, engine, profile, keep_spans=keep_spans)
 
 
-def predict(
-    engine: Engine,
-    micro_batch: Any,
-    profile: Profile,
-    *,
-    micro_batches: int,
-    loss_fn: Callable[[nn.Module, Any], Tensor] = default_loss,
-    cluster: Cluster | None = None,
-    threads: int | None = None,
-    keep_spans: bool = False,
-) -> Prediction:
-    """A steady step on the virtual clock, with its spans if asked for; arguments and errors as in `inputs_of`."""
-    inputs = inputs_of(
-        engine, micro_batch, profile, micro_batches=micro_batches, loss_fn=loss_fn, cluster=cluster, threads=threads
-    )
-    return prediction_of(inputs, engine, profile, keep_spans=keep_spans)
-
-
-def prediction_of(inputs: Inputs, engine: Engine, profile: Profile, *, keep_spans: bool = False) -> Prediction:
+def _prediction_of(inputs: Inputs, engine: Engine, profile: Profile, *, keep_spans: bool) -> Prediction:
     """The simulation of what was put together for it, and what each resource works."""
     facts, allotment, durations, hardware = inputs.facts, inputs.allotment, inputs.durations, inputs.hardware
     simulation = simulate(facts, allotment, durations, hardware, keep_spans=keep_spans)

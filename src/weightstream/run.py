@@ -3,7 +3,6 @@
 Each function here is a command without its printing; what it returns is what `--json` prints.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,9 @@ from weightstream.data.dataset import Dataset, prepare
 from weightstream.data.tokenizer import Tokenizer
 from weightstream.engine import Engine
 from weightstream.errors import StoreError
-from weightstream.hosts import free_memory_bytes
+from weightstream.hosts import cores, free_memory_bytes
 from weightstream.hub import initial_values
-from weightstream.machine.profile import DEFAULT_PATH, load_profile
+from weightstream.machine.profile import DEFAULT_PATH, Profile, load_profile
 from weightstream.predicting import predict, prediction_text
 from weightstream.preflight import require_memory, require_same_text, store_exists
 from weightstream.ranks import ALONE, Ranks
@@ -212,11 +211,12 @@ def predicted_spans(run: Run, say: Say, path: Path | None = None) -> Sequence[Sp
     Args:
         path: of the profile; by default where `weightstream calibrate` leaves it, if it did.
     """
-    if path is None and not DEFAULT_PATH.expanduser().exists():
-        return None
     config = run.config
     try:
-        profile, micro_batches = load_profile(path or DEFAULT_PATH, say), config.training.micro_batches
+        profile = _profile(path, say)
+        if profile is None:
+            return None
+        micro_batches = config.training.micro_batches
         found = predict(run.engine, _micro_batch(config), profile, micro_batches=micro_batches, keep_spans=True)
     except Exception as error:  # whatever a model does that the census does not know: training goes on
         say(f"no prediction: {error}")
@@ -297,16 +297,22 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
         }
 
 
+def _profile(path: Path | None, say: Say) -> Profile | None:
+    """That one, which must be there; or the one of this machine, if it was ever measured."""
+    if path is None and not DEFAULT_PATH.expanduser().exists():
+        return None
+    return load_profile(path or DEFAULT_PATH, say)
+
+
 def _predicted(engine: Engine, config: RunConfig, say: Say, path: Path | None) -> tuple[str, dict[str, Any] | None]:
     """The prediction as lines of the plan, and as figures; without a profile, how to come by one."""
-    if path is None and not DEFAULT_PATH.expanduser().exists():
+    profile = _profile(path, say)
+    if profile is None:
         return "seconds per step  not known: run `weightstream calibrate` first", None
     training, cluster = config.training, config.cluster.roles
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = predict(
-        engine, _micro_batch(config), load_profile(path or DEFAULT_PATH, say), micro_batches=training.micro_batches,
-        cluster=cluster,
-        threads=config.engine.threads_per_worker or (None if cluster.size == 1 else max(1, cores // cluster.size)),
+        engine, _micro_batch(config), profile, micro_batches=training.micro_batches, cluster=cluster,
+        threads=config.engine.threads_per_worker or (None if cluster.size == 1 else max(1, cores() // cluster.size)),
     )  # fmt: skip
     each = training.micro_batch_size * training.sequence_length
     figures = {
