@@ -63,6 +63,28 @@ def test_at_any_call(
     say(f"power losses, {survivors.__name__}: {len(moments)} points, {len(images)} with files of their own")
 
 
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "kept"])
+def test_one_name_at_any_call(
+    lost: bool, moments: list[Moment], digests: dict[int, str], say: Callable[[str], None]
+) -> None:
+    """One name is lost and all others are on the medium, or it alone is: a directory's names come in any order."""
+    images = {}
+    for moment in moments:
+        names, _ = left_to_chance(moment)
+        for name in names if len(names) > 1 else ():
+
+            def survives(path: str, name: str = name) -> bool:
+                return (path == name) != lost
+
+            image = after_power_loss(moment, survives, lambda *_: -1)
+            key = frozenset((path, found and found[1]) for path, found in image.items() if not path.endswith("-shm"))
+            images[key, moment.expected] = image
+    for (_, expected), image in images.items():
+        check(image, expected, digests)
+    assert images
+    say(f"power losses, one name {'lost' if lost else 'kept'}: {len(images)} with files of their own")
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_whatever_survives(

@@ -74,7 +74,8 @@ class Browser:
             case "Runtime.consoleAPICalled" if found["type"] in ("error", "warning", "assert"):
                 self.errors.append(f"{found['type']}: {[each.get('value') for each in found['args']]}")
             case "Runtime.exceptionThrown":
-                self.errors.append(json.dumps(found["exceptionDetails"])[:500])
+                details = found["exceptionDetails"]
+                self.errors.append(f"{details['text']}: {details.get('exception', {}).get('description')}")
             case "Log.entryAdded" if found["entry"]["level"] in ("error", "warning"):
                 self.errors.append(found["entry"]["text"])
             case "Network.requestWillBeSent" if not found["request"]["url"].startswith(("data:", "blob:")):

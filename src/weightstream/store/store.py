@@ -155,7 +155,6 @@ class Store:
         _require_text(*(parameter.name for family in families for parameter in family.parameters))
         lock_handle = directory.make(store_path)
         try:
-            _sync_names_above(store_path, disk.device)
             disk.device.probe(store_path / directory.SCRATCH)
             meta = {
                 "made_by": metadata.version("weightstream"),
@@ -169,7 +168,7 @@ class Store:
             }
             if families:
                 (store_path / directory.SEGMENTS / SHARED).mkdir()
-                disk.device.sync_directory(store_path / directory.SEGMENTS)
+            _sync_place(store_path, disk.device)
             Manifest.create(store_path / directory.MANIFEST, meta=meta, blocks=facts, families=layouts.family_rows())
             manifest = Manifest.open(store_path / directory.MANIFEST, writable=True)
             store = cls(store_path, manifest, disk, lock_handle)
