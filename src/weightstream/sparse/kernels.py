@@ -1,0 +1,245 @@
+"""y = x Wᵀ where only non-zeros of W exist: forward, the input's gradient, and the weight's gradient at non-zeros only.
+
+Three kernels, all for fp32 and bf16; a dense W is formed by none of them:
+
+- `gathered`: rows of blocks that have equally many blocks are one batched product of their values with the gathered part
+  of x. The input's gradient does the same by columns of blocks, the weight's for each row with the tokens as the sum.
+- `bsr`: PyTorch's block-sparse product (MKL on a CPU, fp32 only; Triton on a GPU, bf16 only, since its fp32 is TF32);
+  the weight's gradient is that of `gathered`.
+- `csr`: for single elements on a CPU, PyTorch's compressed rows (MKL), computed in fp32.
+
+Order of sums: every element of a result is one dot product over non-zeros in ascending order (y: columns of W; x's
+gradient: rows of W; W's gradient: tokens), rounded once to the dtype; how that product is associated is the library's.
+No element is ever added to by two threads, and nothing here looks at the number of threads. Where the library's product
+of one shape does not depend on it, neither do these bits; the tests hold this for 1 and 2 threads.
+
+Bound against exact arithmetic, for a dot product of n terms (Higham, Accuracy and Stability of Numerical Algorithms,
+2nd ed., section 3.1): |error| ≤ γ(n) Σ|terms| + u |result|, where γ(n) = n·2⁻²⁴ / (1 - n·2⁻²⁴) and u = 2⁻⁸ for bf16, else 0.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from weightstream.errors import ConfigError
+from weightstream.sparse.structure import Compressed, Lines, Structure, portions
+
+Kernel = Literal["gathered", "bsr", "csr"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+
+_GATHERED_BYTES = 4 << 20  # what is gathered at once: it should be in a cache when the product reads it
+
+
+def supports(kernel: Kernel, block: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel can multiply by such blocks."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if kernel == "gathered":
+        return min(block) > 1
+    if kernel == "csr":
+        return device.type == "cpu" and torch.backends.mkl.is_available()
+    a, b = block
+    if device.type == "cpu":
+        return a == b > 1 and dtype == torch.float32 and torch.backends.mkl.is_available()
+    # Triton's block products: powers of two from 16 on; its fp32 is TF32, which is not what was asked for
+    return device.type == "cuda" and dtype == torch.bfloat16 and min(block) >= 16 and not (a & (a - 1) or b & (b - 1))
+
+
+def multiply(x: Tensor, values: Tensor, bias: Tensor | None, structure: Structure, kernel: Kernel) -> Tensor:
+    """x Wᵀ + bias.
+
+    Args:
+        x: (…, columns of W).
+        values: the non-zeros of W, (nnz, 1) or (nnz,), in row-major order of their dense positions; its gradient has
+            the same shape.
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit, or the kernel cannot do this.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    rows, columns = structure.shape
+    if x.shape[-1] != columns or values.numel() != structure.nnz or x.dtype != values.dtype:
+        raise ConfigError(
+            f"sparse product with {structure}: expected x of (…, {columns}) and {structure.nnz} values of one dtype, found x "
+            f"{tuple(x.shape)} of {x.dtype} and {values.numel()} values of {values.dtype}; give the mask that the values have"
+        )
+    if not supports(kernel, structure.block, x.dtype, x.device):
+        raise ConfigError(
+            f"kernel '{kernel}' has no product of {x.dtype} with blocks of {structure.block[0]}×{structure.block[1]} on "
+            f"{x.device.type}: choose another one, or multiply densely"
+        )
+    y: Tensor = _Product.apply(x.reshape(-1, columns), values, structure, kernel)
+    if bias is not None:
+        y = y + bias
+    return y.view(*x.shape[:-1], rows)
+
+
+class _Product(torch.autograd.Function):
+    """x (tokens × columns) times the transposed W; both are saved as they are, so that weights in slabs stay there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, structure: Structure, kernel: Kernel) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.structure, ctx.kernel = structure, kernel
+        return _FORWARD[kernel](x, values.reshape(-1), structure)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, values = ctx.saved_tensors
+        structure, kernel = ctx.structure, ctx.kernel
+        of_x = of_values = None
+        turned = grad.t().contiguous()  # (rows of W, tokens)
+        if ctx.needs_input_grad[0]:
+            of_x = _INPUT_GRADIENT[kernel](turned, values.reshape(-1), structure)
+        if ctx.needs_input_grad[1]:
+            of_values = _WEIGHT_GRADIENT[kernel](turned, x, structure).view(values.shape)
+        return of_x, of_values, None, None
+
+
+# gathered
+
+
+def _rows(values: Tensor, structure: Structure) -> list[Tensor]:
+    """Values by group of `by_row`, each (n, a, k·b); they are copied only where rows are out of order."""
+    a, b = structure.block
+    order = structure.row_order
+    if order != sorted(order):
+        parts = values.split(structure.row_values)
+        values = torch.cat([parts[row] for row in order])
+    found, begin = [], 0
+    for group in structure.by_row:
+        n, k = group.others.shape
+        found.append(values[begin : begin + n * a * k * b].view(n, a, k * b))
+        begin += n * a * k * b
+    return found
+
+
+def _blocks(values: Tensor, structure: Structure) -> Tensor:
+    """Values as (blocks, a, b), numbered as in `by_row`."""
+    a, b = structure.block
+    groups = [one.view(one.shape[0], a, -1, b).transpose(1, 2).reshape(-1, a, b) for one in _rows(values, structure)]
+    return torch.cat(groups) if groups else values.view(0, a, b)
+
+
+def _at_once(group: Lines, size: int, turned: Tensor) -> Iterable[slice]:
+    """Lines of a group whose gathered parts, `size` rows of `turned` for each block, fit together."""
+    each = group.others.shape[1] * size * turned.shape[-1] * turned.itemsize
+    return portions(group.lines.numel(), _GATHERED_BYTES // max(1, each))
+
+
+def _gather(turned: Tensor, group: Lines, part: slice, size: int) -> Tensor:
+    """The blocks of `turned` (size·blocks × tokens) that lines need: (lines, k·size, tokens)."""
+    others = group.others[part]
+    blocks = turned.view(-1, size * turned.shape[-1])
+    return blocks.index_select(0, others.reshape(-1)).view(others.shape[0], -1, turned.shape[-1])
+
+
+def _gathered_forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    a, b = structure.block
+    turned = x.t().contiguous()  # (columns of W, tokens)
+    y = x.new_zeros(structure.shape[0] // a, a, x.shape[0])
+    for group, weights in zip(structure.by_row, _rows(values, structure), strict=True):
+        for part in _at_once(group, b, turned):
+            y[group.lines[part]] = torch.bmm(weights[part], _gather(turned, group, part, b))
+    return y.view(structure.shape[0], -1).t().contiguous()
+
+
+def _gathered_input_gradient(turned: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    a, b = structure.block
+    blocks = _blocks(values, structure)
+    of_x = turned.new_zeros(structure.shape[1] // b, b, turned.shape[1])
+    for group in structure.by_column:
+        for part in _at_once(group, a, turned):
+            places = group.places[part]
+            weights = blocks.index_select(0, places.reshape(-1)).view(places.shape[0], -1, b)  # (n, k·a, b)
+            of_x[group.lines[part]] = torch.bmm(weights.transpose(1, 2), _gather(turned, group, part, a))
+    return of_x.view(structure.shape[1], -1).t().contiguous()
+
+
+def _gathered_weight_gradient(turned: Tensor, x: Tensor, structure: Structure) -> Tensor:
+    a, b = structure.block
+    inputs = x.t().contiguous()
+    outputs = turned.view(-1, a, turned.shape[1])
+    found: list[Tensor] = [turned.new_empty(0)] * len(structure.row_values)
+    for group in structure.by_row:
+        for part in _at_once(group, b, inputs):
+            lines = group.lines[part]
+            grads = torch.bmm(outputs.index_select(0, lines), _gather(inputs, group, part, b).transpose(1, 2))
+            for line, grad in zip(lines.tolist(), grads.view(lines.numel(), -1).unbind(0), strict=True):
+                found[line] = grad
+    return torch.cat(found)
+
+
+# PyTorch's compressed formats
+
+
+@cache
+def _accept_beta() -> None:
+    """PyTorch says once per process that these formats are in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
+        torch.eye(2).to_sparse_csr()
+        torch.eye(2).to_sparse_bsr((1, 1))
+
+
+def _compressed(compressed: Compressed, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Indices come from `Structure`, so nothing of them is checked again."""
+    _accept_beta()
+    layout = torch.sparse_csr if values.dim() == 1 else torch.sparse_bsr
+    return torch.sparse_compressed_tensor(
+        compressed.starts, compressed.columns, values, size=shape, layout=layout, check_invariants=False
+    )
+
+
+def _bsr_forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    at = structure.rows_compressed
+    blocks = _blocks(values, structure).index_select(0, at.order)
+    y: Tensor = _compressed(at, blocks, structure.shape) @ x.t().contiguous()
+    return y.t().contiguous()
+
+
+def _bsr_input_gradient(turned: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    at, (rows, columns) = structure.columns_compressed, structure.shape
+    blocks = _blocks(values, structure).index_select(0, at.order).transpose(1, 2).contiguous()
+    of_x: Tensor = _compressed(at, blocks, (columns, rows)) @ turned
+    return of_x.t().contiguous()
+
+
+def _csr_forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    matrix = _compressed(structure.elements.rows_compressed, values.float(), structure.shape)
+    y: Tensor = matrix @ x.t().to(torch.float32, memory_format=torch.contiguous_format)
+    return y.t().to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def _csr_input_gradient(turned: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    at, (rows, columns) = structure.elements.columns_compressed, structure.shape
+    of_x: Tensor = _compressed(at, values.index_select(0, at.order).float(), (columns, rows)) @ turned.float()
+    return of_x.t().to(turned.dtype, memory_format=torch.contiguous_format)
+
+
+def _csr_weight_gradient(turned: Tensor, x: Tensor, structure: Structure) -> Tensor:
+    at = structure.elements.rows_compressed
+    places = _compressed(at, turned.new_zeros(structure.nnz, dtype=torch.float32), structure.shape)
+    inputs = x.t().to(torch.float32, memory_format=torch.contiguous_format)
+    found: Tensor = torch.sparse.sampled_addmm(places, turned.float(), inputs.t(), beta=0.0)
+    return found.values().to(turned.dtype)
+
+
+_Call = Callable[[Tensor, Tensor, Structure], Tensor]
+_FORWARD: dict[Kernel, _Call] = {"gathered": _gathered_forward, "bsr": _bsr_forward, "csr": _csr_forward}
+_INPUT_GRADIENT: dict[Kernel, _Call] = {
+    "gathered": _gathered_input_gradient, "bsr": _bsr_input_gradient, "csr": _csr_input_gradient,
+}  # fmt: skip
+_WEIGHT_GRADIENT: dict[Kernel, _Call] = {
+    "gathered": _gathered_weight_gradient, "bsr": _gathered_weight_gradient, "csr": _csr_weight_gradient,
+}  # fmt: skip
+
+__all__ = ["KERNELS", "Kernel", "multiply", "supports"]
