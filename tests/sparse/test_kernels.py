@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused() -> None:
         multiply(torch.ones(2, 4).bfloat16(), torch.ones(16, 1).bfloat16(), None, structure, "bsr")
     with pytest.raises(ConfigError, match="do not divide"):
         Structure.at(torch.tensor([0]), (5, 4), (2, 2))
-    with pytest.raises(ConfigError, match="expected 0 to 3"):
+    with pytest.raises(ConfigError, match="expected numbers of 0 to 3, found 4 to 4"):
         Structure.at(torch.tensor([4]), (4, 4), (2, 2))
     with pytest.raises(ConfigError, match="expected one bool per block"):
         Structure(torch.ones(2, 2), (2, 2))

@@ -32,12 +32,7 @@ _LOOKS = frozenset(
 
 def drivable(model: nn.Module) -> dict[str, nn.Linear]:
     """The modules whose product a kernel can take over, by the name of their weight."""
-    shared = Counter(
-        id(parameter)
-        for module in _unique(model)
-        for parameter in module.parameters(recurse=False)
-        if parameter is not None
-    )
+    shared = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
     return {
         f"{name}.weight" if name else "weight": module
         for name, module in model.named_modules()
@@ -47,10 +42,6 @@ def drivable(model: nn.Module) -> dict[str, nn.Linear]:
         and isinstance(module.weight, nn.Parameter)
         and shared[id(module.weight)] == 1
     }
-
-
-def _unique(model: nn.Module) -> list[nn.Module]:
-    return list(model.modules())
 
 
 def drive(module: nn.Linear, structure: Structure, kernel: Kernel) -> Callable[[], None]:

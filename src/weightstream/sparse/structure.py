@@ -77,9 +77,8 @@ class Structure:
             raise ConfigError(f"blocks of {block[0]}×{block[1]} do not divide a matrix of {shape[0]}×{shape[1]}")
         total = grid[0] * grid[1]
         if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < total:
-            raise ConfigError(
-                f"mask of {total} blocks names blocks {int(positions.min())} to {int(positions.max())}: expected 0 to {total - 1}"
-            )
+            found = f"{int(positions.min())} to {int(positions.max())}"
+            raise ConfigError(f"mask of {total} blocks: expected numbers of 0 to {total - 1}, found {found}")
         kept = torch.zeros(total, dtype=torch.bool)
         kept[positions.to("cpu", torch.long)] = True
         return cls(kept.view(grid), block, device)
