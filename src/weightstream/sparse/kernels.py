@@ -88,7 +88,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, structure: Structure, kernel: Kernel) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.structure, ctx.kernel = structure, kernel
-        return _FORWARD[kernel](x, values.reshape(-1), structure)
+        return _FORWARD[kernel](x.contiguous(), values.reshape(-1), structure)
 
     @staticmethod
     @once_differentiable
@@ -96,11 +96,11 @@ class _Product(torch.autograd.Function):
         x, values = ctx.saved_tensors
         structure, kernel = ctx.structure, ctx.kernel
         of_x = of_values = None
-        turned = grad.t().contiguous()  # (rows of W, tokens)
+        grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
-            of_x = _INPUT_GRADIENT[kernel](turned, values.reshape(-1), structure)
+            of_x = _INPUT_GRADIENT[kernel](grad, values.reshape(-1), structure)
         if ctx.needs_input_grad[1]:
-            of_values = _WEIGHT_GRADIENT[kernel](turned, x, structure).view(values.shape)
+            of_values = _WEIGHT_GRADIENT[kernel](grad, x.contiguous(), structure).view(values.shape)
         return of_x, of_values, None, None
 
 
@@ -129,52 +129,62 @@ def _blocks(values: Tensor, structure: Structure) -> Tensor:
     return torch.cat(groups) if groups else values.view(0, a, b)
 
 
-def _at_once(group: Lines, size: int, turned: Tensor) -> Iterable[slice]:
-    """Lines of a group whose gathered parts, `size` rows of `turned` for each block, fit together."""
-    each = group.others.shape[1] * size * turned.shape[-1] * turned.itemsize
+def _at_once(group: Lines, size: int, tokens: Tensor) -> Iterable[slice]:
+    """Lines of a group whose gathered parts, `size` columns of `tokens` for each block, fit together."""
+    each = group.others.shape[1] * size * tokens.shape[0] * tokens.itemsize
     return portions(group.lines.numel(), _GATHERED_BYTES // max(1, each))
 
 
-def _gather(turned: Tensor, group: Lines, part: slice, size: int) -> Tensor:
-    """The blocks of `turned` (size·blocks × tokens) that lines need: (lines, k·size, tokens)."""
-    others = group.others[part]
-    blocks = turned.view(-1, size * turned.shape[-1])
-    return blocks.index_select(0, others.reshape(-1)).view(others.shape[0], -1, turned.shape[-1])
+def _gather(tokens: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """The blocks of columns of `tokens` that lines need, blocks (n, k): (n, tokens, k·size), strided.
+
+    Pieces of rows are copied as they lie; a transposed x would be gathered faster, but transposing takes longer.
+    """
+    n, k = blocks.shape
+    found = tokens.view(tokens.shape[0], -1, size).index_select(1, blocks.reshape(-1))
+    return found.view(tokens.shape[0], n, k * size).transpose(0, 1)
+
+
+def _room(tokens: Tensor, groups: tuple[Lines, ...], columns: int, size: int) -> Tensor:
+    """For results, (tokens, lines, size): zero where lines are empty."""
+    shape = (tokens.shape[0], columns // size, size)
+    written = sum(group.lines.numel() for group in groups)
+    return tokens.new_empty(shape) if written == shape[1] else tokens.new_zeros(shape)
 
 
 def _gathered_forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
     a, b = structure.block
-    turned = x.t().contiguous()  # (columns of W, tokens)
-    y = x.new_zeros(structure.shape[0] // a, a, x.shape[0])
+    y = _room(x, structure.by_row, structure.shape[0], a)
     for group, weights in zip(structure.by_row, _rows(values, structure), strict=True):
-        for part in _at_once(group, b, turned):
-            y[group.lines[part]] = torch.bmm(weights[part], _gather(turned, group, part, b))
-    return y.view(structure.shape[0], -1).t().contiguous()
+        for part in _at_once(group, b, x):
+            found = torch.bmm(_gather(x, group.others[part], b), weights[part].transpose(1, 2))
+            y.index_copy_(1, group.lines[part], found.transpose(0, 1))
+    return y.view(x.shape[0], -1)
 
 
-def _gathered_input_gradient(turned: Tensor, values: Tensor, structure: Structure) -> Tensor:
+def _gathered_input_gradient(grad: Tensor, values: Tensor, structure: Structure) -> Tensor:
     a, b = structure.block
     blocks = _blocks(values, structure)
-    of_x = turned.new_zeros(structure.shape[1] // b, b, turned.shape[1])
+    of_x = _room(grad, structure.by_column, structure.shape[1], b)
     for group in structure.by_column:
-        for part in _at_once(group, a, turned):
+        for part in _at_once(group, a, grad):
             places = group.places[part]
             weights = blocks.index_select(0, places.reshape(-1)).view(places.shape[0], -1, b)  # (n, k·a, b)
-            of_x[group.lines[part]] = torch.bmm(weights.transpose(1, 2), _gather(turned, group, part, a))
-    return of_x.view(structure.shape[1], -1).t().contiguous()
+            found = torch.bmm(_gather(grad, group.others[part], a), weights)
+            of_x.index_copy_(1, group.lines[part], found.transpose(0, 1))
+    return of_x.view(grad.shape[0], -1)
 
 
-def _gathered_weight_gradient(turned: Tensor, x: Tensor, structure: Structure) -> Tensor:
+def _gathered_weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tensor:
     a, b = structure.block
-    inputs = x.t().contiguous()
-    outputs = turned.view(-1, a, turned.shape[1])
-    found: list[Tensor] = [turned.new_empty(0)] * len(structure.row_values)
+    found: list[Tensor] = [grad.new_empty(0)] * len(structure.row_values)
     for group in structure.by_row:
-        for part in _at_once(group, b, inputs):
+        for part in _at_once(group, b, x):
             lines = group.lines[part]
-            grads = torch.bmm(outputs.index_select(0, lines), _gather(inputs, group, part, b).transpose(1, 2))
-            for line, grad in zip(lines.tolist(), grads.view(lines.numel(), -1).unbind(0), strict=True):
-                found[line] = grad
+            outputs = _gather(grad, lines[:, None], a)
+            grads = torch.bmm(outputs.transpose(1, 2), _gather(x, group.others[part], b))
+            for line, one in zip(lines.tolist(), grads.view(lines.numel(), -1).unbind(0), strict=True):
+                found[line] = one
     return torch.cat(found)
 
 
@@ -206,31 +216,35 @@ def _bsr_forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
     return y.t().contiguous()
 
 
-def _bsr_input_gradient(turned: Tensor, values: Tensor, structure: Structure) -> Tensor:
+def _bsr_input_gradient(grad: Tensor, values: Tensor, structure: Structure) -> Tensor:
     at, (rows, columns) = structure.columns_compressed, structure.shape
     blocks = _blocks(values, structure).index_select(0, at.order).transpose(1, 2).contiguous()
-    of_x: Tensor = _compressed(at, blocks, (columns, rows)) @ turned
+    of_x: Tensor = _compressed(at, blocks, (columns, rows)) @ grad.t().contiguous()
     return of_x.t().contiguous()
+
+
+def _turned(tokens: Tensor) -> Tensor:
+    """(columns × tokens), fp32."""
+    return tokens.t().to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _csr_forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
     matrix = _compressed(structure.elements.rows_compressed, values.float(), structure.shape)
-    y: Tensor = matrix @ x.t().to(torch.float32, memory_format=torch.contiguous_format)
+    y: Tensor = matrix @ _turned(x)
     return y.t().to(x.dtype, memory_format=torch.contiguous_format)
 
 
-def _csr_input_gradient(turned: Tensor, values: Tensor, structure: Structure) -> Tensor:
+def _csr_input_gradient(grad: Tensor, values: Tensor, structure: Structure) -> Tensor:
     at, (rows, columns) = structure.elements.columns_compressed, structure.shape
-    of_x: Tensor = _compressed(at, values.index_select(0, at.order).float(), (columns, rows)) @ turned.float()
-    return of_x.t().to(turned.dtype, memory_format=torch.contiguous_format)
+    of_x: Tensor = _compressed(at, values.index_select(0, at.order).float(), (columns, rows)) @ _turned(grad)
+    return of_x.t().to(grad.dtype, memory_format=torch.contiguous_format)
 
 
-def _csr_weight_gradient(turned: Tensor, x: Tensor, structure: Structure) -> Tensor:
+def _csr_weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tensor:
     at = structure.elements.rows_compressed
-    places = _compressed(at, turned.new_zeros(structure.nnz, dtype=torch.float32), structure.shape)
-    inputs = x.t().to(torch.float32, memory_format=torch.contiguous_format)
-    found: Tensor = torch.sparse.sampled_addmm(places, turned.float(), inputs.t(), beta=0.0)
-    return found.values().to(turned.dtype)
+    places = _compressed(at, x.new_zeros(structure.nnz, dtype=torch.float32), structure.shape)
+    found: Tensor = torch.sparse.sampled_addmm(places, _turned(grad), _turned(x).t(), beta=0.0)
+    return found.values().to(grad.dtype)
 
 
 _Call = Callable[[Tensor, Tensor, Structure], Tensor]
