@@ -63,7 +63,7 @@ def check(structure: Structure, kernel: Kernel, tokens: int, dtype: torch.dtype,
 @settings(max_examples=60, deadline=None)
 @given(
     kernel=st.sampled_from(KERNELS), dtype=st.sampled_from(DTYPES), grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    block=st.sampled_from([(1, 1), (2, 2), (4, 4), (2, 8), (32, 32)]), tokens=st.integers(1, 9),
+    block=st.sampled_from([(1, 1), (2, 2), (4, 4), (2, 8), (32, 32)]), tokens=st.integers(0, 9),
     density=st.sampled_from([0.0, 0.3, 0.7, 1.0]), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_any_pattern(
@@ -75,7 +75,7 @@ def test_any_pattern(
     density: float,
     seed: int,
 ) -> None:
-    """Rows and columns without any block, full ones, all counts between."""
+    """Rows and columns without any block, full ones, all counts between; and an expert that got no token."""
     if not supports(kernel, block, dtype, CPU):
         block = (4, 4)
     if not supports(kernel, block, dtype, CPU):

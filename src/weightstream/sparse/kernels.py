@@ -141,7 +141,7 @@ def _gather(tokens: Tensor, blocks: Tensor, size: int) -> Tensor:
     Pieces of rows are copied as they lie; a transposed x would be gathered faster, but transposing takes longer.
     """
     n, k = blocks.shape
-    found = tokens.view(tokens.shape[0], -1, size).index_select(1, blocks.reshape(-1))
+    found = tokens.view(tokens.shape[0], tokens.shape[1] // size, size).index_select(1, blocks.reshape(-1))
     return found.view(tokens.shape[0], n, k * size).transpose(0, 1)
 
 
@@ -159,7 +159,7 @@ def _gathered_forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor
         for part in _at_once(group, b, x):
             found = torch.bmm(_gather(x, group.others[part], b), weights[part].transpose(1, 2))
             y.index_copy_(1, group.lines[part], found.transpose(0, 1))
-    return y.view(x.shape[0], -1)
+    return y.view(x.shape[0], structure.shape[0])
 
 
 def _gathered_input_gradient(grad: Tensor, values: Tensor, structure: Structure) -> Tensor:
@@ -172,20 +172,19 @@ def _gathered_input_gradient(grad: Tensor, values: Tensor, structure: Structure)
             weights = blocks.index_select(0, places.reshape(-1)).view(places.shape[0], -1, b)  # (n, k·a, b)
             found = torch.bmm(_gather(grad, group.others[part], a), weights)
             of_x.index_copy_(1, group.lines[part], found.transpose(0, 1))
-    return of_x.view(grad.shape[0], -1)
+    return of_x.view(grad.shape[0], structure.shape[1])
 
 
 def _gathered_weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tensor:
     a, b = structure.block
-    found: list[Tensor] = [grad.new_empty(0)] * len(structure.row_values)
+    found: list[Tensor] = []  # by row of blocks, in the order of `by_row`
     for group in structure.by_row:
         for part in _at_once(group, b, x):
-            lines = group.lines[part]
-            outputs = _gather(grad, lines[:, None], a)
+            outputs = _gather(grad, group.lines[part, None], a)
             grads = torch.bmm(outputs.transpose(1, 2), _gather(x, group.others[part], b))
-            for line, one in zip(lines.tolist(), grads.view(lines.numel(), -1).unbind(0), strict=True):
-                found[line] = one
-    return torch.cat(found)
+            found += grads.view(grads.shape[0], -1).unbind(0)
+    in_order = [one for _, one in sorted(zip(structure.row_order, found, strict=True), key=lambda pair: pair[0])]
+    return torch.cat(in_order) if in_order else grad.new_empty(0)
 
 
 # PyTorch's compressed formats
