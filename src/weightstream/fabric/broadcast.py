@@ -178,11 +178,12 @@ class Broadcast:
         return began_s
 
     def _pieces(self, job: int, view: memoryview, spans: Sequence[Span]) -> list[_Piece]:
-        """What comes by here, in the order in which every rank moves it.
+        """What comes by here, in the order in which this rank moves it: as if every chunk took one turn for each link.
 
-        Units take different ways through the ranks, and their chunks take turns: if they came unit by unit, a rank would
-        have what it is the first to get long before it comes to pass it on, and links would be idle and crowded in turns.
-        They do so among `UNITS // 2` units at a time, so that tags tell all apart that are under way.
+        Units take different ways through the ranks. If they came unit by unit, a rank would have what it is the first to
+        get long before it comes to pass it on, and links would be idle and crowded in turns. Whoever a chunk comes from
+        moves it a turn earlier, so that ranks never wait for each other in a circle. `UNITS // 2` units at a time are
+        moved so, and tags tell all apart that are under way.
         """
         found: list[tuple[tuple[int, int], _Piece]] = []
         before: Counter[tuple[int, int, int]] = Counter()  # chunks so far of units that take the same way
@@ -195,7 +196,7 @@ class Broadcast:
             if route.source is not None or route.targets:
                 for chunk, start in enumerate(chunks):
                     piece = data[start : min(start + CHUNK_BYTES, span.stop)]
-                    where = turn, before[way] + chunk
+                    where = turn, before[way] + chunk + route.hops
                     found.append((where, _Piece(piece, route, tag(job, number, chunk), span.unit, number)))
             before[way] += len(chunks)
         return [piece for _, piece in sorted(found, key=lambda item: item[0])]
