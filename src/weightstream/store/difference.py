@@ -211,7 +211,7 @@ def _distances(
 def _pieces(store: "Store", indices: Sequence[int], name: str) -> list[tuple[range, int]]:
     """Which rows of a parameter each of its records has."""
     specs = [(spec_of(store, index, name, "param"), index) for index in indices]
-    return [(range(spec.row, spec.row + spec.shape[0]), index) for spec, index in specs if spec is not None]
+    return [(range(spec.row, spec.row + spec.piece_shape[0]), index) for spec, index in specs if spec is not None]
 
 
 def _specs(store: "Store", indices: Sequence[int], name: str) -> dict[str, TensorSpec]:
