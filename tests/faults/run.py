@@ -1,9 +1,10 @@
 """A run of a small store that can be taken up wherever a crash left it, and what must hold when it is.
 
-Seven steps of two small records, one of them sparse, and of another size after every other step, four of a family of billions that share files, and one that is never trained, with all
-that a store does: an update that is undone, a record that is written twice in one step, a snapshot that is made and later
-removed, a file that a branch outside shares by a hard link, a shared file that is mostly dead and emptied, dead ones that
-are filled anew, cut or removed, a clean close and a reopening.
+Seven steps of two small records, one of them sparse and of another size after every other step, four of a family of
+billions that share files, and one that is never trained, with all that a store does: an update that is undone, a record
+that is written twice in one step, a snapshot that is made and later removed, a file that a branch outside shares by a hard
+link, a shared file that is mostly dead and emptied, dead ones that are filled anew, cut or removed, a clean close and a
+reopening.
 """
 
 from collections import Counter

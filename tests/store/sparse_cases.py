@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tests.store.cases import kept_by, make, raw_mask
+from torch import Tensor
 
 from weightstream.blocks import Block, Parameter
 from weightstream.store.initial import Recipe

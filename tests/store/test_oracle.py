@@ -83,9 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
     def write_many(self, indices: set[int], wait: bool) -> None:
         self.value += 1
         versions = {index: self.newest.get(index, (0, 0))[1] + 1 for index in sorted(indices)}
-        future = self.store.write_many(
-            [(i, self._filled(i), version, version) for i, version in versions.items()]
-        )
+        future = self.store.write_many([(i, self._filled(i), version, version) for i, version in versions.items()])
         self.newest |= {index: (self.value, version) for index, version in versions.items()}
         if wait:
             future.result(timeout=30)
