@@ -38,7 +38,10 @@ def test_masked_weights_come_back_as_they_were(tmp_path: Path) -> None:
     digest = imported(tmp_path / "store", model, values, masks_by_magnitude(density), 512)
     export_store(tmp_path / "store", tmp_path / "out", config=model.config, optimizer_state=True, masks=True)
 
-    masks, loaded = load_file(tmp_path / "out" / "masks.safetensors"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    masks, loaded = (
+        load_file(tmp_path / "out" / "masks.safetensors"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+    )
     weights = dict(loaded.named_parameters())
     assert masks.keys() == SPARSE.keys()
     for name, value in values.items():

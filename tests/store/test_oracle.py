@@ -98,7 +98,7 @@ class StoreMachine(RuleBasedStateMachine):
             expected = filled(buffer.layout, value) if value is not None else None
             for part in buffer.layout.states:
                 for name, tensor in buffer.tensors(part.name).items():
-                    initial = self.initial[index][f"{part.name}/{name}"]
+                    initial = self.initial[index].get(f"{part.name}/{name}")
                     assert torch.equal(tensor, expected.tensors(part.name)[name] if expected else initial)
 
     @rule(wait=st.booleans())

@@ -188,6 +188,28 @@ def test_the_digest_is_of_what_tensors_expand_to(tmp_path: Path) -> None:
     ]
 
 
+def test_one_panel_may_be_dense_where_another_is_not(tmp_path: Path) -> None:
+    """Every position of it counts as kept, in whatever looks at the whole tensor."""
+    shares = [(1.0, 0.5, 1.0), (0.5, 1.0, 1.0), (1.0, 0.5, 0.5)]
+    digests = set()
+    for number, these in enumerate(shares):
+        with make_sparse(tmp_path / str(number)) as store:
+            kept = []
+            for index, share, rows in zip(TALL, these, (32, 32, 6), strict=True):
+                expected = write_sparse(store, index, 1, sparsity_of(store, index, share))
+                kept.append(expected.get("mask/tall.weight", torch.ones(rows, 64, dtype=torch.bool)))
+            store.commit(1, {}).result(timeout=30)
+            assert torch.equal(store.tensor("tall.weight", "mask"), torch.cat(kept))
+            assert torch.equal(dict(store.items())["tall.weight"]["mask"], torch.cat(kept))
+            digests.add(store.digest())
+    assert len(digests) == len(shares)
+    for a, b in ((0, 1), (1, 0), (0, 2)):
+        found = difference_of(tmp_path / str(a), tmp_path / str(b))
+        states = {row["part"]: row["state"] for row in found["tensors"] if row["name"] == "tall.weight"}  # type: ignore
+        assert states["mask"] == "differs"
+    assert difference_of(tmp_path / "2", tmp_path / "2")["equal"]
+
+
 def difference_of(a: Path, b: Path) -> dict[str, object]:
     with reopen(a, writable=False) as one, reopen(b, writable=False) as other:
         return difference(one, other)

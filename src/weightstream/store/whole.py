@@ -10,6 +10,7 @@ from torch import Tensor
 from weightstream.store.layout import MASK, TensorSpec
 from weightstream.store.masks import bits_of, dense_of, expanded
 from weightstream.store.segments import RecordBuffer
+from weightstream.store.sparsity import DENSE
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store
@@ -42,6 +43,10 @@ class Reader:
             self._loaded = index
         spec = self._buffer.layout.spec(MASK, name)
         if spec is None:
+            if part == MASK:  # another panel is sparse
+                masters = self.store.layout_of(index, DENSE).spec("param", name)
+                assert masters is not None, "every parameter has masters"
+                return torch.ones(masters.shape, dtype=torch.bool)
             return self._buffer.tensors(part)[name]
         if name not in self._kept:
             self._kept[name] = dense_of(spec, bits_of(spec, self._buffer.tensors(MASK)[name]))
