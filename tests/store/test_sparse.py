@@ -32,6 +32,7 @@ from weightstream.store.given import fill, masks_by_magnitude, masks_given, mask
 from weightstream.store.images import slab_image
 from weightstream.store.initial import generate
 from weightstream.store.layout import record_layout
+from weightstream.store.lasting import VARIABLE
 from weightstream.store.masks import bits_from, bits_of, dense_of, put_bits
 from weightstream.store.optimizers import AdamW
 from weightstream.store.owned import Holding, WorkingBuffer
@@ -159,6 +160,30 @@ def test_pins_follow_the_count(tmp_path: Path) -> None:
             ) or not store.sparsity(THIN)
         store.discard()
         assert_expands(store, THIN, first)
+
+
+def test_memory_that_outlives_the_process_follows_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of another size takes a file of its own; the next process finds the last one, and reads no disk."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setenv(VARIABLE, str(memory))
+    parts = ("copy", "param", "mask")
+    with make_sparse(tmp_path / "store") as store:
+        store.pin(THIN, parts)
+        for value, share in enumerate((0.9, 0.2, 1.0, 0.9), 1):
+            view = memoryview(bytearray(store.layout(THIN).fetched_nbytes))
+            reading = store.fetch(THIN, view)  # from memory that the write takes away
+            expected = write_sparse(store, THIN, value, sparsity_of(store, THIN, share, 1.0))
+            reading.result(timeout=30)
+            assert_expands(store, THIN, expected)
+        store.commit(4, {}).result(timeout=30)
+    monkeypatch.setenv(VARIABLE, str(memory))
+    with reopen(tmp_path / "store") as store:
+        store.pin(THIN, parts)
+        for part in parts:
+            assert (memory / f"{store.manifest.meta()['id']}-00000-{part}").stat().st_size == store.layout(THIN).part(part).nbytes
+        assert_expands(store, THIN, expected)
+        assert store.counters.get(("disk", "copy"), {"read": 0})["read"] == 0
 
 
 def test_the_digest_is_of_what_tensors_expand_to(tmp_path: Path) -> None:
