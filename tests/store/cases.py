@@ -110,16 +110,30 @@ def kept_by(shape: tuple[int, ...], piece: SparsePiece, value: int) -> Tensor:
 
 
 def raw_mask(layout: RecordLayout, name: str, dense: Tensor) -> Tensor:
-    """How a mask is to be kept, said once more in other words: bit by bit, or number by number."""
+    """How a mask is to be kept, said once more in other words: bit by bit, or gap by gap."""
     spec = layout.spec("mask", name)
     assert spec is not None
     assert spec.piece is not None
     high, wide = spec.piece.block
     bits = dense[::high, ::wide].reshape(-1).tolist()
-    if spec.dtype == torch.int32:
-        return torch.tensor([number for number, bit in enumerate(bits) if bit], dtype=torch.int32)
-    found = [sum(bit << place for place, bit in enumerate(bits[start : start + 8])) for start in range(0, len(bits), 8)]
-    return torch.tensor(found, dtype=torch.uint8)
+    if all(bits):
+        return torch.zeros(0, dtype=torch.uint8)
+    forms = [
+        bytes(
+            sum(bit << place for place, bit in enumerate(bits[start : start + 8])) for start in range(0, len(bits), 8)
+        )
+    ]
+    for width in (1, 2):
+        most = 256**width - 1
+        gaps, gap = list[int](), 0
+        for bit in bits:
+            gap += not bit
+            if bit or gap == most:
+                gaps.append(gap)
+                gap = 0
+        room = sum(bits) + (len(bits) - sum(bits)) // most
+        forms.append(b"".join(gap.to_bytes(width, "little") for gap in gaps + [most] * (room - len(gaps))))
+    return torch.tensor(list(min(forms, key=len)), dtype=torch.uint8)
 
 
 def expected_tensor(like: Tensor, number: int, name: str, value: int) -> Tensor:

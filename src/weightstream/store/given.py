@@ -7,18 +7,17 @@ from the values (by magnitude, or where they are not zero), or from masks beside
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from weightstream.blocks import Unit
 from weightstream.errors import StoreError
+from weightstream.sparse.masks import magnitude_mask
 from weightstream.store.initial import generate_range
 from weightstream.store.layout import MASK, RecordLayout, TensorSpec
-from weightstream.store.masks import bits_from, dense_of, put_bits, random_bits
+from weightstream.store.masks import bits_from, dense_of, grid_of, put_bits, random_bits, touched_bits
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.sparsity import DENSE, SparsePiece, Sparsity
 
@@ -50,9 +49,7 @@ def masks_given(masks: Mapping[str, Tensor]) -> Masks:
 
 def masks_of_zeros(spec: TensorSpec, values: Tensor) -> Tensor:
     """Of a masked checkpoint: a block is kept if any of its values is not zero."""
-    high, wide = spec.piece.block if spec.piece is not None else (1, 1)
-    kept = (values != 0).reshape(values.shape[0] // high, high, -1, wide).any(dim=3).any(dim=1)
-    return kept.repeat_interleave(high, 0).repeat_interleave(wide, 1).reshape(values.shape)
+    return dense_of(spec, touched_bits(spec, values != 0))
 
 
 def masks_by_magnitude(density: Mapping[str, float]) -> Masks:
@@ -62,13 +59,8 @@ def masks_by_magnitude(density: Mapping[str, float]) -> Masks:
     def of(spec: TensorSpec, values: Tensor) -> Tensor | None:
         if spec.name not in density:
             return None
-        high, wide = spec.piece.block if spec.piece is not None else (1, 1)
-        blocks = values.abs().to(torch.float64).reshape(values.shape[0] // high, high, -1, wide)
-        sums = blocks.sum(dim=3).sum(dim=1)
-        order = np.argsort(-sums.reshape(-1).numpy(), kind="stable")
-        kept = torch.zeros(sums.numel(), dtype=torch.bool)
-        kept[torch.from_numpy(order[: round(density[spec.name] * order.size)])] = True
-        return kept.reshape(sums.shape).repeat_interleave(high, 0).repeat_interleave(wide, 1).reshape(values.shape)
+        grid = grid_of(spec)
+        return magnitude_mask(grid, round(density[spec.name] * grid.cells), values).dense(spec.piece_shape)
 
     return of
 
@@ -179,10 +171,8 @@ def _mask(store: "Store", unit: Unit, spec: TensorSpec, master: Tensor, masks: M
         sparse = store.layouts.of(unit.index, store.layouts.initial(unit.index)).spec("param", spec.name)
         assert sparse is not None, "it has masters"
         return dense_of(sparse, random_bits(store.seed, sparse))
-    found = None
-    if masks is not None:
-        piece = SparsePiece(spec.name, prod(spec.shape), rule.block)
-        found = masks(replace(spec, piece=piece, dense_shape=spec.shape), master)
+    piece = replace(spec, piece=SparsePiece(spec.name, 0, rule.block), dense_shape=spec.shape)
+    found = masks(piece, master) if masks is not None else None
     if found is None:
         raise StoreError(
             f"store '{store.path}': parameter {spec.name!r} is sparse and its mask is to be given; say where it comes from: "
@@ -193,6 +183,12 @@ def _mask(store: "Store", unit: Unit, spec: TensorSpec, master: Tensor, masks: M
             f"store '{store.path}': mask of {spec.name!r}: expected bool of shape {spec.shape}, found {found.dtype} of shape "
             f"{tuple(found.shape)}; give the mask of that parameter"
         )
+    try:
+        bits_from(piece, found)
+    except ValueError as error:
+        raise StoreError(
+            f"store '{store.path}': {error}; give a mask made for such blocks, or make the store with blocks of 1 x 1"
+        ) from None
     return found
 
 

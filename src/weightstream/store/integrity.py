@@ -190,8 +190,9 @@ def _damaged_parts(store: "Store", row: RecordRow, buffer: RecordBuffer) -> list
         for spec in layout.part(MASK).tensors:
             try:
                 bits_of(spec, buffer.tensors(MASK)[spec.name])
-            except ValueError as error:
-                found.append(Damage(row, MASK, f"{what}: the mask of {spec.name!r} was written wrong: {error}"))
+            except DamagedRecordError as error:
+                said = str(error).partition(";")[0]
+                found.append(Damage(row, MASK, f"{what}: the mask of {spec.name!r} was written wrong: {said}"))
     return found
 
 

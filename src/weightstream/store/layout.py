@@ -21,7 +21,7 @@ import torch
 
 from weightstream.blocks import Block, Parameter, Unit
 from weightstream.errors import StoreError
-from weightstream.store.sparsity import DENSE, SparsePiece, Sparsity, cells_of, form_of
+from weightstream.store.sparsity import DENSE, SparsePiece, Sparsity, form_of
 from weightstream.units import align
 
 ALIGN_TENSOR = 64
@@ -194,7 +194,7 @@ class RecordLayout:
         said = {"block": self.block, "format": FORMAT, "version": str(version)}
         if self.sparsity:
             masks = {
-                spec.name: {"block": list(piece.block), "form": form_of(shape, piece), "shape": list(shape)}
+                spec.name: {"block": list(piece.block), "form": form_of(shape, piece)[0], "shape": list(shape)}
                 for spec in self.part(MASK).tensors
                 for piece, shape in (spec.sparse,)
             }
@@ -270,9 +270,7 @@ def gaps(part: Part) -> list[tuple[int, int]]:
 
 
 def _mask(parameter: Parameter, piece: SparsePiece) -> _Wanted:
-    if form_of(parameter.shape, piece) == "indices":
-        return parameter, torch.int32, (piece.ones,)
-    return parameter, torch.uint8, (-(-cells_of(parameter.shape, piece.block) // 8),)
+    return parameter, torch.uint8, (form_of(parameter.shape, piece)[1],)
 
 
 def _part(name: str, offset: int, tensors: Iterable[_Wanted], pieces: Mapping[str, SparsePiece]) -> Part:

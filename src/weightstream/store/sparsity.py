@@ -1,7 +1,7 @@
 """How sparse the pieces of a record are in one version: the counts that its layout follows from, and how masks begin.
 
-A piece is a whole tensor or a panel of one, seen as a matrix of its first dimension by all others. What is kept of a
-sparse one are its non-zeros and a mask. A version in which a piece is dense says nothing of it.
+A piece is a whole tensor or a panel of one, seen as a matrix (`sparse.grid`). What is kept of a sparse one are its
+non-zeros and a mask. A version in which a piece is dense says nothing of it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,14 +10,11 @@ from math import prod
 from typing import Any, Literal
 
 from weightstream.blocks import Parameter, Unit
-from weightstream.errors import StoreError
+from weightstream.errors import ConfigError, StoreError
+from weightstream.sparse.codec import Form, mask_form
+from weightstream.sparse.grid import Grid
 
-Form = Literal["bitmap", "indices"]
 Rule = Literal["random", "given", "dense"]
-
-_INDEX_BYTES = 4
-_MOST_CELLS = 1 << 31
-"""Of a mask that is kept as indices: they are int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +67,9 @@ def cells_of(shape: Sequence[int], block: tuple[int, int]) -> int:
     return prod(shape) // prod(block)
 
 
-def form_of(shape: Sequence[int], piece: SparsePiece) -> Form:
-    """How a mask is written: whichever has fewer bytes, the bitmap where they are equal."""
-    cells = cells_of(shape, piece.block)
-    return "indices" if piece.ones * _INDEX_BYTES < -(-cells // 8) and cells <= _MOST_CELLS else "bitmap"
+def form_of(shape: Sequence[int], piece: SparsePiece) -> tuple[Form, int]:
+    """How a mask is written, and its bytes."""
+    return mask_form(cells_of(shape, piece.block), piece.ones)
 
 
 def check_piece(parameter: Parameter, piece: SparsePiece) -> None:
@@ -88,12 +84,13 @@ def check_piece(parameter: Parameter, piece: SparsePiece) -> None:
         raise StoreError(
             f"{what}: only trained parameters of two or more dimensions are sparse, found {kind}; keep it dense"
         )
-    rows, columns = parameter.shape[0], prod(parameter.shape[1:])
     high, wide = piece.block
-    if high < 1 or wide < 1 or rows % high or columns % wide:
-        raise StoreError(
-            f"{what}: expected blocks that divide {rows} x {columns}, found {high} x {wide}; give blocks that do, or 1 x 1"
-        )
+    if high < 1 or wide < 1:
+        raise StoreError(f"{what}: expected blocks of one element or more, found {high} x {wide}; give other blocks")
+    try:
+        Grid.of(parameter.shape, piece.block, name=str(parameter))
+    except ConfigError as error:
+        raise StoreError(str(error)) from None
     if not 0 <= piece.nonzeros <= parameter.numel or piece.nonzeros % (high * wide):
         raise StoreError(
             f"{what}: expected a multiple of {high * wide} non-zeros from 0 to {parameter.numel}, found {piece.nonzeros}; "
