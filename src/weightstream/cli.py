@@ -386,12 +386,13 @@ def store_export(
     config: Annotated[Path | None, typer.Option(help="A folder with config.json; by default the store's own.")] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Masters are fp32.")] = "fp32",
     optimizer_state: Annotated[bool, typer.Option("--optimizer-state", help="In a file beside the weights.")] = False,
+    masks: Annotated[bool, typer.Option("--masks", help="Of sparse parameters, in a file beside the weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write config.json, safetensors and tokenizer as transformers reads them, one tensor at a time."""
     from weightstream.transfer import export_weights
 
-    found = export_weights(store, out, folder=config, dtype=dtype, optimizer_state=optimizer_state)
+    found = export_weights(store, out, folder=config, dtype=dtype, optimizer_state=optimizer_state, masks=masks)
     _print(found, _lines, as_json)
 
 

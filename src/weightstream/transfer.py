@@ -27,7 +27,13 @@ def import_weights(config: RunConfig, source: Path) -> dict[str, Any]:
 
 
 def export_weights(
-    store: Path, out: Path, *, folder: Path | None, dtype: Literal["fp32", "bf16"], optimizer_state: bool
+    store: Path,
+    out: Path,
+    *,
+    folder: Path | None,
+    dtype: Literal["fp32", "bf16"],
+    optimizer_state: bool,
+    masks: bool = False,
 ) -> dict[str, Any]:
     """Write a store, or that of a run, as a folder for `from_pretrained`.
 
@@ -50,8 +56,9 @@ def export_weights(
         config, _ = architecture(settings.model, vocabulary=own.size, end_of_text=own.end_of_text)
         tokenizer = _for_transformers(own)
     return export_store(
-        inner, out, config=config, tokenizer=tokenizer, companions=folder, dtype=dtype, optimizer_state=optimizer_state
-    )
+        inner, out, config=config, tokenizer=tokenizer, companions=folder, dtype=dtype, optimizer_state=optimizer_state,
+        masks=masks,
+    )  # fmt: skip
 
 
 def _prepared(run: Path) -> str:

@@ -1,9 +1,10 @@
 """A run of a small store that can be taken up wherever a crash left it, and what must hold when it is.
 
-Seven steps of two small records, four of a family of billions that share files, and one that is never trained, with all
-that a store does: an update that is undone, a record that is written twice in one step, a snapshot that is made and later
-removed, a file that a branch outside shares by a hard link, a shared file that is mostly dead and emptied, dead ones that
-are filled anew, cut or removed, a clean close and a reopening.
+Seven steps of two small records, one of them sparse and of another size after every other step, four of a family of
+billions that share files, and one that is never trained, with all that a store does: an update that is undone, a record
+that is written twice in one step, a snapshot that is made and later removed, a file that a branch outside shares by a hard
+link, a shared file that is mostly dead and emptied, dead ones that are filled anew, cut or removed, a clean close and a
+reopening.
 """
 
 from collections import Counter
@@ -16,12 +17,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.faults.device import Image, Recorder, lay_down
-from tests.store.cases import assert_accounted, filled, make, reopen, segment
+from tests.store.cases import assert_accounted, filled, make, reopen, segment, sparsity_of
 
 from weightstream.blocks import Block, Parameter
 from weightstream.store.families import Family
 from weightstream.store.initial import Recipe
 from weightstream.store.recipes import Step
+from weightstream.store.segments import RecordBuffer
+from weightstream.store.sparsity import InitialMask
 from weightstream.store.store import Store
 
 BLOCKS = (
@@ -30,6 +33,7 @@ BLOCKS = (
     Block(2, "still", (Parameter("still.weight", (4, 4), trainable=False),), ("still",)),
 )
 RECIPES = {p.name: Recipe((Step("normal", (0.0, 0.5)),)) for block in BLOCKS for p in block.parameters}
+MASKS = {"wide.weight": InitialMask("random", counts=(300,))}
 FAMILY = Family(
     "expert {}", 2**33, (Parameter("expert.{}", (9, 5)),), {"expert.{}": Recipe((Step("normal", (0.0, 1.0)),))}
 )
@@ -73,12 +77,19 @@ def image_of(root: Path) -> Image:
 
 
 def new_store(path: Path, device: Any = None) -> Store:
-    return make(path, device=device, blocks=BLOCKS, recipes=RECIPES, families=[FAMILY])
+    return make(path, device=device, blocks=BLOCKS, recipes=RECIPES, families=[FAMILY], masks=MASKS)
+
+
+def image(store: Store, index: int, value: int) -> RecordBuffer:
+    """A record to be written; that of the sparse one is smaller in every other step, so that its files are cut and grow."""
+    if index:
+        return filled(store.layout(index), value)
+    return filled(store.layout_of(index, sparsity_of(store, index, 0.9 if value // 10 % 2 else 0.4)), value)
 
 
 def write(store: Store, index: int, value: int) -> "Future[None]":
     version, count = store.version(index) + 1, store.optimizer_steps(index) + 1
-    return store.write(index, filled(store.layout(index), value), version, count)
+    return store.write(index, image(store, index, value), version, count)
 
 
 def train_step(store: Store, step: int, *, wait: bool = True) -> "Future[None]":
@@ -89,7 +100,7 @@ def train_step(store: Store, step: int, *, wait: bool = True) -> "Future[None]":
             _settle(write(store, index, 1000 + value), wait=wait)
         store.discard()
     if step == TWICE:
-        _settle(store.write(0, filled(store.layout(0), 2000), store.version(0), store.optimizer_steps(0)), wait=wait)
+        _settle(store.write(0, image(store, 0, 2000), store.version(0), store.optimizer_steps(0)), wait=wait)
     for index, value in values:
         _settle(write(store, index, value), wait=wait)
     return store.commit(step, {"step": step})

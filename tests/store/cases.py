@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from weightstream.store.layout import Precision, RecordLayout
 from weightstream.store.optimizers import AdamW
 from weightstream.store.recipes import Step
 from weightstream.store.segments import AlignedBuffer, RecordBuffer, part_tensors
+from weightstream.store.sparsity import SparsePiece, Sparsity
 from weightstream.store.store import Store
 from weightstream.store.tiers import Device, Disk
 
@@ -68,15 +70,70 @@ def segment(store: Store, index: int) -> Path:
 
 
 def filled(layout: RecordLayout, value: int) -> RecordBuffer:
-    """A record whose every tensor is a function of `value`."""
+    """A record whose every tensor, and every mask, is a function of `value`."""
     record_buffer = RecordBuffer(layout)
-    for number, part in enumerate(layout.states):
+    for number, part in enumerate(part for part in layout.states if part.name != "mask"):
         for name, tensor in record_buffer.tensors(part.name).items():
             tensor.copy_(expected_tensor(tensor, number, name, value))
+    for piece in layout.sparsity:
+        spec = layout.spec("mask", piece.name)
+        assert spec is not None
+        record_buffer.tensors("mask")[piece.name].copy_(
+            raw_mask(layout, piece.name, kept_by(spec.piece_shape, piece, value))
+        )
     if layout.has("copy"):
         for name, tensor in record_buffer.tensors("copy").items():
             tensor.copy_(record_buffer.tensors("param")[name])
     return record_buffer
+
+
+def sparsity_of(store: Store, index: int, *shares: float) -> Sparsity:
+    """Of each sparse parameter of a record about this share of its blocks; 1.0 stands for dense."""
+    found = []
+    parameters = [p for p in store.parameters_of(index) if p.name in store.masks]
+    for parameter, share in zip(parameters, shares, strict=False):
+        block = store.masks[parameter.name].block
+        size = block[0] * block[1]
+        if share < 1.0:
+            found.append(SparsePiece(parameter.name, int(share * (parameter.numel // size)) * size, block))
+    return tuple(found)
+
+
+def kept_by(shape: tuple[int, ...], piece: SparsePiece, value: int) -> Tensor:
+    """A dense mask with the piece's number of blocks, another one for each value."""
+    high, wide = piece.block
+    grid = (shape[0] // high, shape[1] // wide)
+    chosen = np.random.default_rng(value).permutation(grid[0] * grid[1])[: piece.ones]
+    cells = np.zeros(grid[0] * grid[1], dtype=bool)
+    cells[chosen] = True
+    return torch.from_numpy(np.kron(cells.reshape(grid), np.ones((high, wide), dtype=bool)).astype(bool))
+
+
+def raw_mask(layout: RecordLayout, name: str, dense: Tensor) -> Tensor:
+    """How a mask is to be kept, said once more in other words: bit by bit, or gap by gap."""
+    spec = layout.spec("mask", name)
+    assert spec is not None
+    assert spec.piece is not None
+    high, wide = spec.piece.block
+    bits = dense[::high, ::wide].reshape(-1).tolist()
+    if all(bits):
+        return torch.zeros(0, dtype=torch.uint8)
+    forms = [
+        bytes(
+            sum(bit << place for place, bit in enumerate(bits[start : start + 8])) for start in range(0, len(bits), 8)
+        )
+    ]
+    for width in (1, 2):
+        most = 256**width - 1
+        gaps, gap = list[int](), 0
+        for bit in bits:
+            gap += not bit
+            if bit or gap == most:
+                gaps.append(gap)
+                gap = 0
+        room = sum(bits) + (len(bits) - sum(bits)) // most
+        forms.append(b"".join(gap.to_bytes(width, "little") for gap in gaps + [most] * (room - len(gaps))))
+    return torch.tensor(list(min(forms, key=len)), dtype=torch.uint8)
 
 
 def expected_tensor(like: Tensor, number: int, name: str, value: int) -> Tensor:
@@ -98,7 +155,7 @@ def loaded(store: Store, index: int) -> dict[str, Tensor]:
 def fetched(store: Store, index: int) -> dict[str, Tensor]:
     """What `fetch` serves, as copies, by parameter."""
     part = store.layout(index).streamed
-    buffer = AlignedBuffer(part.nbytes)
+    buffer = AlignedBuffer(store.layout(index).fetched_nbytes)
     store.fetch(index, buffer.view).result(timeout=30)
     return {name: tensor.clone() for name, tensor in part_tensors(part, buffer.view).items()}
 

@@ -11,6 +11,7 @@ from tests.store.cases import files, make, put, step
 from tests.store.test_families import FEW
 
 from weightstream.errors import WeightstreamError
+from weightstream.store.sparsity import InitialMask
 from weightstream.store.store import Store
 
 ANYTHING = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -21,7 +22,7 @@ PIECES = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_s
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "store"
-    with make(path, families=[FEW]) as store:
+    with make(path, families=[FEW], masks={"embed.weight": InitialMask("random", counts=(600,))}) as store:
         step(store, 1, 0)
         put(store, 1, *(store.index(FEW.name, number) for number in range(3)))
         store.snapshot("one")

@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.store.cases import CHUNK_BYTES, filled, make
+from tests.store.cases import CHUNK_BYTES, filled, make, sparsity_of
 from tests.store.test_families import EXPERTS
 
 from weightstream.errors import PlanError, StoreError
 from weightstream.store.manifest import Manifest
 from weightstream.store.members import Members
+from weightstream.store.sparsity import InitialMask
 from weightstream.store.store import Store
 from weightstream.store.tiers import Disk
 
 PANEL = 1000
 UNITS = 5
+MASKS = {"embed.weight": InitialMask("random", counts=(300, 200))}  # one for each panel
 
 
 class DeadError(BaseException):
@@ -87,7 +89,8 @@ def write_step(store: Store, step: int) -> None:
     """A new version of every unit of this rank that this step updates, and the commit."""
     for unit in store.units:
         if unit.trainable and store.owner[unit.index] == store.members.rank and (unit.index + step) % 3:
-            buffer = filled(store.layout(unit.index), 10 * step + unit.index)
+            share = (0.6, 0.2, 1.0)[step % 3]  # of a store with sparse parameters
+            buffer = filled(store.layout_of(unit.index, sparsity_of(store, unit.index, share)), 10 * step + unit.index)
             store.write(
                 unit.index, buffer, store.version(unit.index) + 1, store.optimizer_steps(unit.index) + 1
             ).result()
@@ -116,7 +119,7 @@ def look(path: Path) -> tuple[int, str]:
 def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     """Of every step, of one rank that nothing disturbs."""
     path = tmp_path_factory.mktemp("alone") / "store"
-    make(path, panel_elements=PANEL).close()
+    make(path, panel_elements=PANEL, masks=MASKS).close()
     found = dict([look(path)])
     for step in range(1, 9):
         go_on(path, 1, step)
@@ -129,7 +132,7 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    make(tmp_path / "store", panel_elements=PANEL).close()
+    make(tmp_path / "store", panel_elements=PANEL, masks=MASKS).close()
     return tmp_path / "store"
 
 
@@ -169,7 +172,7 @@ def test_a_rank_that_dies_costs_the_step_under_way_at_most(
     """At each of its exchanges, and before and after each of its publishes."""
     tried = 0
     origin = tmp_path / "origin"
-    make(origin, panel_elements=PANEL).close()
+    make(origin, panel_elements=PANEL, masks=MASKS).close()
     go_on(origin, 2, 2)
     for rank in range(count):
         for kind in ("exchange", "before", "after"):
@@ -206,7 +209,7 @@ def test_snapshots_are_what_they_were(
     tmp_path_factory: pytest.TempPathFactory, digests: dict[int, str], counts: list[int], data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("snapshots") / "store"
-    make(path, panel_elements=PANEL).close()
+    make(path, panel_elements=PANEL, masks=MASKS).close()
     taken: dict[str, int] = {}
     for step, count in enumerate(counts, start=1):
         name = f"s{step}" if data.draw(st.booleans()) else None

@@ -21,6 +21,7 @@ from tests.store.cases import (
     loaded,
     make,
     reopen,
+    sparsity_of,
 )
 
 from weightstream.blocks import Parameter
@@ -28,9 +29,12 @@ from weightstream.store import records
 from weightstream.store.families import Family
 from weightstream.store.recipes import Recipe, Step
 from weightstream.store.segments import RecordBuffer
+from weightstream.store.sparsity import InitialMask, Sparsity
 from weightstream.store.store import Store
 
-PARTS = ("copy", "param", "exp_avg", "exp_avg_sq")
+PARTS = ("copy", "param", "mask", "exp_avg", "exp_avg_sq")
+MASKS = {"embed.weight": InitialMask("random", counts=(400,)), "odd.weight": InitialMask("dense", (3, 4))}
+SHARES = (0.8, 0.3, 0.02, 1.0)  # of the blocks of a sparse tensor, by value
 FAMILY = Family(
     "expert {}",
     2**33,
@@ -53,7 +57,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp(prefix="oracle "))
         self.device = Mortal()
         self.path = self.directory / "store"
-        self.store = make(self.path, precision, self.device, families=[FAMILY])  # type: ignore[arg-type]
+        self.store = make(self.path, precision, self.device, families=[FAMILY], masks=MASKS)  # type: ignore[arg-type]
         self.initial = {index: loaded(self.store, index) for index in RECORDS}
         self.committed: Values = {}
         self.newest: Values = {}
@@ -68,7 +72,7 @@ class StoreMachine(RuleBasedStateMachine):
     def write(self, index: int, wait: bool, summed: bool) -> None:
         self.value += 1
         version = self.newest.get(index, (0, 0))[1] + 1
-        buffer = filled(self.store.layout(index), self.value)
+        buffer = self._filled(index)
         sums = self.store.checksums(index, buffer) if summed else None
         future = self.store.write(index, buffer, version, version, sums)
         self.newest[index] = (self.value, version)
@@ -79,9 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
     def write_many(self, indices: set[int], wait: bool) -> None:
         self.value += 1
         versions = {index: self.newest.get(index, (0, 0))[1] + 1 for index in sorted(indices)}
-        future = self.store.write_many(
-            [(i, filled(self.store.layout(i), self.value), version, version) for i, version in versions.items()]
-        )
+        future = self.store.write_many([(i, self._filled(i), version, version) for i, version in versions.items()])
         self.newest |= {index: (self.value, version) for index, version in versions.items()}
         if wait:
             future.result(timeout=30)
@@ -96,7 +98,7 @@ class StoreMachine(RuleBasedStateMachine):
             expected = filled(buffer.layout, value) if value is not None else None
             for part in buffer.layout.states:
                 for name, tensor in buffer.tensors(part.name).items():
-                    initial = self.initial[index][f"{part.name}/{name}"]
+                    initial = self.initial[index].get(f"{part.name}/{name}")
                     assert torch.equal(tensor, expected.tensors(part.name)[name] if expected else initial)
 
     @rule(wait=st.booleans())
@@ -123,6 +125,8 @@ class StoreMachine(RuleBasedStateMachine):
     def check(self, index: int) -> None:
         value, version = self.newest.get(index, (None, 0))
         assert self.store.version(index) == version
+        if value is not None:
+            assert self.store.sparsity(index) == self._sparsity(index, value)
         assert_holds(self.store, index, value, self.initial)
 
     @rule(index=blocks, parts=st.sets(st.sampled_from(PARTS)))
@@ -233,6 +237,13 @@ class StoreMachine(RuleBasedStateMachine):
     def _check_all(self) -> None:
         for index in RECORDS:
             self.check(index)
+
+    def _filled(self, index: int) -> RecordBuffer:
+        """As sparse as the value says, whatever the version before was."""
+        return filled(self.store.layout_of(index, self._sparsity(index, self.value)), self.value)
+
+    def _sparsity(self, index: int, value: int) -> Sparsity:
+        return sparsity_of(self.store, index, SHARES[value % len(SHARES)])
 
     def _settle(self) -> None:
         """Wait for commits under way, so that the committed state is the one expected."""

@@ -273,7 +273,7 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_a_newer_format_and_another_database_are_refused(tmp_path: Path) -> None:
     make(tmp_path / "store").close()
     for pragma, message in (
-        ("user_version=5", rf"format 5; weightstream {metadata.version('weightstream')} reads it"),
+        ("user_version=6", rf"format 6; weightstream {metadata.version('weightstream')} reads it"),
         ("user_version=3", "format 3; weightstream .* reads it"),
         ("application_id=1", "another program"),
     ):

@@ -537,8 +537,8 @@ def test_a_damaged_index_is_named_and_nothing_is_removed(store: Store, tmp_path:
     shutil.rmtree(tmp_path / "target" / "index")
     assert push_store(store.path, tmp_path / "target")["sent_records"] == 0
     body = json.loads(index.with_name("00000001.json").read_bytes())
-    index.write_text(json.dumps(body | {"format": 3}))
-    with pytest.raises(StoreError, match="expected format 2, found 3; another version of weightstream reads it"):
+    index.write_text(json.dumps(body | {"format": 4}))
+    with pytest.raises(StoreError, match="expected format 2 or 3, found 4; another version of weightstream reads it"):
         pull_store(tmp_path / "target", tmp_path / "pulled")
 
 

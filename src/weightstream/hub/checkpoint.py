@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from weightstream.errors import StoreError, StoreMismatchError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MASKS = "masks.safetensors"
+"""Bool tensors beside the weights, under the names of sparse parameters."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _NAMED = 5  # names of each kind in a message
 _COMPARED_ROWS_BYTES = 1 << 24
@@ -52,6 +54,41 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class MasksBeside(Mapping[str, Tensor]):
+    """Masks by parameter name; each access reads one anew."""
+
+    def __init__(self, places: Mapping[str, Stored]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read(self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def masks_beside(folder: Path) -> MasksBeside | None:
+    """The masks of a folder that was exported with them; None if there are none.
+
+    Raises:
+        StoreError: they cannot be read.
+    """
+    path = folder / MASKS
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            return MasksBeside(
+                {key: Stored(path, key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+            )
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"'{path}' cannot be read: {error}; restore it, or import without masks") from None
 
 
 def read(place: Stored) -> Tensor:

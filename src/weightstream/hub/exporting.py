@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from weightstream.errors import ConfigError, StoreError, StoreMismatchError
-from weightstream.hub.checkpoint import INDEX, SINGLE, persistent_buffers
+from weightstream.hub.checkpoint import INDEX, MASKS, SINGLE, persistent_buffers
 from weightstream.hub.pretrained import FOLDER, build_from, copy_companions, stored_config
 from weightstream.hub.writing import Entry, shards, write_file
-from weightstream.store.layout import DTYPE_NAMES
+from weightstream.store.layout import DTYPE_NAMES, MASK
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.store.whole import parameters
@@ -36,6 +36,7 @@ def export_store(
     dtype: Literal["fp32", "bf16"] = "fp32",
     max_shard_bytes: str | int = "5GiB",
     optimizer_state: bool = False,
+    masks: bool = False,
 ) -> dict[str, Any]:
     """Write config.json, safetensors files and what else belongs to the model into a new folder.
 
@@ -47,7 +48,9 @@ def export_store(
         tokenizer: saved with it; by default the files that were imported.
         companions: a folder to copy generation settings and tokenizer files from.
         dtype: of the weights; masters are fp32, so `fp32` loses nothing.
-        optimizer_state: write the optimizer's states to optimizer.safetensors, as `<state>/<parameter>`.
+        optimizer_state: write the optimizer's states to optimizer.safetensors, as `<state>/<parameter>`; those of sparse
+            parameters are dense, with zeros elsewhere, as weights always are.
+        masks: write the masks of sparse parameters to masks.safetensors, as bool tensors of their shapes; import takes it.
 
     Raises:
         ConfigError: `out` holds something, an unknown dtype, or no configuration for the model.
@@ -79,6 +82,8 @@ def export_store(
             )
             if optimizer_state:
                 _write_states(opened, made)
+            if masks:
+                _write_masks(opened, made)
             made.chmod(0o755)
             made.rename(target)
         except BaseException:
@@ -136,7 +141,8 @@ def _write_weights(
 
 def _write_states(store: Store, folder: Path) -> None:
     """Optimizer states in their own dtypes; the metadata has the optimizer and each parameter's count of steps."""
-    parts = list(dict.fromkeys(p.name for u in store.units for p in store.layout(u.index).states if p.name != "param"))
+    every = dict.fromkeys(part.name for unit in store.units for part in store.layout(unit.index).states)
+    parts = [name for name in every if name not in ("param", MASK)]
     entries = [
         Entry(f"{name}/{spec.name}", spec.dtype, spec.whole_shape) for name in parts for spec in parameters(store, name)
     ]
@@ -153,3 +159,8 @@ def _write_states(store: Store, folder: Path) -> None:
             raise StoreError(f"optimizer state {entry.key!r} is {entry.dtype}, which safetensors does not know")
     source = (tensor for name in parts for tensor in stored_tensors(store, name))
     write_file(folder / OPTIMIZER, entries, source, metadata)
+
+
+def _write_masks(store: Store, folder: Path) -> None:
+    entries = [Entry(spec.name, spec.dtype, spec.whole_shape) for spec in parameters(store, MASK)]
+    write_file(folder / MASKS, entries, stored_tensors(store, MASK), {"step": str(store.step)})

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from weightstream.store.layout import DTYPE_NAMES
+from weightstream.store.layout import DTYPE_NAMES, MASK, RecordLayout
+from weightstream.store.manifest import RecordRow
+from weightstream.store.masks import bits_of, dense_of, expanded
 from weightstream.store.records import Entry, Record
 from weightstream.store.segments import RecordBuffer, bytes_of
 from weightstream.store.whole import Reader
@@ -26,7 +29,8 @@ def items(store: "Store") -> Iterator[tuple[str, dict[str, Tensor]]]:
     reader = Reader(store, largest_record(store))
     try:
         for name, indices in chain(places, _members_parameters(store)):
-            yield name, reader.whole(indices, name, [part.name for part in store.layout(indices[0]).states])
+            parts = dict.fromkeys(part.name for index in indices for part in store.layout(index).states)
+            yield name, reader.whole(indices, name, list(parts))
     finally:
         reader.close()
 
@@ -45,17 +49,22 @@ def tensor(store: "Store", name: str, part: str) -> Tensor:
         indices = (member,)
     if not indices:
         raise KeyError(f"store '{store.path}' has no parameter {name!r}")
-    store.layout(indices[0]).part(part)  # says which parts there are
+    if not any(store.layout(index).has(part) for index in indices):
+        store.layout(indices[0]).part(part)  # says which parts there are
     reader = Reader(store, max(store.layout(index).image_nbytes for index in indices), [part])
     try:
-        return reader.whole(indices, name, [part])[part]
+        found = reader.whole(indices, name, [part])
+        if part not in found:
+            raise KeyError(f"parameter {name!r} has no part {part!r}; it is {'dense' if part == MASK else 'frozen'}")
+        return found[part]
     finally:
         reader.close()
 
 
 def digest(store: "Store") -> str:
     """Each tensor is hashed where it lies, record by record, the panels of one that is cut after one another; the hashes
-    are then put in order of name.
+    are then put in order of name. A sparse one is hashed as the dense tensor with zeros elsewhere, and so is its mask, a byte
+    for each position: neither blocks nor the form of a mask count.
 
     So that one read of the store is enough whatever the names are, and it does not matter how it is cut. A family counts
     by its template, the seed and those of its records that were ever updated: nobody could hash billions that were not.
@@ -82,6 +91,7 @@ class _Hashing:
 
     state: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     steps: list[int] = field(default_factory=list)
+    sparse: bool = False  # any of them
 
 
 def _lines(
@@ -89,29 +99,56 @@ def _lines(
 ) -> list[str]:
     """A line for each tensor that ends in this record. One that is frozen had no optimizer step, whatever its record
     had."""
-    layout = store.layout(index)
+    layout = store.versions.layout_of(index, entry)
     buffer.bind(layout)
     store.versions.read_entry(
         index, entry, {part.name: buffer.view(part.name) for part in layout.states}, "states"
     ).result()
     lines = []
     trained = {parameter.name for parameter in store.parameters_of(index) if parameter.trainable}
+    kept = _kept(layout, buffer)
     for part in layout.states:
+        if part.name == MASK:
+            continue
         found = buffer.tensors(part.name)
         for spec in part.tensors:
             begun = hashing.setdefault((part.name, spec.name), _Hashing())
-            begun.state.update(bytes_of(found[spec.name]))
+            mask, values = kept.get(spec.name), found[spec.name]
+            begun.state.update(bytes_of(values if mask is None else expanded(values, mask)))
             begun.steps.append(entry.optimizer_steps if spec.name in trained else 0)
             if spec.last:
                 del hashing[part.name, spec.name]
                 steps = " ".join(map(str, dict.fromkeys(begun.steps)))  # one number, but for who changes single panels
                 facts = f"{DTYPE_NAMES[spec.dtype]} {list(spec.whole_shape)} {steps}"
                 lines.append(f"{spec.name!r} {part.name!r} {facts} {begun.state.hexdigest()}\n")
+    for name in trained & store.masks.keys():
+        master = layout.spec("param", name)
+        assert master is not None, "every parameter has masters"
+        begun = hashing.setdefault((MASK, name), _Hashing())
+        begun.sparse |= name in kept
+        begun.state.update(bytes_of(kept.get(name, torch.ones(master.piece_shape, dtype=torch.bool)).view(torch.uint8)))
+        if master.last:
+            del hashing[MASK, name]
+            if begun.sparse:  # a tensor that is dense now has none
+                lines.append(f"{name!r} {MASK!r} BOOL {list(master.whole_shape)} {begun.state.hexdigest()}\n")
     return lines
 
 
-def largest_record(store: "Store") -> int:
-    """Bytes of a buffer in which any record of the store fits."""
+def _kept(layout: RecordLayout, buffer: RecordBuffer) -> dict[str, Tensor]:
+    """Dense masks of a record's sparse tensors."""
+    if not layout.has(MASK):
+        return {}
+    masks = buffer.tensors(MASK)
+    return {spec.name: dense_of(spec, bits_of(spec, masks[spec.name])) for spec in layout.part(MASK).tensors}
+
+
+def largest_record(store: "Store", rows: Iterable[RecordRow] = ()) -> int:
+    """Bytes of a buffer in which any record of the store fits, in its newest and its committed version and in these."""
     # of a family, that of its last record, whose number is the longest
     lasts = [store.layout(first + family.count - 1) for first, family in store.layouts.families]
-    return max((layout.image_nbytes for layout in (*store.layouts.units, *lasts)), default=0)
+    layouts = [*store.layouts.units, *lasts]
+    for index in range(len(store.units) if store.masks else 0):
+        record = store.versions.records[index]
+        layouts += [store.versions.layout_of(index, entry) for entry in (record.newest, record.committed)]
+    layouts += [store.layout_of(row.block, row.sparsity) for row in rows if row.sparsity]
+    return max((layout.image_nbytes for layout in layouts), default=0)

@@ -211,17 +211,18 @@ def _distances(
 def _pieces(store: "Store", indices: Sequence[int], name: str) -> list[tuple[range, int]]:
     """Which rows of a parameter each of its records has."""
     specs = [(spec_of(store, index, name, "param"), index) for index in indices]
-    return [(range(spec.row, spec.row + spec.shape[0]), index) for spec, index in specs if spec is not None]
+    return [(range(spec.row, spec.row + spec.piece_shape[0]), index) for spec, index in specs if spec is not None]
 
 
 def _specs(store: "Store", indices: Sequence[int], name: str) -> dict[str, TensorSpec]:
-    """Part → what the parameter has there, by its first piece."""
-    found = {
-        part.name: spec_of(store, index, name, part.name)
-        for index in indices[:1]
-        for part in store.layout(index).states
-    }
-    return {part: spec for part, spec in found.items() if spec is not None}
+    """Part → what the parameter has there, by the first piece that has it: another one may be dense, and have no mask."""
+    found: dict[str, TensorSpec] = {}
+    for index in indices:
+        for part in store.layout(index).states:
+            spec = spec_of(store, index, name, part.name)
+            if spec is not None:
+                found.setdefault(part.name, spec)
+    return found
 
 
 def _steps(store: "Store", indices: Sequence[int], name: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
-from weightstream.store.layout import RecordLayout
+from weightstream.store.families import Layouts
 from weightstream.store.manifest import RecordRow
 from weightstream.store.records import FILES_PER_RECORD, Record, slot_of
 from weightstream.store.shared import SHARED
@@ -149,7 +149,7 @@ def clear_scratch(path: Path) -> None:
 
 def records(
     path: Path,
-    layouts: Sequence[RecordLayout],
+    layouts: Layouts,
     rows: Sequence[RecordRow],
     held: Collection[int],
     *,
@@ -162,8 +162,8 @@ def records(
     """The state of every block's record as of the last commit.
 
     `held` are the commits that snapshots name. Files that nothing points to are kept to be recycled if `keep_dead`, and
-    removed where they are too many or of another size; for a reader they do not exist. With `accept_damage`, files that
-    the manifest names need not be there.
+    removed where they are too many, or of another size than the record always has; for a reader they do not exist. With
+    `accept_damage`, files that the manifest names need not be there.
 
     With several memory ranks `folder` is this rank's own, `active` those of all that take part, and files of records that
     this one does not own need not be on its host.
@@ -173,9 +173,9 @@ def records(
         DamagedRecordError: a file was cut short.
     """
     sizes = _sizes(path / SEGMENTS)
-    by_block: list[list[RecordRow]] = [[] for _ in layouts]
+    by_block: list[list[RecordRow]] = [[] for _ in layouts.units]
     for row in rows:
-        expected = layouts[row.block].image_nbytes
+        expected = layouts.of(row.block, row.sparsity).image_nbytes
         if owned is not None and row.block not in owned:
             by_block[row.block].append(row)
             continue
@@ -190,7 +190,7 @@ def records(
                 "restore the file from a copy of the store"
             )
         by_block[row.block].append(row)
-    found = [Record.load(own, held, folder) for own in by_block]
+    found = [Record.load(own, held, folder, layouts.initial(index)) for index, own in enumerate(by_block)]
     if keep_dead:
         _adopt_dead(path, layouts, found, sizes, {row.file for row in rows}, folder, owned, active)
     return found
@@ -216,7 +216,7 @@ def _sizes(segments: Path) -> dict[str, int]:
 
 def _adopt_dead(
     path: Path,
-    layouts: Sequence[RecordLayout],
+    layouts: Layouts,
     found: list[Record],
     sizes: dict[str, int],
     live: set[str],
@@ -230,12 +230,12 @@ def _adopt_dead(
         place, _, bare = name.rpartition("/")
         if name in live or (place != folder and (folder or place in active)):
             continue
-        index = int(bare.split(".")[0]) if bare.count(".") == 2 and bare.split(".")[0].isdigit() else len(layouts)
-        record = found[index] if index < len(layouts) and (owned is None or index in owned) else None
+        index = int(bare.split(".")[0]) if bare.count(".") == 2 and bare.split(".")[0].isdigit() else len(found)
+        record = found[index] if index < len(found) and (owned is None or index in owned) else None
         if (
             record is not None
             and place == folder
-            and nbytes == layouts[index].image_nbytes
+            and (layouts.varies(index) or nbytes == layouts[index].image_nbytes)
             and len(record.slots.keys() - record.held) < FILES_PER_RECORD
         ):
             record.slots[slot_of(name, folder)] = None

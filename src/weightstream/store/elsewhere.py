@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from weightstream.errors import StoreError
-from weightstream.store.facts import Row, blocks_of, units_of
+from weightstream.store.facts import Row, blocks_of, masks_of, units_of
 from weightstream.store.families import Layouts
 from weightstream.store.futures import done
 from weightstream.store.layout import Precision, RecordLayout
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.scratch import Scratch
+from weightstream.store.sparsity import InitialMask, Sparsity
 from weightstream.store.tiers import Disk
 from weightstream.trace.recorder import Log
 
@@ -42,7 +43,7 @@ class Elsewhere:
         self.progress: dict[str, Any] = catalogue["progress"]
         rows: list[Row] = [(index, name, facts) for index, name, facts in catalogue["blocks"]]
         self.blocks, self.units = blocks_of(rows), units_of(rows)
-        self._layouts = Layouts(self.units, (), self.precision, self.optimizer)
+        self._layouts = Layouts(self.units, (), self.precision, self.optimizer, masks_of(rows))
         firsts = [next(unit.index for unit in self.units if unit.block == block.index) for block in self.blocks]
         self._ranges = [range(first, stop) for first, stop in zip(firsts, [*firsts[1:], len(self.units)], strict=True)]
         self.before_look: Callable[[], None] = lambda: None
@@ -59,8 +60,18 @@ class Elsewhere:
         return self._ranges[block]
 
     def layout(self, index: int) -> RecordLayout:
-        """Where the numbers of a record lie."""
+        """Where the numbers of a record lie at version 0; of a sparse one ask `layout_of`, as nothing is known here of how
+        sparse it is now."""
         return self._layouts[index]
+
+    def layout_of(self, index: int, sparsity: Sparsity) -> RecordLayout:
+        """See `Store.layout_of`."""
+        return self._layouts.of(index, sparsity)
+
+    @property
+    def masks(self) -> Mapping[str, InitialMask]:
+        """See `Store.masks`."""
+        return self._layouts.masks
 
     def commit(self, step: int, progress: Mapping[str, Any]) -> "Future[None]":
         """Nothing of the commit is here."""

@@ -6,13 +6,23 @@ from typing import Any
 
 from weightstream.blocks import Block, Parameter, Unit
 from weightstream.store.recipes import Recipe
+from weightstream.store.sparsity import InitialMask
 
 Row = tuple[int, str, dict[str, Any]]
 """Index, name and facts of a block."""
 
+SPARSE = "sparse"
+"""Among the facts of a block that has sparse parameters: how each one's mask begins."""
 
-def block_rows(blocks: Sequence[Block], units: Sequence[Unit], recipes: Mapping[str, Recipe]) -> list[Row]:
+
+def block_rows(
+    blocks: Sequence[Block],
+    units: Sequence[Unit],
+    recipes: Mapping[str, Recipe],
+    masks: Mapping[str, InitialMask] | None = None,
+) -> list[Row]:
     """A row for each block. How it is cut is written down, so that a store stays as it is if the rule changes."""
+    masks = masks or {}
     members: list[list[Unit]] = [[] for _ in blocks]
     for unit in units:
         members[unit.block].append(unit)
@@ -36,10 +46,16 @@ def block_rows(blocks: Sequence[Block], units: Sequence[Unit], recipes: Mapping[
                     for parameter in block.parameters
                     if parameter.name in recipes
                 },
+                **_sparse(block, masks),
             },
         )
         for block in blocks
     ]
+
+
+def masks_of(rows: Sequence[Row]) -> dict[str, InitialMask]:
+    """How the masks of sparse parameters begin; none in a store that has only dense ones."""
+    return {name: InitialMask.from_json(mask) for _, _, facts in rows for name, mask in facts.get(SPARSE, {}).items()}
 
 
 def blocks_of(rows: Sequence[Row]) -> tuple[Block, ...]:
@@ -59,6 +75,11 @@ def units_of(rows: Sequence[Row]) -> tuple[Unit, ...]:
             parameters = tuple(_of_piece(whole, *piece) for piece in unit["parameters"])
             units.append(Unit(len(units), index, unit["name"], parameters))
     return tuple(units)
+
+
+def _sparse(block: Block, masks: Mapping[str, InitialMask]) -> dict[str, Any]:
+    found = {p.name: masks[p.name].to_json() for p in block.parameters if p.name in masks}
+    return {SPARSE: found} if found else {}
 
 
 def _parameters(facts: Mapping[str, Any]) -> dict[str, Parameter]:

@@ -14,6 +14,7 @@ from weightstream.blocks import Block, Parameter, Unit
 from weightstream.errors import StoreError
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import HasStates, Precision, RecordLayout, record_layout
+from weightstream.store.sparsity import DENSE, InitialMask, Sparsity, check_piece, initial_sparsities
 
 NUMBER = "{}"
 """Stands for a record's number in the names of a template."""
@@ -108,12 +109,26 @@ class _Template:
 
 
 class Layouts:
-    """Layouts by index: of the units, and of any family's records, which follow them in order of family."""
+    """Layouts by index: of the units, and of any family's records, which follow them in order of family.
+
+    Those of units with sparse parameters depend on the version (`of`); under its index alone one has that of version 0.
+    """
 
     def __init__(
-        self, units: Sequence[Unit], families: Sequence[Family], precision: Precision, optimizer: HasStates
+        self,
+        units: Sequence[Unit],
+        families: Sequence[Family],
+        precision: Precision,
+        optimizer: HasStates,
+        masks: Mapping[str, InitialMask] | None = None,
     ) -> None:
-        self._units = [record_layout(unit, precision, optimizer) for unit in units]
+        self._members_of, self._precision, self._optimizer = units, precision, optimizer
+        self._masks = dict(masks or {})
+        self._varying = {u.index for u in units for p in u.parameters if p.name in self._masks}
+        self._dense = [record_layout(unit, precision, optimizer) for unit in units]
+        self._sparse = lru_cache(max(_LAYOUTS_KEPT, 4 * len(units)))(self._made_sparse)
+        self._initial = initial_sparsities(units, self._masks)
+        self._units = [self.of(index, sparsity) for index, sparsity in enumerate(self._initial)]
         self._families: list[tuple[int, Family]] = []
         first = len(units)
         for family in families:
@@ -131,6 +146,52 @@ class Layouts:
     def __getitem__(self, index: int) -> RecordLayout:
         return self._units[index] if 0 <= index < len(self._units) else self._of_member(index)
 
+    def of(self, index: int, sparsity: Sparsity) -> RecordLayout:
+        """The layout of a record's versions that are so sparse; the same object for a while.
+
+        Raises:
+            StoreError: it cannot be so sparse, or the store was made without masks for these parameters.
+        """
+        if sparsity:
+            return self._sparse(index, sparsity)
+        return self._dense[index] if 0 <= index < len(self._dense) else self[index]
+
+    def _made_sparse(self, index: int, sparsity: Sparsity) -> RecordLayout:
+        if not 0 <= index < len(self._dense):
+            raise StoreError(
+                f"record {index} is one of a family or of nothing; only units of blocks have sparse parameters"
+            )
+        unit = self._members_of[index]
+        parameters = {parameter.name: parameter for parameter in unit.parameters}
+        for piece in sparsity:
+            mask = self._masks.get(piece.name)
+            if piece.name not in parameters or mask is None or mask.block != piece.block:
+                known = ", ".join(f"{n} in {self._masks[n].block}" for n in parameters if n in self._masks) or "none"
+                raise StoreError(
+                    f"block {unit.name!r}: the store was not made with a sparse parameter {piece.name!r} in blocks of "
+                    f"{piece.block}; its sparse parameters there are: {known}; give masks when the store is made"
+                )
+            check_piece(parameters[piece.name], piece)
+        places = [list(parameters).index(piece.name) for piece in sparsity]
+        if places != sorted(set(places)):
+            raise StoreError(
+                f"block {unit.name!r}: expected its sparse parameters once each, in order, found {sparsity}"
+            )
+        return record_layout(unit, self._precision, self._optimizer, sparsity)
+
+    def initial(self, index: int) -> Sparsity:
+        """The sparsity of a record at version 0, as far as a rule gives it."""
+        return self._initial[index] if 0 <= index < len(self._initial) else DENSE
+
+    def varies(self, index: int) -> bool:
+        """Whether versions of this record may have other layouts."""
+        return index in self._varying
+
+    @property
+    def masks(self) -> Mapping[str, InitialMask]:
+        """How each sparse parameter's mask begins."""
+        return self._masks
+
     def _made(self, index: int) -> RecordLayout:
         template, number = self._place(index)
         return template.layout(number)
@@ -147,9 +208,9 @@ class Layouts:
         return (self._units[index] if index < len(self._units) else self._place(index)[0].last).parts_nbytes
 
     def fits(self, index: int, layout: RecordLayout) -> bool:
-        """Whether this is the layout of that record."""
+        """Whether this is a layout of that record."""
         if index < len(self._units):
-            return layout == self._units[index]
+            return layout == self.of(index, layout.sparsity)
         template, number = self._place(index)
         return (layout.block, layout.image_nbytes) == (template.name(number), template.last.image_nbytes)
 

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,8 @@ def info(store: "Store", *, tbw_bytes: float | None = None) -> dict[str, Any]:
             for first, family in store.layouts.families
         ],
         "parameters": sum(block.numel for block in store.blocks) + sum(f.count * f.numel for f in store.families),
-        "record_bytes": sum(layout.image_nbytes for layout in store.layouts.units),
+        "record_bytes": sum(store.layout(unit.index).image_nbytes for unit in store.units),
+        **_density(store),
         "records_written": sum(entry.slot is not None for entry in committed),
         "versions": [entry.version for entry in committed],
         **space,
@@ -104,6 +106,12 @@ def describe(found: dict[str, Any]) -> str:
         "store": f"{found['path']}, step {found['step']}, {found['precision']}",
         "parameters": f"{format_count(found['parameters'])} in {found['blocks']} blocks",
     }
+    if sparse := found.get("sparse"):
+        densities = [kept["density"] for kept in sparse.values()]
+        lines["sparse"] = (
+            f"{len(sparse)} parameters, density {min(densities):.3g} to {max(densities):.3g}, "
+            f"{format_count(sum(kept['nonzeros'] for kept in sparse.values()))} non-zeros"
+        )
     for family in found["families"]:
         lines[f"family {family['name']}"] = (
             f"{family['records']} records, {format_count(family['parameters'])} parameters, {family['records_written']} "
@@ -147,13 +155,24 @@ def _life_left(found: dict[str, Any]) -> str:
     return f"{found['disk_life_left_days']:.1f} days left at this rate, {rated}, if this store alone writes to it"
 
 
+def _density(store: "Store") -> dict[str, Any]:
+    """Of a store with sparse parameters: how much of each is kept in the newest versions."""
+    found: dict[str, dict[str, float]] = {}
+    for name in sorted(store.masks):
+        specs = [store.layout(index).spec("param", name) for index in store.units_with(name)]
+        kept = sum(prod(spec.shape) for spec in specs if spec is not None)
+        numel = sum(prod(spec.piece_shape) for spec in specs if spec is not None)
+        found[name] = {"nonzeros": kept, "density": kept / numel if numel else 1.0}
+    return {"sparse": found} if found else {}
+
+
 def _space(store: "Store") -> dict[str, Any]:
     """Bytes on the disk and who needs them; by snapshot, those that deleting it would free."""
     numbers = store.manifest.snapshots()
     holders: dict[tuple[str, int], set[str]] = defaultdict(set)  # place → who holds it; "" is the last commit
     sizes: dict[tuple[str, int], int] = {}
     for row in store.manifest.records():
-        sizes[row.place] = row.nbytes or store.layout(row.block).image_nbytes
+        sizes[row.place] = row.nbytes or store.layouts.of(row.block, row.sparsity).image_nbytes
         holders[row.place] |= {name for name, number in numbers.items() if row.lives_at(number)}
         holders[row.place] |= {""} if row.died is None else set()
     segments = store.path / directory.SEGMENTS

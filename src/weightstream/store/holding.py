@@ -49,7 +49,7 @@ class Held:
             WriterWentOnError: the file was used again meanwhile.
             DamagedRecordError: the bytes are not those that were written.
         """
-        layout = self.store.layout(row.block)
+        layout = self.store.layouts.of(row.block, row.sparsity)
         buffer.bind(layout)
         what = f"store '{self.store.path}': block {row.block} {layout.block!r} at version {row.version}"
         try:

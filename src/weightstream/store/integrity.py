@@ -15,7 +15,9 @@ import torch
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store.audit import largest_record
 from weightstream.store.directory import SEGMENTS
+from weightstream.store.layout import MASK
 from weightstream.store.manifest import RecordRow, SharedRow
+from weightstream.store.masks import bits_of
 from weightstream.store.records import Entry, slot_of
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
 
@@ -36,7 +38,8 @@ class Damage:
 
 
 def verify(store: "Store") -> list[str]:
-    """Read every file that the last commit or a snapshot points to; one line per damage, which says what is whole."""
+    """Read every file that the last commit or a snapshot points to; one line per damage, which says what is whole. Of a mask
+    the number of ones and the order of indices are compared, too."""
     try:
         damages = find(store)
     except StoreError as error:
@@ -70,7 +73,7 @@ def find(store: "Store") -> list[Damage]:
         ]
         files = {row.file: row for row in store.manifest.shared()}
     found: list[Damage] = []
-    buffer = RecordBuffer(largest_record(store))
+    buffer = RecordBuffer(largest_record(store, rows))
     try:
         headers: dict[str, str | None] = {}
         for row in rows:
@@ -119,7 +122,7 @@ def repair(store: "Store") -> list[str]:
 
 def _find_in(store: "Store", row: RecordRow, buffer: RecordBuffer) -> list[Damage]:
     """In a file of a record's own."""
-    layout = store.layout(row.block)
+    layout = store.layout_of(row.block, row.sparsity)
     path = store.path / SEGMENTS / row.file
     what = f"store '{store.path}': block {row.block} {layout.block!r} at version {row.version}"
     found: list[Damage] = []
@@ -172,16 +175,24 @@ def _shared_header(store: "Store", file: str, row: SharedRow | None) -> str | No
 
 
 def _damaged_parts(store: "Store", row: RecordRow, buffer: RecordBuffer) -> list[Damage]:
-    layout = store.layout(row.block)
+    layout = store.layout_of(row.block, row.sparsity)
     buffer.bind(layout)
     slot = row.file if row.offset else slot_of(row.file, store.members.folder)
-    entry = Entry(row.version, row.optimizer_steps, slot, row.checksums, row.offset)
+    entry = Entry(row.version, row.optimizer_steps, slot, row.checksums, row.offset, sparsity=row.sparsity)
     found = []
     for part in layout.parts:
         try:
             store.versions.read_entry(row.block, entry, {part.name: buffer.view(part.name)}, "states").result()
         except StoreError as error:
             found.append(Damage(row, part.name, str(error).partition(";")[0]))
+    if layout.has(MASK) and not any(damage.part == MASK for damage in found):
+        what = f"store '{store.path}': block {row.block} {layout.block!r} at version {row.version}"
+        for spec in layout.part(MASK).tensors:
+            try:
+                bits_of(spec, buffer.tensors(MASK)[spec.name])
+            except DamagedRecordError as error:
+                said = str(error).partition(";")[0]
+                found.append(Damage(row, MASK, f"{what}: the mask of {spec.name!r} was written wrong: {said}"))
     return found
 
 

@@ -22,8 +22,11 @@ from typing import Any
 import xxhash
 
 from weightstream.errors import DamagedRecordError, StoreError
+from weightstream.store.facts import SPARSE
+from weightstream.store.sparsity import DENSE, Sparsity, sparsity_from_json, sparsity_to_json
 
-FORMAT_NUMBER = 4
+FORMAT_NUMBER, SPARSE_FORMAT_NUMBER = 4, 5
+"""Of a store without sparse parameters, and of one with them: its rows say how sparse each version is."""
 META = ("id", "made_by", "contract", "precision", "optimizer", "chunk_bytes", "panel_elements", "counts")
 """What table meta always has."""
 APPLICATION_ID = 0x57535452  # "WSTR", where `file` finds it
@@ -37,7 +40,7 @@ CREATE TABLE families (
 CREATE TABLE records (
     block INTEGER NOT NULL, version INTEGER NOT NULL, born INTEGER NOT NULL, died INTEGER, file TEXT NOT NULL,
     checksums TEXT NOT NULL, optimizer_steps INTEGER NOT NULL, offset INTEGER NOT NULL, nbytes INTEGER NOT NULL,
-    checksum TEXT NOT NULL, PRIMARY KEY (block, born)
+    {sparsity}checksum TEXT NOT NULL, PRIMARY KEY (block, born)
 ) WITHOUT ROWID;
 CREATE INDEX records_by_birth ON records (born);
 CREATE INDEX records_by_death ON records (died) WHERE died IS NOT NULL;
@@ -77,7 +80,8 @@ _COLUMNS = {
 class RecordRow:
     """One published version of one record; `checksums` maps each part to the checksum of its bytes.
 
-    In a file that it shares its parts take `nbytes` from `offset` on; both are 0 where the file is its own.
+    In a file that it shares its parts take `nbytes` from `offset` on; both are 0 where the file is its own. `sparsity` is
+    what its layout follows from.
     """
 
     block: int
@@ -89,6 +93,7 @@ class RecordRow:
     died: int | None = None
     offset: int = 0
     nbytes: int = 0
+    sparsity: Sparsity = DENSE
 
     @property
     def place(self) -> tuple[str, int]:
@@ -98,12 +103,14 @@ class RecordRow:
     def to_json(self) -> list[Any]:
         """What another rank needs to publish it, too."""
         checksums = {part: f"{value:016x}" for part, value in self.checksums.items()}
-        return [self.block, self.version, self.file, checksums, self.optimizer_steps]
+        sparse = [sparsity_to_json(self.sparsity)] if self.sparsity else []
+        return [self.block, self.version, self.file, checksums, self.optimizer_steps, *sparse]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> "RecordRow":
-        block, version, file, checksums, steps = data
-        return cls(block, version, file, {part: int(value, 16) for part, value in checksums.items()}, steps)
+        block, version, file, checksums, steps, *sparse = data
+        sums = {part: int(value, 16) for part, value in checksums.items()}
+        return cls(block, version, file, sums, steps, sparsity=sparsity_from_json(sparse[0]) if sparse else DENSE)
 
     def at(self, number: int) -> "RecordRow":
         """The row as it was at an earlier commit, at or after its birth."""
@@ -175,8 +182,9 @@ class CommitRow:
 class Manifest:
     """The catalogue of one store. Methods may be called from any thread, one at a time."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, *, sparse: bool) -> None:
         self.path = path
+        self._sparse = sparse
         self._connection = connection
         self._lock = threading.RLock()
         self._live: Counter[str] = Counter()  # by how much the live bytes of shared files change in this transaction
@@ -202,14 +210,15 @@ class Manifest:
         for leftover in (partial, Path(f"{partial}-journal")):
             leftover.unlink(missing_ok=True)
         connection = sqlite3.connect(partial, isolation_level=None)
+        blocks, families = list(blocks), list(families)
+        sparse = any(SPARSE in facts for _, _, facts in blocks)
         try:
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version={FORMAT_NUMBER}")
+            connection.execute(f"PRAGMA user_version={SPARSE_FORMAT_NUMBER if sparse else FORMAT_NUMBER}")
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("BEGIN")
-            for statement in _SCHEMA.split(";"):
+            for statement in _SCHEMA.format(sparsity="sparsity TEXT, " if sparse else "").split(";"):
                 connection.execute(statement)
-            blocks, families = list(blocks), list(families)
             counts = {"blocks": len(blocks), "families": len(families)}
             for key, value in {**meta, "counts": counts}.items():
                 _insert(connection, "meta", (key, _json(value)))
@@ -219,7 +228,7 @@ class Manifest:
                 _insert(connection, "families", (first, name, count, _json(facts)))
             live: Counter[str] = Counter()
             for record in records:
-                _insert_record(connection, record, 0)
+                _insert_record(connection, record, 0, sparse=sparse)
                 live[record.file] += record.nbytes
             for file in shared:
                 _insert(connection, "shared", _shared_values(replace(file, live_bytes=live[file.file])))
@@ -251,7 +260,8 @@ class Manifest:
             connection = _connection(path, writable=writable)
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (number,) = connection.execute("PRAGMA user_version").fetchone()
-            if writable and (application, number) == (APPLICATION_ID, FORMAT_NUMBER):
+            known = application == APPLICATION_ID and number in (FORMAT_NUMBER, SPARSE_FORMAT_NUMBER)
+            if writable and known:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
         except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -259,15 +269,16 @@ class Manifest:
                 f"{what}: expected an SQLite manifest in {path.name}, found {error}; give the directory of a store, "
                 "or restore the manifest from a copy"
             ) from error
-        if application != APPLICATION_ID or number != FORMAT_NUMBER:
+        if not known:
             maker = _maker(connection)
             connection.close()
             found = f"format {number}" if application == APPLICATION_ID else "another program's database"
             hint = "give the directory of a store"
             if application == APPLICATION_ID:
                 hint = f"weightstream {maker} reads it" if maker else "another version of weightstream reads it"
-            raise StoreError(f"{what}: expected a manifest of format {FORMAT_NUMBER}, found {found}; {hint}")
-        return cls(path, connection)
+            expected = f"a manifest of format {FORMAT_NUMBER} or {SPARSE_FORMAT_NUMBER}"
+            raise StoreError(f"{what}: expected {expected}, found {found}; {hint}")
+        return cls(path, connection, sparse=number == SPARSE_FORMAT_NUMBER)
 
     @contextmanager
     def at_one_moment(self) -> Iterator[None]:
@@ -379,8 +390,8 @@ class Manifest:
 
     def _records(self, where: str, values: Sequence[Any]) -> list[RecordRow]:
         return [
-            RecordRow(block, version, file, _checksums(text), steps, born, died, offset, nbytes)
-            for block, version, born, died, file, text, steps, offset, nbytes in self._rows(
+            RecordRow(block, version, file, _checksums(text), steps, born, died, offset, nbytes, _sparsity(*sparse))
+            for block, version, born, died, file, text, steps, offset, nbytes, *sparse in self._rows(
                 "records", f"WHERE {where} ORDER BY block, born", values
             )
         ]
@@ -589,7 +600,7 @@ class Manifest:
         """A row of `records`; its bytes are live from now on, unless they are not new and another one points to them."""
         if row.offset and (new or not self._has_place(row)):
             self._live[row.file] += row.nbytes
-        _insert_record(self._connection, row, born, died)
+        _insert_record(self._connection, row, born, died, sparse=self._sparse)
 
     def _delete(self, row: RecordRow, *, alone: bool = False) -> None:
         """`alone`: it is the only row of its record."""
@@ -625,7 +636,8 @@ class Manifest:
 
     def _rows(self, table: str, clause: str = "", values: Sequence[Any] = ()) -> list[Any]:
         """Rows without their checksum, after comparing it."""
-        columns = ", ".join((*_COLUMNS[table], "checksum"))
+        sparse = ("sparsity",) if table == "records" and self._sparse else ()
+        columns = ", ".join((*_COLUMNS[table], *sparse, "checksum"))
         try:
             with self._lock:
                 rows = self._connection.execute(f"SELECT {columns} FROM {table} {clause}", values).fetchall()
@@ -684,10 +696,15 @@ def _insert(connection: sqlite3.Connection, table: str, values: Sequence[Any]) -
     connection.execute(f"INSERT INTO {table} VALUES ({marks})", (*values, _row_checksum(table, values)))
 
 
-def _insert_record(connection: sqlite3.Connection, record: RecordRow, born: int, died: int | None = None) -> None:
-    """A record's row, alive from commit `born` on."""
+def _insert_record(
+    connection: sqlite3.Connection, record: RecordRow, born: int, died: int | None = None, *, sparse: bool
+) -> None:
+    """A record's row, alive from commit `born` on; `sparse` is whether the table says how sparse versions are."""
+    assert sparse or not record.sparsity, "only a store that was made with sparse parameters has sparse versions"
     text = _json({part: f"{value:016x}" for part, value in record.checksums.items()})
-    facts = (record.file, text, record.optimizer_steps, record.offset, record.nbytes)
+    facts: tuple[Any, ...] = (record.file, text, record.optimizer_steps, record.offset, record.nbytes)
+    if sparse:
+        facts += (_json(sparsity_to_json(record.sparsity)) if record.sparsity else None,)
     _insert(connection, "records", (record.block, record.version, born, died, *facts))
 
 
@@ -704,6 +721,10 @@ def _row_checksum(table: str, values: Sequence[Any]) -> str:
 def _json(value: Any) -> str:
     """One spelling for equal values, so that checksums can be taken over it. NaN has no place in JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _sparsity(text: str | None = None) -> Sparsity:
+    return DENSE if text is None else sparsity_from_json(json.loads(text))
 
 
 def _checksums(text: str) -> dict[str, int]:

@@ -138,7 +138,7 @@ def _read_some(
     """A future for each record. Those whose versions lie ready in shared files are read together, file by file."""
     wanted: list[list[Part]] = []
     for index, record in records:
-        layout = versions.layouts[index]
+        layout = versions.newest_layout(index)
         record.bind(layout)
         wanted.append(list(layout.states if parts is None else (p for p in layout.parts if p.name in parts)))
     futures: list[Future[int] | None] = [None] * len(records)

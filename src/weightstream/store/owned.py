@@ -15,9 +15,10 @@ from torch import Tensor
 from weightstream.blocks import Block, Unit, cut
 from weightstream.store.futures import done, gather
 from weightstream.store.images import Image, gradient_image, owned_gradients, slab_image
-from weightstream.store.layout import Precision, RecordLayout, record_layout
+from weightstream.store.layout import MASK, Precision, RecordLayout, TensorSpec, record_layout
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
+from weightstream.store.sparsity import DENSE, Sparsity
 from weightstream.store.store import Store
 
 Checksums = Mapping[int, Mapping[str, int]]
@@ -29,7 +30,8 @@ class BlockBytes:
     """Bytes of a block. `streamed` is all of it, as it lies in a slab; the others are of the units that are owned.
 
     `loaded` and `written` are what an update reads and writes, `gradients` what it is given: only units with trained
-    parameters have updates. `stored` are the images of all.
+    parameters have updates. `stored` are the images of all, `fetched` what is read of them for a slab: less than it where
+    they are sparse.
     """
 
     streamed: int
@@ -37,6 +39,7 @@ class BlockBytes:
     written: int
     gradients: int
     stored: int
+    fetched: int
 
 
 def largest(parts: Sequence[BlockBytes]) -> BlockBytes:
@@ -45,22 +48,27 @@ def largest(parts: Sequence[BlockBytes]) -> BlockBytes:
 
 
 def block_bytes(
-    units: Sequence[Unit], layouts: Sequence[RecordLayout], owned: Collection[int] | None = None
+    units: Sequence[Unit],
+    layouts: Sequence[RecordLayout],
+    owned: Collection[int] | None = None,
+    dense: Sequence[RecordLayout] | None = None,
 ) -> BlockBytes:
     """Of a block that has these units, with a layout each; of a frozen one, as if it were updated as a whole.
 
     Args:
         owned: indices of units; all by default.
+        dense: the layouts that they have in a slab, where some are sparse.
     """
     trainable = any(unit.trainable for unit in units)
     held = [(unit, layout) for unit, layout in zip(units, layouts, strict=True) if owned is None or unit.index in owned]
     updated = [layout for unit, layout in held if unit.trainable or not trainable]
     return BlockBytes(
-        streamed=sum(layout.streamed.nbytes for layout in layouts),
+        streamed=sum(layout.streamed.nbytes for layout in dense or layouts),
         loaded=sum(part.nbytes for layout in updated for part in layout.states),
         written=sum(layout.image_nbytes for layout in updated),
         gradients=sum(owned_gradients([unit]).nbytes for unit, _ in held),
         stored=sum(layout.image_nbytes for _, layout in held),
+        fetched=sum(layout.fetched_nbytes for layout in layouts),
     )
 
 
@@ -113,6 +121,8 @@ class Piece:
     """A tensor, or the panel of one, in a working buffer: the rows from `row` on of parameter `name`.
 
     `count` is the number of the optimizer step that is due. The streamed `copy` is None where the master itself streams.
+    Of a sparse one `master`, `states` and `copy` are its non-zeros, and `mask`, as it is kept, says where these lie; `spec`
+    describes it.
     """
 
     unit: int
@@ -123,12 +133,24 @@ class Piece:
     master: Tensor
     states: Mapping[str, Tensor]
     copy: Tensor | None
+    mask: Tensor | None = None
+    spec: TensorSpec | None = None
 
 
 class Holding:
-    """The units of a store that one memory rank owns (all by default), by block."""
+    """The units of a store that one memory rank owns (all by default), by block.
 
-    def __init__(self, store: Store, owned: Collection[int] | None = None) -> None:
+    Args:
+        largest_sparsity: of units whose versions will not all be as sparse as the newest is now, how sparse they may be;
+            `bytes` has room for each of these.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        owned: Collection[int] | None = None,
+        largest_sparsity: Mapping[int, Sequence[Sparsity]] | None = None,
+    ) -> None:
         self.store = store
         self.blocks = store.blocks
         every = range(len(store.units))
@@ -136,13 +158,17 @@ class Holding:
         assert self.owned <= frozenset(every), "only units are owned, not records of families"
         members = [[store.units[index] for index in store.units_of(block.index)] for block in store.blocks]
         layouts = [[store.layout(unit.index) for unit in units] for units in members]
-        self.slabs: tuple[Image, ...] = tuple(slab_image(found) for found in layouts)
-        """Where each block's tensors lie in a slab."""
+        dense = [[store.layout_of(unit.index, DENSE) for unit in units] for units in members]
+        self._largest = largest_sparsity or {}
+        self.slabs: tuple[Image, ...] = tuple(slab_image(found) for found in dense)
+        """Where each block's tensors lie in a slab: dense, whatever is stored of them."""
         self.gradients: tuple[Image, ...] = tuple(gradient_image(units) for units in members)
         """Where each block's gradients lie when they are summed."""
         self.bytes: tuple[BlockBytes, ...] = tuple(
-            block_bytes(units, found, self.owned) for units, found in zip(members, layouts, strict=True)
+            block_bytes(units, self._with_largest(found, units), self.owned, slab)
+            for units, found, slab in zip(members, layouts, dense, strict=True)
         )
+        """With room for the largest versions that were named."""
         self.staged: tuple[Image, ...] = tuple(
             image if len(held) == len(units) else owned_gradients(held)
             for image, units, held in (
@@ -167,23 +193,50 @@ class Holding:
         start, stop = image.spans[unit - self.store.units_of(self.store.units[unit].block).start]
         return slice(start, stop)
 
+    def _with_largest(self, layouts: Sequence[RecordLayout], units: Sequence[Unit]) -> list[RecordLayout]:
+        """Of each unit the layout that needs most room."""
+        found = []
+        for unit, layout in zip(units, layouts, strict=True):
+            others = [self.store.layout_of(unit.index, sparsity) for sparsity in self._largest.get(unit.index, ())]
+            found.append(max((layout, *others), key=lambda other: other.image_nbytes))
+        return found
+
+    def is_sparse(self, block: int) -> bool:
+        """Whether the newest version of any of its units is sparse: then it is fetched to a landing area, else to a slab."""
+        return any(self.store.sparsity(unit) for unit in self.store.units_of(block))
+
+    def landing(self, block: int) -> dict[int, slice]:
+        """Where the units of a block lie in a landing area, unit after unit, as their newest versions are; of one that is not
+        sparse these are the places in a slab. Changes with the sparsity."""
+        found, start = {}, 0
+        for unit in self.store.units_of(block):
+            nbytes = self.store.layout(unit).fetched_nbytes
+            found[unit] = slice(start, start + nbytes)
+            start += nbytes
+        return found
+
     # bytes
 
     def fetch(self, block: int, view: memoryview) -> "dict[int, Future[Any]]":
-        """Read what is streamed of the owned units to their places in a slab; unit by unit, see `Store.fetch`."""
+        """Read what is streamed of the owned units to their places in a slab, or in a landing area with the masks if any is
+        sparse (`landing`); unit by unit, see `Store.fetch`."""
         return self._fetch(block, self._held[block], view)
 
     def serve(self, block: int, buffer: WorkingBuffer, view: memoryview) -> "dict[int, Future[Any]]":
         """The same, with the units that have just been updated taken from their working buffer, here and now."""
-        image, served = self.slabs[block], dict[int, Future[Any]]()
+        places, served = self.landing(block), dict[int, Future[Any]]()
         for unit, record in zip(self._updated[block], buffer.records, strict=True):
-            _copy(record.view(record.layout.streamed.name), view[self.span(image, unit)])
+            start = places[unit].start
+            for part in record.layout.fetched:
+                _copy(record.view(part.name), view[start : start + part.nbytes])
+                start += part.nbytes
+            assert start == places[unit].stop, "it is served after it was written"
             served[unit] = done(None)
         return served | self._fetch(block, [unit for unit in self._held[block] if unit not in served], view)
 
     def _fetch(self, block: int, units: Sequence[int], view: memoryview) -> "dict[int, Future[Any]]":
-        image, view = self.slabs[block], view.cast("B")
-        return {unit: self.store.fetch(unit, view[self.span(image, unit)]) for unit in units}
+        places, view = self.landing(block), view.cast("B")
+        return {unit: self.store.fetch(unit, view[places[unit]]) for unit in units}
 
     def load(self, block: int, buffer: WorkingBuffer, *, check: bool = True) -> "Future[Any]":
         """Bind a buffer to a block and fill it with masters and states; see `Store.load`."""
@@ -192,6 +245,12 @@ class Holding:
         return _together(
             [self.store.load(unit, record, check=check) for unit, record in zip(units, buffer.records, strict=True)]
         )
+
+    def rebind(self, block: int, buffer: WorkingBuffer, sparsities: Mapping[int, Sparsity]) -> None:
+        """Bind a buffer to versions of another sparsity, by unit; the others stay as they are. What was in it is lost, and all
+        that is to be written must be put there."""
+        units = self._updated[block]
+        buffer.bind([self.store.layout_of(u, sparsities.get(u, self.store.sparsity(u))) for u in units])
 
     def check(self, block: int, buffer: WorkingBuffer) -> None:
         """Compare what `load(check=False)` read; see `Store.check`.
@@ -221,13 +280,18 @@ class Holding:
             count = self.store.optimizer_steps(unit) + 1
             masters = record.tensors("param")
             copies = record.tensors("copy") if record.layout.has("copy") else {}
-            states = {part.name: record.tensors(part.name) for part in record.layout.states if part.name != "param"}
+            states = {
+                part.name: record.tensors(part.name)
+                for part in record.layout.states
+                if part.name not in ("param", MASK)
+            }
+            masks = record.tensors(MASK) if record.layout.has(MASK) else {}
             for parameter in self.store.units[unit].parameters:
                 name = parameter.name
                 own = {part: tensors[name] for part, tensors in states.items() if name in tensors}
                 yield Piece(
                     unit, name, parameter.row, parameter.trainable, count,
-                    masters[name], own, copies.get(name),
+                    masters[name], own, copies.get(name), masks.get(name), record.layout.spec(MASK, name),
                 )  # fmt: skip
 
     # what stays in RAM
@@ -235,12 +299,12 @@ class Holding:
     def pin_copies(self, block: int) -> None:
         """Keep what is streamed of the owned units in memory; see `Store.pin`."""
         for unit in self._held[block]:
-            self.store.pin(unit, [self.store.layout(unit).streamed.name])
+            self.store.pin(unit, [self.store.layout(unit).streamed.name, MASK])
 
     def pin_states(self, block: int) -> None:
         """Keep what updates of the owned units read in memory."""
         for unit in self._updated[block]:
-            self.store.pin(unit, [part.name for part in self.store.layout(unit).states])
+            self.store.pin(unit, [*(part.name for part in self.store.layout(unit).states), MASK])
 
     def unpin(self, block: int) -> None:
         """Let go of all that is kept of a block."""

@@ -16,7 +16,7 @@ import xxhash
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.checksums import checksums
-from weightstream.store.facts import units_of
+from weightstream.store.facts import masks_of, units_of
 from weightstream.store.families import Family, Layouts
 from weightstream.store.manifest import Manifest, RecordRow, SharedRow
 from weightstream.store.many import extents_of
@@ -117,6 +117,7 @@ class _Attempt:
             [Family.from_json(name, count, facts) for _, name, count, facts in index.families],
             index.meta["precision"],
             Optimizer.from_json(index.meta["optimizer"]),
+            masks_of(index.blocks),
         )
         self.buffer = RecordBuffer(max((record.nbytes for record in index.records), default=0))
 
@@ -188,7 +189,7 @@ class _Attempt:
         file, entry = self.path / directory.SEGMENTS / self._name(record), self.entries[record.block]
         if not _has_size(file, file_bytes):
             return False
-        layout = self.layouts[record.block]
+        layout = self.layouts.of(record.block, record.sparsity)
         self.buffer.bind(layout)
         header = b"" if entry.offset else layout.header(record.version)
         found_header = memoryview(bytearray(len(header)))
@@ -199,7 +200,7 @@ class _Attempt:
         return found_header == header and named == record.checksums
 
     def _receive(self, record: PushedRecord, file_bytes: int) -> None:
-        layout = self.layouts[record.block]
+        layout = self.layouts.of(record.block, record.sparsity)
         self.buffer.bind(layout)
         what = f"target '{self.target.name}': block {record.block} {layout.block!r} at version {record.version}"
         remedy = f"no store was made; remove {record.object} there and push again, then pull again"
@@ -273,6 +274,7 @@ class _Attempt:
                     record.block, record.version, self._name(record), record.checksums, record.optimizer_steps,
                     offset=self.entries[record.block].offset,
                     nbytes=self.layouts[record.block].parts_nbytes if self.entries[record.block].offset else 0,
+                    sparsity=record.sparsity,
                 )
                 for record in self.index.records
             ],

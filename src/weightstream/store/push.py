@@ -73,7 +73,8 @@ def _push(commit: Held, target: Target, replace: bool, say: Say | None) -> dict[
         )
     before = newest(target)
     serial = max(map(serial_of, indexes(target)), default=0)
-    records = [PushedRecord.of(row, commit.store.layout(row.block).image_nbytes) for row in commit.records]
+    layouts = commit.store.layouts
+    records = [PushedRecord.of(row, layouts.of(row.block, row.sparsity).image_nbytes) for row in commit.records]
     paths = _companions(commit.store.path / FILES)
     files = [PushedFile.of(name, path.read_bytes()) for name, path in paths.items()]
     index = Index(serial + 1, commit.commit, commit.meta, commit.blocks, commit.families, records, files)

@@ -19,10 +19,13 @@ from typing import Any
 import xxhash
 
 from weightstream.errors import DamagedRecordError, StoreError
+from weightstream.store.facts import SPARSE
 from weightstream.store.manifest import CommitRow, RecordRow
+from weightstream.store.sparsity import DENSE, Sparsity, sparsity_from_json, sparsity_to_json
 from weightstream.store.target import PARTIAL, MissingObjectError, Target
 
-FORMAT_NUMBER = 2
+FORMAT_NUMBER, SPARSE_FORMAT_NUMBER = 2, 3
+"""Of a store without sparse parameters, and of one with them."""
 INDEX, SEGMENTS, FILES = "index", "segments", "hugging_face"
 FOLDERS = (INDEX, SEGMENTS, FILES)
 
@@ -43,13 +46,31 @@ class PushedRecord:
     object: str
     nbytes: int
     checksums: Mapping[str, int]
+    sparsity: Sparsity = DENSE
 
     @classmethod
     def of(cls, row: RecordRow, nbytes: int) -> "PushedRecord":
         sums = {part: f"{value:016x}" for part, value in sorted(row.checksums.items())}
-        checksum = xxhash.xxh3_64_hexdigest(_json([row.block, row.version, sums]))
+        sparse = [sparsity_to_json(row.sparsity)] if row.sparsity else []
+        checksum = xxhash.xxh3_64_hexdigest(_json([row.block, row.version, sums, *sparse]))
         name = f"{SEGMENTS}/{row.block:05d}.{row.version}.{checksum}.safetensors"
-        return cls(row.block, row.version, row.optimizer_steps, name, nbytes, row.checksums)
+        return cls(row.block, row.version, row.optimizer_steps, name, nbytes, row.checksums, row.sparsity)
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "block": self.block,
+            "version": self.version,
+            "optimizer_steps": self.optimizer_steps,
+            "object": self.object,
+            "nbytes": self.nbytes,
+            "checksums": {part: f"{value:016x}" for part, value in self.checksums.items()},
+        }
+        return found | ({"sparsity": sparsity_to_json(self.sparsity)} if self.sparsity else {})
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "PushedRecord":
+        sums = {part: int(text, 16) for part, text in entry["checksums"].items()}
+        return cls(**dict(entry) | {"checksums": sums, "sparsity": sparsity_from_json(entry.get("sparsity", ()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +132,16 @@ class Index:
             found, checksum = body["format"], body.pop("checksum")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CutShortError(f"{where} is not a whole index: {error}") from error
-        if found != FORMAT_NUMBER:
+        if found not in (FORMAT_NUMBER, SPARSE_FORMAT_NUMBER):
             raise StoreError(
-                f"{where}: expected format {FORMAT_NUMBER}, found {found}; another version of weightstream reads it"
+                f"{where}: expected format {FORMAT_NUMBER} or {SPARSE_FORMAT_NUMBER}, found {found}; another version of "
+                "weightstream reads it"
             )
         if checksum != _checksum(body):
             raise DamagedRecordError(
                 f"{where}: expected checksum {checksum}, found {_checksum(body)}; it was damaged or changed"
             )
-        records = [
-            PushedRecord(**entry | {"checksums": {part: int(text, 16) for part, text in entry["checksums"].items()}})
-            for entry in body["records"]
-        ]
+        records = [PushedRecord.from_json(entry) for entry in body["records"]]
         return cls(
             body["serial"],
             CommitRow(body["commit"], body["step"], body["progress"]),
@@ -135,7 +154,7 @@ class Index:
 
     def _body(self) -> dict[str, Any]:
         body = {
-            "format": FORMAT_NUMBER,
+            "format": SPARSE_FORMAT_NUMBER if any(SPARSE in facts for _, _, facts in self.blocks) else FORMAT_NUMBER,
             "serial": self.serial,
             "commit": self.commit.number,
             "step": self.commit.step,
@@ -143,17 +162,7 @@ class Index:
             "meta": dict(self.meta),
             "blocks": [list(block) for block in self.blocks],
             "families": [list(family) for family in self.families],
-            "records": [
-                {
-                    "block": record.block,
-                    "version": record.version,
-                    "optimizer_steps": record.optimizer_steps,
-                    "object": record.object,
-                    "nbytes": record.nbytes,
-                    "checksums": {part: f"{value:016x}" for part, value in record.checksums.items()},
-                }
-                for record in self.records
-            ],
+            "records": [record.to_json() for record in self.records],
             "files": [
                 {"path": file.path, "object": file.object, "nbytes": file.nbytes, "checksum": file.checksum}
                 for file in self.files

@@ -11,6 +11,7 @@ from typing import Any
 from weightstream.store.futures import NOW
 from weightstream.store.manifest import RecordRow
 from weightstream.store.segments import AlignedBuffer
+from weightstream.store.sparsity import DENSE, Sparsity
 
 FILES_PER_RECORD = 3
 """The last commit, one that is being committed, and one that is being written; snapshots come on top."""
@@ -34,6 +35,7 @@ class Entry:
     readers: "list[Future[Any]]" = field(default_factory=list)
     claimed: "Future[None]" = NOW  # it has a file, though perhaps not written
     unchecked: set[str] = field(default_factory=set)  # parts that were read without a check
+    sparsity: Sparsity = DENSE
 
     def users(self) -> "list[Future[Any]]":
         """What must end before this version's file may be overwritten."""
@@ -92,6 +94,7 @@ class Record:
     pinned: dict[str, PinnedPart] = field(default_factory=dict)
     claimed: "Future[None]" = NOW  # of the version written last
     folder: str = ""  # that this rank's segments are in
+    initial: Sparsity = DENSE  # of what the generator makes
 
     @property
     def pending(self) -> bool:
@@ -104,10 +107,13 @@ class Record:
         return cls(committed=entry, newest=entry, accepted=entry)
 
     @classmethod
-    def load(cls, rows: Iterable[RecordRow], held: Collection[int], folder: str = "") -> "Record":
-        """What the rows of one record say; `held` are the commits that snapshots name."""
-        record = cls.of(Entry(version=0, optimizer_steps=0))
-        record.folder = folder
+    def load(
+        cls, rows: Iterable[RecordRow], held: Collection[int], folder: str = "", initial: Sparsity = DENSE
+    ) -> "Record":
+        """What the rows of one record say; `held` are the commits that snapshots name, `initial` the sparsity of what the
+        generator makes."""
+        record = cls.of(Entry(version=0, optimizer_steps=0, sparsity=initial))
+        record.folder, record.initial = folder, initial
         for row in rows:
             entry = record.entry_of(row)
             if row.died is None:
@@ -180,16 +186,17 @@ class Record:
     def entry_of(self, row: RecordRow | None) -> Entry:
         """The version that a row of the manifest stands for; without one, what the generator makes."""
         if row is None:
-            return Entry(version=0, optimizer_steps=0)
+            return Entry(version=0, optimizer_steps=0, sparsity=self.initial)
         if row.offset:
             here = self.committed
             same = (here.version, here.slot, here.offset) == (row.version, row.file, row.offset)
             return here if same else Entry(row.version, row.optimizer_steps, row.file, row.checksums, row.offset)
         slot = slot_of(row.file, self.folder)
         known = self.slots.get(slot)
-        if known is not None and (known.version, known.checksums) == (row.version, row.checksums):
+        wanted = (row.version, row.checksums, row.sparsity)
+        if known is not None and (known.version, known.checksums, known.sparsity) == wanted:
             return known
-        entry = Entry(row.version, row.optimizer_steps, slot, row.checksums)
+        entry = Entry(row.version, row.optimizer_steps, slot, row.checksums, sparsity=row.sparsity)
         if not is_elsewhere(slot):
             self.slots[slot] = entry
         return entry

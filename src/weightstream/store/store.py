@@ -24,7 +24,7 @@ from weightstream.cluster import owners
 from weightstream.errors import StoreError, StoreMismatchError
 from weightstream.store import audit, directory, figures, integrity
 from weightstream.store.branch import branch
-from weightstream.store.facts import block_rows, blocks_of, units_of
+from weightstream.store.facts import block_rows, blocks_of, masks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout
@@ -35,6 +35,7 @@ from weightstream.store.records import Record, Records
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.shared import SHARED
+from weightstream.store.sparsity import InitialMask, Sparsity
 from weightstream.store.tiers import Device, Disk, Memory
 from weightstream.store.transaction import Tensors, Transaction, tensors_of
 from weightstream.store.versions import Versions
@@ -90,11 +91,11 @@ class Store:
         self.families = tuple(Family.from_json(name, count, facts) for _, name, count, facts in families)
         own = {name: Recipe.from_json(recipe) for _, _, facts in blocks for name, recipe in facts["recipes"].items()}
         self.recipes: Mapping[str, Recipe] = Recipes(own, self.families)
-        self._layouts = Layouts(self.units, self.families, self.precision, self.optimizer)
+        self._layouts = Layouts(self.units, self.families, self.precision, self.optimizer, masks_of(blocks))
         self.owner = owners([layout.image_nbytes for layout in self._layouts.units], members.count)
         """The memory rank that owns each unit."""
         records = directory.records(
-            self.path, self._layouts.units, rows, held, keep_dead=self.writable, accept_damage=accept_damage,
+            self.path, self._layouts, rows, held, keep_dead=self.writable, accept_damage=accept_damage,
             folder=members.folder, active={folder_of(rank) for rank in range(members.count)},
             owned=None if members.count == 1 else {u for u, rank in enumerate(self.owner) if rank == members.rank},
         )  # fmt: skip
@@ -134,21 +135,23 @@ class Store:
         disk: Disk | None = None,
         families: Sequence[Family] = (),
         panel_elements: int = PANEL_ELEMENTS,
+        masks: Mapping[str, InitialMask] | None = None,
     ) -> Self:
         """Make a store in a new or empty directory. Nothing but frozen units takes space until it is updated.
 
         `recipes` says how each parameter (by name) begins; `contract` is what a resumed run may not change, as JSON.
         Blocks are cut into units of about `panel_elements` (`blocks.cut`), each a record of its own. The records of
-        `families` follow the units, in order; `index` gives the index of one.
+        `families` follow the units, in order; `index` gives the index of one. Parameters that `masks` names may be sparse:
+        it says how their masks begin, and a version's layout says how sparse it is (`layout_of`).
 
         Raises:
-            StoreError: the directory holds something else.
+            StoreError: the directory holds something else, or a mask does not fit its parameter.
         """
         disk = disk or Disk()
         store_path = Path(path)
         units = cut(blocks, panel_elements=panel_elements, panels=optimizer.elementwise)
-        facts = block_rows(blocks, units, recipes)
-        layouts = Layouts(units, families, precision, optimizer)
+        facts = block_rows(blocks, units, recipes, masks)
+        layouts = Layouts(units, families, precision, optimizer, masks)
         assert [block.index for block in blocks] == list(range(len(blocks))), "blocks are numbered in order"
         _require_text(*(block.name for block in blocks), *(family.name for family in families))
         _require_text(*(parameter.name for unit in units for parameter in unit.parameters))
@@ -298,8 +301,26 @@ class Store:
         return self.units[index].parameters if index < len(self.units) else self._layouts.member(index).parameters
 
     def layout(self, index: int) -> RecordLayout:
-        """Where the numbers of this record lie. Indices of records are those of the units, then of families' records."""
-        return self._layouts[index]
+        """Where the numbers of this record's newest version lie, pending ones included. Indices of records are those of the
+        units, then of families' records."""
+        return self.versions.newest_layout(index)
+
+    def layout_of(self, index: int, sparsity: Sparsity) -> RecordLayout:
+        """Where the numbers of a version that is so sparse lie: a new one is written from a buffer that is bound to this.
+
+        Raises:
+            StoreError: the record cannot be so sparse.
+        """
+        return self._layouts.of(index, sparsity)
+
+    def sparsity(self, index: int) -> Sparsity:
+        """How sparse the newest version is, pending ones included."""
+        return self.layout(index).sparsity
+
+    @property
+    def masks(self) -> Mapping[str, InitialMask]:
+        """The parameters that may be sparse, and how their masks begin."""
+        return self._layouts.masks
 
     def index(self, family: str, number: int) -> int:
         """The index of a family's record, for every method that takes a record's index.
@@ -371,26 +392,31 @@ class Store:
     # Operations in the background.
 
     def fetch(self, index: int, view: memoryview) -> "Future[int]":
-        """Fill page-aligned memory with the streamed part of the newest version; the future gives that version.
+        """Fill page-aligned memory with the streamed part of the newest version, and with its mask behind it if it has one
+        (`RecordLayout.fetched`); the future gives that version.
 
         Raises (in the future):
             DamagedRecordError: the bytes are not those that were written.
         """
-        part = self._layouts[index].streamed
+        layout = self.layout(index)
         view = view.cast("B")
-        if view.nbytes < part.nbytes:
-            raise ValueError(f"fetch of record {index} needs {part.nbytes} bytes, the view has {view.nbytes}")
-        return self.versions.read(index, {part.name: view[: part.nbytes]}, "copy")
+        if view.nbytes < layout.fetched_nbytes:
+            raise ValueError(f"fetch of record {index} needs {layout.fetched_nbytes} bytes, the view has {view.nbytes}")
+        targets, start = {}, 0
+        for part in layout.fetched:
+            targets[part.name] = view[start : start + part.nbytes]
+            start += part.nbytes
+        return self.versions.read(index, targets, "copy")
 
     def load(
         self, index: int, record: RecordBuffer, parts: Collection[str] | None = None, *, check: bool = True
     ) -> "Future[int]":
-        """Fill a buffer with masters and states (or the parts named) of the newest version, at their places.
+        """Fill a buffer with masters, states and mask (or the parts named) of the newest version, at their places.
 
         Binds the buffer to this record's layout. The bf16 copy is not loaded unless named: an update makes it anew.
         With `check=False` the bytes from disk must not be used before `check` has been called.
         """
-        layout = self._layouts[index]
+        layout = self.layout(index)
         record.bind(layout)
         wanted = layout.states if parts is None else tuple(layout.part(name) for name in parts)
         return self.versions.read(index, {part.name: record.view(part.name) for part in wanted}, "states", check=check)
@@ -418,12 +444,13 @@ class Store:
         """Write the whole image as a new version, to be published by the next commit; done when synced (of a family's
         record: when written, the commit syncs).
 
-        From now on `fetch` and `load` serve this version, once it is written. Without `checksums` of all its parts they
+        It is as sparse as the layout that the buffer is bound to (`layout_of`), whatever the version before was. From now on
+        `fetch` and `load` serve this version, once it is written. Without `checksums` of all its parts they
         are made on the way to the disk.
 
         Raises:
             StoreError: opened for reading, or an earlier commit failed and `discard` was not called.
-            ValueError: a version older than the newest, or a buffer bound to another layout.
+            ValueError: a version older than the newest, or a buffer bound to another record's layout.
         """
         self._require_writable()
         self._require_own(index)
@@ -511,7 +538,7 @@ class Store:
 
     def items(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Every parameter in order of name, with its optimizer states, as copies of the newest version: fp32 `param`,
-        states in their own dtype. One record is in memory at a time."""
+        states in their own dtype, dense; of a sparse one also `mask`, as bool. One record is in memory at a time."""
         self.before_look()
         return audit.items(self)
 
@@ -525,7 +552,7 @@ class Store:
         return audit.tensor(self, name, part)
 
     def digest(self) -> str:
-        """SHA-256 over what was committed: masters, states and optimizer steps, in order of name. It does not depend
+        """SHA-256 over what was committed: masters, states, masks and optimizer steps, in order of name. It does not depend
         on tiers, files, or when a record was last written."""
         self.before_look()
         return audit.digest(self)
@@ -706,7 +733,10 @@ def _sync_place(path: Path, device: Device) -> None:
             device.sync_directory(folder)
         _sync_names_above(path, device)
     except OSError as error:
-        raise StoreError(f"store '{path}' cannot be written on this host: {error.strerror}") from error
+        raise StoreError(
+            f"store '{path}' cannot be written on this host: {error.strerror}; make room, or see to the path and its "
+            "permissions"
+        ) from error
 
 
 def _sync_names_above(path: Path, device: Device) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from weightstream.store.layout import MASK
 from weightstream.store.segments import RecordBuffer
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def tensors_of(buffer: RecordBuffer) -> Tensors:
-    """The masters and states in a buffer, as views of it."""
+    """The masters and states in a buffer, as views of it; of sparse tensors their non-zeros, and the mask as it is kept."""
     found: Tensors = {}
     for part in buffer.layout.states:
         for name, tensor in buffer.tensors(part.name).items():
@@ -54,7 +55,8 @@ class Transaction:
         """One step of the store's optimizer on a record.
 
         Args:
-            gradients: parameter name → fp32 gradient of its shape; parameters that are left out stay as they are.
+            gradients: parameter name → fp32 gradient of its shape (of a sparse one, of its non-zeros); parameters that are
+                left out stay as they are.
 
         Raises:
             KeyError: the record has no such trained parameter.
@@ -62,7 +64,7 @@ class Transaction:
         """
         tensors, count = self[index], self._counts[index] + 1
         for name, gradient in gradients.items():
-            states = {part: tensor for part, tensor in tensors[name].items() if part != "param"}
+            states = {part: tensor for part, tensor in tensors[name].items() if part not in ("param", MASK)}
             master = tensors[name]["param"]
             if gradient.shape != master.shape:
                 raise ValueError(

@@ -31,7 +31,7 @@ from weightstream.store.futures import NOW, chain, forward, gather, new_future, 
 from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
 from weightstream.store.lasting import LastingBuffer, LastingMemory
-from weightstream.store.layout import Part
+from weightstream.store.layout import MASK, Part, RecordLayout
 from weightstream.store.manifest import CommitRow, Manifest, RecordRow, SharedRow
 from weightstream.store.many import Writing, extents_of, read_many, write_many
 from weightstream.store.members import ALONE, Members, folder_of
@@ -110,19 +110,30 @@ class Versions:
         is its own."""
         if self.layouts.is_member(block_index):
             return write_many(self, [(block_index, record, version, optimizer_steps, sums)])
-        layout = self.layouts[block_index]
         out: Future[None] = new_future()
         with self._lock:
             self.check_usable()
             state = self.records[block_index]
             self.check_write(block_index, record, version, state.newest.version)
+            layout = record.layout
             record.image[: layout.header_nbytes] = layout.header(version)
-            entry = Entry(version, optimizer_steps, checksums=sums or {}, ready=out, claimed=new_future())
+            entry = Entry(
+                version,
+                optimizer_steps,
+                checksums=sums or {},
+                ready=out,
+                claimed=new_future(),
+                sparsity=layout.sparsity,
+            )
             state.newest = entry
             self.changed.add(block_index)
             self.track(out)
             copies = [
-                self.copy_into_pin(pin, entry, record.view(name), block_index) for name, pin in state.pinned.items()
+                self.copy_into_pin(
+                    self._fitting(block_index, state, name, layout), entry, record.view(name), block_index
+                )
+                for name in list(state.pinned)
+                if layout.has(name)
             ]
             turn, state.claimed = state.claimed, entry.claimed
         moved = chain([turn], lambda: self._write_entry(block_index, entry, record))
@@ -214,11 +225,13 @@ class Versions:
 
     def pin(self, block_index: int, parts: Collection[str]) -> None:
         """Keep these parts in memory from their next read or write on."""
-        layout = self.layouts[block_index]
-        wanted = [(name, layout.part(name).nbytes) for name in parts if layout.has(name)]
         with self._lock:
             state = self.records[block_index]
             entry = state.newest
+            layout = self.layout_of(block_index, entry)
+            wanted = [(name, layout.part(name).nbytes) for name in parts if layout.has(name)]
+            if MASK in parts and not layout.has(MASK) and self.layouts.varies(block_index):
+                wanted.append((MASK, 0))  # another version may have one
             new = pin_parts(state, wanted, partial(self._lasting.buffer, block_index))
         for name, pin in new:
             self._attach(state, entry, name, pin)
@@ -283,7 +296,7 @@ class Versions:
 
     def sums(self, block_index: int, record: RecordBuffer, parts: Collection[str] | None = None) -> dict[str, int]:
         """The checksums of the parts in a buffer."""
-        names = [part.name for part in self.layouts[block_index].parts if parts is None or part.name in parts]
+        names = [part.name for part in record.layout.parts if parts is None or part.name in parts]
         views = [record.view(name) for name in names]
         return dict(zip(names, checksums(views, self._disk.chunk_bytes), strict=True))
 
@@ -293,7 +306,7 @@ class Versions:
             entry = self.records[block_index].newest
             unchecked = set(entry.unchecked)
         found = self.sums(block_index, record, unchecked)
-        parts = [self.layouts[block_index].part(name) for name in found]
+        parts = [record.layout.part(name) for name in found]
         self.compare(block_index, entry, parts, list(found.values()))
         entry.unchecked -= unchecked
 
@@ -303,12 +316,19 @@ class Versions:
         with self._lock:
             state = self.records[block_index]
             entry = state.newest
+            layout = self.layout_of(block_index, entry)
+            for name, view in targets.items():
+                if view.nbytes != layout.part(name).nbytes:
+                    raise ValueError(
+                        f"read of block {block_index}: part {name!r} has {layout.part(name).nbytes} bytes, there is memory "
+                        f"for {view.nbytes}; its sparsity may have changed, ask for its layout again"
+                    )
             from_pins: dict[str, tuple[PinnedPart, Future[Any]]] = {}
             fills: dict[str, PinnedPart] = {}
             waits: list[Future[Any]] = []
             filled: Future[Any] = new_future()
             for name in targets:
-                pin = state.pinned.get(name)
+                pin = self._fitting(block_index, state, name, layout) if name in state.pinned else None
                 if pin is not None and pin.entry is entry:
                     from_pins[name] = (pin, pin.ready)
                     waits.append(pin.ready)
@@ -373,13 +393,15 @@ class Versions:
         self, block_index: int, entry: Entry, targets: Targets, kind: str, *, check: bool = True
     ) -> "Future[None]":
         """Fill the targets with one version, from its file or the generator, never from memory."""
-        layout = self.layouts[block_index]
+        layout = self.layout_of(block_index, entry)
         parts = [layout.part(name) for name in targets]
         if entry.slot is None:
             tasks = [
                 task
                 for part in parts
-                for task in generation_tasks(part, targets[part.name], self._recipes, self._seed, layout.block)
+                for task in generation_tasks(
+                    part, targets[part.name], self._recipes, self._seed, layout.block, self.layouts.masks
+                )
             ]
             return self._memory.run(tasks)
         out: Future[None] = new_future()
@@ -450,7 +472,25 @@ class Versions:
                     f"checksum {entry.checksums[part.name]:016x}, found {checksum:016x}; {reason}"
                 )
 
+    def layout_of(self, block_index: int, entry: Entry) -> RecordLayout:
+        """Where the numbers of this version lie."""
+        return self.layouts.of(block_index, entry.sparsity)
+
+    def newest_layout(self, block_index: int) -> RecordLayout:
+        """Where the numbers of the newest version lie."""
+        if not self.layouts.varies(block_index):  # a record of a family need not be in memory for that
+            return self.layouts[block_index]
+        return self.layout_of(block_index, self.records[block_index].newest)
+
     # Writing.
+
+    def _fitting(self, block_index: int, state: Record, name: str, layout: RecordLayout) -> PinnedPart:
+        """The memory of a pinned part, in the size that a layout asks for; who reads the old one keeps that."""
+        pin, nbytes = state.pinned[name], layout.part(name).nbytes
+        if pin.buffer.nbytes != nbytes:
+            pin.buffer.discard()  # or the new one would be the same file, cut short under its readers
+            pin = state.pinned[name] = PinnedPart(self._lasting.buffer(block_index, name, nbytes))
+        return pin
 
     def copy_into_pin(self, pin: PinnedPart, entry: Entry, source: memoryview, index: int) -> "Future[None]":
         """Write a part through to its memory, once nothing else uses that."""
@@ -463,7 +503,7 @@ class Versions:
 
     def _write_entry(self, block_index: int, entry: Entry, record: RecordBuffer) -> "Future[None]":
         """Find the entry a file and write its image there; waits for a commit if all files are live."""
-        layout = self.layouts[block_index]
+        layout = self.layout_of(block_index, entry)
         with self._lock:
             state = self.records[block_index]
             known = set(state.slots)
@@ -485,6 +525,7 @@ class Versions:
                 "segment",
                 allocate_bytes=layout.image_nbytes,
                 recycle=entry.slot in known,
+                exact=self.layouts.varies(block_index),
                 digest=not entry.checksums,
                 what=block_index,
             )
@@ -630,8 +671,9 @@ class Versions:
         name = self.file_name(index, entry.slot)
         nbytes = self.layouts.parts_nbytes(index) if entry.offset else 0
         return RecordRow(
-            index, entry.version, name, entry.checksums, entry.optimizer_steps, offset=entry.offset, nbytes=nbytes
-        )
+            index, entry.version, name, entry.checksums, entry.optimizer_steps, offset=entry.offset, nbytes=nbytes,
+            sparsity=entry.sparsity,
+        )  # fmt: skip
 
     def _move(self, copied: Copied) -> None:
         """Versions in memory are where the manifest now says; who reads one there holds its file."""
