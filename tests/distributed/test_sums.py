@@ -104,6 +104,9 @@ def over_ranks(
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduce_module, "CHUNK", 320)
+    monkeypatch.setattr(reduce_module, "AHEAD_ELEMENTS", 640)
+    monkeypatch.setattr(reduce_module, "POSTED", 3)
+    monkeypatch.setattr(reduce_module, "BEGUN", 2)  # so that a block's units are begun in several turns
 
 
 @settings(max_examples=60, deadline=None)

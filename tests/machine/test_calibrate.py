@@ -13,6 +13,7 @@ from weightstream.machine.reporting import calibrate_here
 TINY = Effort(
     product_sizes=(8, 32), attention_lengths=(16, 32), kernel_elements=(512, 4096), repeats=1, parameters=1 << 14,
     file_bytes=1 << 16, files=2, link_bytes=1 << 16, rank_round_s=0.01, executor_steps=2,
+    sparse_shape=(64, 64), sparse_tokens=(8,), sparse_densities=(0.1, 0.5),
 )  # fmt: skip
 
 
@@ -34,3 +35,7 @@ def test_everything_is_measured_and_nothing_stays(tmp_path: Path) -> None:
     assert {"forward", "backward", "turn", "update", "reduce", "load", "write", "begin"} <= set(
         profile.executor.operation_s
     )
+    assert {(one.kernel, one.dtype) for one in profile.sparse} == {
+        (kernel, dtype) for kernel in ("gathered", "csr") for dtype in ("bfloat16", "float32")
+    }
+    assert "gathered 32×32 float32, 8 tokens" in text

@@ -20,6 +20,15 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["profile.toml"]
 
 
+def test_a_profile_from_before_sparse_products_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    profile(sparse=()).save(path)
+    text = path.read_text()
+    path.write_text(text.replace("sparse = []\n", ""))
+    assert path.read_text() != text
+    assert load_profile(path).sparse == ()
+
+
 def test_rows_are_lines(tmp_path: Path) -> None:
     """As many lines as rows, however many figures each has."""
     profile().save(tmp_path / "p.toml")
@@ -48,6 +57,8 @@ def test_another_machine_is_warned_of(tmp_path: Path) -> None:
         (lambda text: text.replace("[16, 256]", "[256, 16]"), "product_sizes: .*ascending order"),
         (lambda text: text.replace("[16, 256]", "[16, 256, 512]"), "expected 27 figures, found 8"),
         (lambda text: text.replace("between_steps_s = 0.001", "between_steps_s = nan"), "between_steps_s"),
+        (lambda text: text.replace("[0.01, 0.1, 1.0]", "[0.1, 0.01, 1.0]"), "sparse.0: .*densities in ascending order"),
+        (lambda text: text.replace('"gathered"', '"scattered"'), "sparse.0.kernel"),
         (lambda text: "\x00" + text, "no TOML"),
     ],
 )

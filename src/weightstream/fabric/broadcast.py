@@ -5,7 +5,7 @@ chunk, and straight from one slab to the next: nothing is copied on the way.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from weightstream.store.futures import new_future, settle
 from weightstream.trace.recorder import NO_LOG, Log
 
 CHUNK_BYTES = 2 << 20
-AHEAD = 32  # receives that are posted before their bytes come
+AHEAD = 64  # receives that are posted before their bytes come
 JOBS, UNITS, CHUNKS = 1 << 7, 1 << 7, 1 << 14
 
 
@@ -59,6 +59,41 @@ class _Piece:
     number: int  # of the unit within its block
 
 
+class _Job:
+    """A block on its way through this rank."""
+
+    def __init__(self, block: int, pieces: "list[_Piece]", local: "Mapping[int, Future[object]]") -> None:
+        self.block, self.pieces, self.local = block, pieces, local
+        self.here: Future[None] = new_future()
+        self.passed: Future[None] = new_future()
+        self.sends: list[Handle] = []
+        self._expected = (piece for piece in pieces if piece.route.source is not None)
+        self._posted: deque[Handle] = deque()
+
+    def post(self, channel: Channel) -> bool:
+        """Asks for the next of what comes; whether there was any more."""
+        piece = next(self._expected, None)
+        if piece is None:
+            return False
+        assert piece.route.source is not None
+        self._posted.append(channel.receive(piece.data, piece.route.source, piece.tag, f"unit {piece.unit}"))
+        return True
+
+    def await_next(self) -> None:
+        """Until what was asked for first is here."""
+        self._posted.popleft().wait()
+
+    def send(self, piece: _Piece, channel: Channel) -> None:
+        for target in piece.route.targets:
+            self.sends.append(channel.send(piece.data, target, piece.tag, f"unit {piece.unit}"))
+
+    def nbytes(self) -> int:
+        """In the direction in which more of it moves."""
+        come = sum(piece.data.nbytes for piece in self.pieces if piece.route.source is not None)
+        leave = sum(piece.data.nbytes * len(piece.route.targets) for piece in self.pieces)
+        return max(come, leave)
+
+
 class Broadcast:
     """One rank's part in bringing blocks to slabs."""
 
@@ -66,7 +101,9 @@ class Broadcast:
         self._channel, self._cluster, self._log = channel, cluster, log
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-down")
         self._leaving = ThreadPoolExecutor(1, thread_name_prefix="fabric-passed")
-        self._job = 0
+        self._jobs: deque[_Job] = deque()  # issued and not here yet, in order; the first is the one that moves
+        self._asked = 0  # receives that are posted and not waited for
+        self._count = 0
 
     def start(
         self, view: memoryview, spans: Sequence[Span], local: "Mapping[int, Future[object]]", block: int = 0
@@ -80,98 +117,86 @@ class Broadcast:
         Returns:
             Futures: all bytes are here; and all that this rank passes on has left.
         """
-        here: Future[None] = new_future()
-        passed: Future[None] = new_future()
-        job, self._job = self._job, self._job + 1
-        self._thread.submit(self._run, job, view, spans, local, here, passed, block)
-        return here, passed
+        job = _Job(block, self._pieces(self._count, view, spans), local)
+        self._count += 1
+        self._jobs.append(job)
+        self._thread.submit(self._run, job)
+        return job.here, job.passed
 
     def close(self) -> None:
         """Ends the threads once what was begun is done."""
         self._thread.shutdown(wait=True)
         self._leaving.shutdown(wait=True)
 
-    def _run(
-        self,
-        job: int,
-        view: memoryview,
-        spans: Sequence[Span],
-        local: "Mapping[int, Future[object]]",
-        here: "Future[None]",
-        passed: "Future[None]",
-        block: int,
-    ) -> None:
-        sends: list[Handle] = []
+    def _run(self, job: _Job) -> None:
         try:
-            pieces = self._pieces(job, view, spans)
-            began_s = self._move(pieces, local, sends)
+            began_s = self._move(job)
         except BaseException as error:
             self._channel.stop(str(error))  # others wait for what does not come from here
-            here.set_exception(error)
-            passed.set_exception(error)
+            job.here.set_exception(error)
+            job.passed.set_exception(error)
             return
-        here.set_result(None)
-        come = sum(piece.data.nbytes for piece in pieces if piece.route.source is not None)
-        leave = sum(piece.data.nbytes * len(piece.route.targets) for piece in pieces)
+        finally:
+            self._jobs.popleft()
+        job.here.set_result(None)
 
         def left() -> None:
-            all_left(sends)
-            self._log.note("fetch", block, "down", began_s, time.perf_counter(), max(come, leave))
+            all_left(job.sends)
+            self._log.note("fetch", job.block, "down", began_s, time.perf_counter(), job.nbytes())
 
         # the next block comes while the rest of this one leaves: else the link would rest for a chunk's way
-        self._leaving.submit(settle, passed, left)
+        self._leaving.submit(settle, job.passed, left)
 
-    def _move(
-        self,
-        pieces: "list[_Piece]",
-        local: "Mapping[int, Future[object]]",
-        sends: list[Handle],
-    ) -> float:
+    def _ask(self) -> None:
+        """Posts receives, of this block and of those that were issued since: a sender begins only when it knows that it is
+        waited for, so that a link would rest for a message's way between two blocks."""
+        for number in range(len(self._jobs)):
+            while self._asked < AHEAD and self._jobs[number].post(self._channel):
+                self._asked += 1
+
+    def _move(self, job: _Job) -> float:
         """Gives the time at which the first bytes were there to be moved."""
-        channel, began_s = self._channel, time.perf_counter()
-        expected = (piece for piece in pieces if piece.route.source is not None)
-        posted: deque[Handle] = deque()
-
-        def post() -> None:
-            piece = next(expected, None)
-            if piece is not None:
-                assert piece.route.source is not None
-                posted.append(channel.receive(piece.data, piece.route.source, piece.tag, f"unit {piece.unit}"))
-
-        for _ in range(AHEAD):
-            post()
-        own = deque(piece for piece in pieces if piece.route.source is None)
-
-        def send(piece: _Piece) -> None:
-            for target in piece.route.targets:
-                sends.append(channel.send(piece.data, target, piece.tag, f"unit {piece.unit}"))
-
+        channel, local, began_s = self._channel, job.local, time.perf_counter()
+        self._ask()
+        own = deque(piece for piece in job.pieces if piece.route.source is None)
         came = False
-        for piece in pieces:
+        for piece in job.pieces:
             # what is read here leaves as soon as it may, so that links are busy in both directions; waiting for it only
             # in order keeps ranks from waiting for each other
             # (and not so early that a tag passes its earlier use, on a unit that this rank has yet to pass on)
             while own and own[0].number < piece.number + UNITS // 2 and (own[0] is piece or local[own[0].unit].done()):
                 local[own[0].unit].result()
-                began_s = began_s if sends or came else time.perf_counter()
-                send(own.popleft())
+                began_s = began_s if job.sends or came else time.perf_counter()
+                job.send(own.popleft(), channel)
             if piece.route.source is not None:
-                posted.popleft().wait()
-                came = True
-                post()
-                send(piece)
+                job.await_next()
+                came, self._asked = True, self._asked - 1
+                self._ask()
+                job.send(piece, channel)
         for future in local.values():
             future.result()
         return began_s
 
     def _pieces(self, job: int, view: memoryview, spans: Sequence[Span]) -> list[_Piece]:
-        found = []
+        """What comes by here, in the order in which this rank moves it: as if every chunk took one turn for each link.
+
+        Units take different ways through the ranks. If they came unit by unit, a rank would have what it is the first to
+        get long before it comes to pass it on, and links would be idle and crowded in turns. Whoever a chunk comes from
+        moves it a turn earlier, so that ranks never wait for each other in a circle. `UNITS // 2` units at a time are
+        moved so, and tags tell all apart that are under way.
+        """
+        found: list[tuple[tuple[int, int], _Piece]] = []
+        before: Counter[tuple[int, int, int]] = Counter()  # chunks so far of units that take the same way
         data = bytes_tensor(view)
         for number, span in enumerate(spans):
             route = broadcast_route(self._cluster, self._channel.rank, span.owner, span.unit)
-            if route.source is None and not route.targets:
-                continue  # nothing of it comes by here
-            for chunk, start in enumerate(range(span.start, span.stop, CHUNK_BYTES)):
-                piece = data[start : min(start + CHUNK_BYTES, span.stop)]
-                found.append(_Piece(piece, route, tag(job, number, chunk), span.unit, number))
-        return found
+            turn = number // (UNITS // 2)
+            way = turn, span.owner, span.unit % self._cluster.workers
+            chunks = range(span.start, span.stop, CHUNK_BYTES)
+            if route.source is not None or route.targets:
+                for chunk, start in enumerate(chunks):
+                    piece = data[start : min(start + CHUNK_BYTES, span.stop)]
+                    where = turn, before[way] + chunk + route.hops
+                    found.append((where, _Piece(piece, route, tag(job, number, chunk), span.unit, number)))
+            before[way] += len(chunks)
+        return [piece for _, piece in sorted(found, key=lambda item: item[0])]

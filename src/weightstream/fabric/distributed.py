@@ -1,7 +1,7 @@
 """Ranks that are processes, connected by `torch.distributed` (Gloo) as torchrun starts them.
 
-Each channel is a process group of its own, so that a long transfer on one holds up nothing on another, and each is used
-by one thread. Bytes move between host memory; on an accelerator slabs are uploaded from there.
+Each channel is a process group of its own, so that a long transfer on one holds up nothing on another. Bytes
+move between host memory; on an accelerator slabs are uploaded from there.
 
 Traffic is neither encrypted nor authenticated: see docs/cluster.md for what to put around it.
 """

@@ -1,10 +1,11 @@
 """Messages between ranks: what trees of broadcasts and sums are made of.
 
 Four channels are independent of each other, so that weights on their way down do not wait for gradients on their way
-up. Within one channel every rank issues its messages in the same order. `local.py` connects ranks of one process,
-`distributed.py` processes by `torch.distributed`.
+up. Messages between two ranks are told apart by tags, so that any thread may send and receive. `local.py`
+connects ranks of one process, `distributed.py` processes by `torch.distributed`.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +43,7 @@ class Channel(ABC):
     def __init__(self, name: str, rank: int, members: range) -> None:
         self.name, self.rank, self.members = name, rank, members
         self.traffic = Traffic()
+        self._counting = threading.Lock()
 
     def send(self, data: Tensor, to: int, tag: int, what: str) -> Handle:
         """Sends a contiguous CPU tensor, which must be left alone until `wait`.
@@ -50,12 +52,14 @@ class Channel(ABC):
             tag: the receiver names the same one.
             what: for messages, such as "unit 7".
         """
-        self.traffic.sent[to] += data.nbytes
+        with self._counting:
+            self.traffic.sent[to] += data.nbytes
         return self._send(data, to, tag, what)
 
     def receive(self, data: Tensor, source: int, tag: int, what: str) -> Handle:
         """Fills a contiguous CPU tensor of the size that is sent."""
-        self.traffic.received[source] += data.nbytes
+        with self._counting:
+            self.traffic.received[source] += data.nbytes
         return self._receive(data, source, tag, what)
 
     @abstractmethod

@@ -8,12 +8,13 @@ A parameter that several visits use is summed use by use, each through the whole
 uses at the owner.
 """
 
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from math import ceil, log2
 
 import torch
 from torch import Tensor
@@ -27,9 +28,16 @@ from weightstream.store.futures import new_future
 from weightstream.trace.recorder import NO_LOG, Log
 
 CHUNK = 1 << 19  # elements
-AHEAD = 2  # chunks of a sibling's sum that are under way at once
-BEGUN = UNITS // 2  # units that are begun before the one that is summed; fewer than tags tell apart
+AHEAD_ELEMENTS = 2 * CHUNK  # of a sibling's sum, that are under way at once
+BEGUN = UNITS // 2  # units that are begun together; fewer than tags tell apart
+POSTED = 64  # receives that are posted before their bytes come
 _HEAD_LAYER, _HEAD_CHUNK = 7, (1 << 14) - 1
+
+
+def chunks_ahead(cluster: Cluster) -> int:
+    """Chunks of sums under way, or just being added, at most: of as many siblings as the tree is high."""
+    return ceil(log2(max(cluster.workers, 2)) + 1) * max(2, AHEAD_ELEMENTS // CHUNK)
+
 
 Range = tuple[int, int]
 Sums = dict[tuple[int, Node], Tensor]
@@ -56,15 +64,33 @@ class Total:
     present: dict[int, tuple[bool, ...]] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Job:
+    """A block's gradient on its way through this rank."""
+
+    number: int
+    block: int
+    units: Sequence[UnitGradient]
+    heads: Mapping[Node, Mapping[int, Head]]
+    sums: Sums
+    targets: Mapping[int, Tensor]
+    began_s: float = 0.0
+    nbytes: tuple[int, int] = (0, 0)  # of sums, sent and received
+    total: Total = field(default_factory=lambda: Total(found=False))
+    sends: list[Handle] = field(default_factory=list)
+    out: "Future[Total]" = field(default_factory=new_future)
+
+
 class Reduction:
     """One rank's part in summing gradients over ranks."""
 
     def __init__(self, channel: Channel, cluster: Cluster, groups: int, log: Log = NO_LOG) -> None:
         self._channel, self._cluster, self._groups, self._log = channel, cluster, groups, log
+        self._beginning = ThreadPoolExecutor(1, thread_name_prefix="fabric-heads")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fabric-up")
         self._leaving = ThreadPoolExecutor(1, thread_name_prefix="fabric-given")
-        self._job = 0
-        self._chunks: list[Tensor] = []  # memory for what comes, free at the moment
+        self._count = 0
+        self._coming = _Coming(channel, chunks_ahead(cluster))
 
     def start(
         self,
@@ -82,80 +108,103 @@ class Reduction:
             targets: by unit of this rank, where the finished sum goes: flat, as long as the unit's span.
             block: whose gradient it is, in notes.
         """
-        job, self._job = self._job, self._job + 1
-        out: Future[Total] = new_future()
-        self._thread.submit(self._run, job, units, heads, sums, targets, out, block)
-        return out
+        job = _Job(self._count, block, units, heads, sums, targets)
+        self._count += 1
+        self._beginning.submit(self._begin, job)
+        return job.out
 
     def close(self) -> None:
         """Ends the threads once what was begun is done."""
-        self._thread.shutdown(wait=True)
-        self._leaving.shutdown(wait=True)
+        for thread in (self._beginning, self._thread, self._leaving):
+            thread.shutdown(wait=True)
 
-    def _run(
-        self,
-        job: int,
-        units: Sequence[UnitGradient],
-        heads: Mapping[Node, Mapping[int, Head]],
-        sums: Sums,
-        targets: Mapping[int, Tensor],
-        out: "Future[Total]",
-        block: int,
+    def _begin(self, job: _Job) -> None:
+        """Heads go, and what needs no sum leaves, while sums of the block before are still on their way: a link would else
+        rest between two blocks for as long as messages take to all ranks and back."""
+        job.began_s = time.perf_counter()
+        job.total.found = any(head.found for by_unit in job.heads.values() for head in by_unit.values())
+        try:
+            summed: list[Future[object]] = []
+            for first in range(0, max(len(job.units), 1), BEGUN):
+                if len(summed) > 1:
+                    summed[-2].result()  # so that tags tell all units apart that are under way
+                works = self._works(job, first)
+                order = self._order(works)
+                self._coming.extend(message for work, index in order for message in work.messages(index))
+                last = first + BEGUN >= len(job.units)
+                summed.append(self._thread.submit(self._sum, job, works, order, last=last))
+        except BaseException as error:
+            self._fail(job.out, error)
+
+    def _works(self, job: _Job, first: int) -> "list[_UnitSum]":
+        """The units from `first` on that are begun together, with heads exchanged."""
+        works = []
+        for number, unit in enumerate(job.units[first : first + BEGUN], first):
+            heads = {node: by_unit[unit.unit] for node, by_unit in job.heads.items()}
+            steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
+            target = job.targets.get(unit.unit)
+            place, root = (job.number, number), (0, self._groups)
+            work = _UnitSum(self._channel, steps, place, unit, heads, job.sums, target, job.sends, root)
+            work.begin()
+            works.append(work)
+        for work in works:
+            work.exchange_heads()
+        return works
+
+    def _order(self, works: "Sequence[_UnitSum]") -> "list[tuple[_UnitSum, int]]":
+        """Chunk by chunk, units that take different ways in turns: so that all links are busy all the time."""
+        order: list[tuple[int, _UnitSum, int]] = []
+        before: Counter[tuple[int, int]] = Counter()  # chunks so far of units that take the same way
+        for work in works:
+            way = work.unit.owner, work.unit.unit % self._cluster.workers
+            order += [(before[way] + index, work, index) for index in range(len(work.chunks))]
+            before[way] += len(work.chunks)
+        return [(work, index) for _, work, index in sorted(order, key=lambda item: item[0])]
+
+    def _sum(
+        self, job: _Job, works: "Sequence[_UnitSum]", order: "Sequence[tuple[_UnitSum, int]]", *, last: bool
     ) -> None:
-        began_s, moved = time.perf_counter(), _moved(self._channel)
+        if job.out.done():  # it failed
+            return
         try:
-            total = Total(any(head.found for by_unit in heads.values() for head in by_unit.values()))
-            sends: list[Handle] = []
-            works: deque[_UnitSum] = deque()
-            for number, unit in enumerate(units):
-                for ahead in range(number + len(works), min(number + BEGUN, len(units))):
-                    coming = units[ahead]
-                    own = {node: by_unit[coming.unit] for node, by_unit in heads.items()}
-                    works.append(self._unit_sum((job, ahead), coming, own, sums, targets.get(coming.unit), sends))
-                target = targets.get(unit.unit)
-                head = works.popleft().run((0, self._groups))
-                if target is not None:
-                    total.found |= head.found
-                    flags = [any(layer[i] for layer in head.layers.values()) for i in range(len(unit.pieces))]
-                    total.present[unit.unit] = tuple(flags)
+            for work, index in order:
+                work.sum_chunk(index, self._coming)
+            self._coming.give_back()
+            for work in works:
+                job.nbytes = job.nbytes[0] + work.sent, job.nbytes[1] + work.received
+                if work.unit.unit in job.targets:
+                    job.total.found |= work.head.found
+                    job.total.present[work.unit.unit] = work.present()
         except BaseException as error:
-            self._fail(out, error)
+            self._fail(job.out, error)
         else:
-            nbytes = max(now - before for now, before in zip(_moved(self._channel), moved, strict=True))
-            note = partial(self._log.note, "reduce", block, "up", began_s, nbytes=nbytes)
-            self._leaving.submit(self._left, sends, total, out, note)  # the next block's sums come meanwhile
+            if last:  # the next block's sums come while the rest of this one leaves
+                self._leaving.submit(self._left, job)
 
-    def _left(self, sends: Sequence[Handle], total: Total, out: "Future[Total]", note: Callable[[float], None]) -> None:
+    def _left(self, job: _Job) -> None:
         try:
-            all_left(sends)
-            note(time.perf_counter())
+            all_left(job.sends)
+            self._log.note("reduce", job.block, "up", job.began_s, time.perf_counter(), max(job.nbytes))
         except BaseException as error:
-            self._fail(out, error)
+            self._fail(job.out, error)
         else:
-            out.set_result(total)
+            job.out.set_result(job.total)
 
     def _fail(self, out: "Future[Total]", error: BaseException) -> None:
         self._channel.stop(str(error))  # others wait for what does not come from here
-        out.set_exception(error)
-
-    def _unit_sum(
-        self,
-        place: tuple[int, int],
-        unit: UnitGradient,
-        heads: dict[Node, Head],
-        sums: Sums,
-        target: Tensor | None,
-        sends: list[Handle],
-    ) -> "_UnitSum":
-        steps = reduce_plan(self._cluster, self._groups, unit.owner, unit.unit).get(self._channel.rank, ())
-        work = _UnitSum(self._channel, steps, place, unit, heads, sums, target, sends, self._chunks)
-        work.begin()
-        return work
+        if not out.done():
+            out.set_exception(error)
 
 
-def _moved(channel: Channel) -> tuple[int, int]:
-    """Bytes sent and received so far."""
-    return channel.traffic.sent.total(), channel.traffic.received.total()
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A chunk of one layer of a sum that comes from another rank; `straight` is where it is to be, if it need not be added."""
+
+    source: int
+    tag: int
+    elements: int
+    straight: Tensor | None
+    what: str
 
 
 class _UnitSum:
@@ -171,9 +220,13 @@ class _UnitSum:
         sums: Sums,
         target: Tensor | None,
         sends: list[Handle],
-        free: list[Tensor],
+        root: Node,
     ) -> None:
-        self._channel, self._unit, self._target, self._sends, self._free = channel, unit, target, sends, free
+        self.unit = unit
+        self.sent = self.received = 0  # bytes of sums, heads left out
+        start, stop = unit.span
+        self.chunks: list[Range] = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
+        self._channel, self._target, self._sends, self._root = channel, target, sends, root
         self._job, self._number = place
         self._steps, self._heads = steps, heads
         self._coming_heads: dict[int, tuple[Tensor, Handle]] = {}  # by step
@@ -183,62 +236,73 @@ class _UnitSum:
         self._sums = sums
         self._what = f"gradient of unit {unit.unit}"
 
+    @property
+    def head(self) -> Head:
+        """What there is of the whole sum, where this rank is its owner."""
+        return self._heads.get(self._root) or Head()
+
+    def present(self) -> tuple[bool, ...]:
+        """Which pieces of the whole sum are gradients."""
+        layers = self.head.layers.values()
+        return tuple(any(layer[piece] for layer in layers) for piece in range(len(self.unit.pieces)))
+
     def begin(self) -> None:
         """Asks for the heads that come, and sends what needs no sum: so nobody waits for it while this rank sums others."""
         for number, step in enumerate(self._steps):
             if isinstance(step, Merge | Take):
-                data = torch.empty(head_bytes(len(self._unit.pieces)), dtype=torch.uint8)
+                data = torch.empty(head_bytes(len(self.unit.pieces)), dtype=torch.uint8)
                 handle = self._channel.receive(data, step.source, self._tag(_HEAD_CHUNK, _HEAD_LAYER), self._what)
                 self._coming_heads[number] = data, handle
         for number, step in enumerate(self._steps):
             if isinstance(step, Hand) and step.node in self._heads:
                 self._given.add(number)
                 self._hand_head(step)
-                for index, chunk in enumerate(self._chunks()):
+                for index, chunk in enumerate(self.chunks):
                     self._hand(step, index, chunk)
 
-    def _chunks(self) -> list[Range]:
-        start, stop = self._unit.span
-        return [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
+    def messages(self, index: int) -> Iterator[_Message]:
+        """What comes for a chunk, in the order of its use. The first layer of a finished sum comes straight to its place."""
+        start, stop = self.chunks[index]
+        for number, step in enumerate(self._steps):
+            if not isinstance(step, Merge | Take):
+                continue
+            straight = None
+            if isinstance(step, Take) and self._target is not None:
+                straight = self._target[start - self.unit.span[0] : stop - self.unit.span[0]]
+            for layer in self._others[number].layers:
+                self.received += 4 * (stop - start)
+                yield _Message(step.source, self._tag(index, layer), stop - start, straight, self._what)
+                straight = None
 
-    def run(self, root: Node) -> Head:
-        """Carries out all other steps; what there is of the whole sum, where this rank is its owner."""
-        self._exchange_heads()
-        chunks = self._chunks()
-        coming = {
-            number: self._incoming(number, step, chunks)
-            for number, step in enumerate(self._steps)
-            if isinstance(step, Merge | Take)
-        }
-        for index, chunk in enumerate(chunks):
-            for number, step in enumerate(self._steps):
-                match step:
-                    case Merge(own, _, _, _):
-                        for layer, data in coming[number].next():
-                            self._add(layer, own, self._others[number].layers[layer], data, chunk)
-                    case Join(own, other, _):
-                        for layer, flags in self._heads[other].layers.items():
-                            data = self._sums[layer, self._memory_of[other]][chunk[0] : chunk[1]]
-                            self._add(layer, own, flags, data, chunk)
-                    case Hand():
-                        if number not in self._given:
-                            self._hand(step, index, chunk)
-                    case Take(node, _):
-                        self._deliver(node, coming[number].next(), chunk)
-            if self._target is not None and root in self._memory_of:
-                memory = self._memory_of[root]
-                whole = [(layer, self._sums[layer, memory][chunk[0] : chunk[1]]) for layer in self._heads[root].layers]
-                self._deliver(root, whole, chunk)
-        for incoming in coming.values():
-            incoming.close()
-        return self._heads.get(root) or Head()
+    def sum_chunk(self, index: int, coming: "_Coming") -> None:
+        """Carries out the steps that were not done at the beginning, on one chunk."""
+        chunk = self.chunks[index]
+        for number, step in enumerate(self._steps):
+            match step:
+                case Merge(own, _, _, _):
+                    for layer, flags in self._others[number].layers.items():
+                        self._add(layer, own, flags, coming.next(), chunk)
+                case Join(own, other, _):
+                    for layer, flags in self._heads[other].layers.items():
+                        data = self._sums[layer, self._memory_of[other]][chunk[0] : chunk[1]]
+                        self._add(layer, own, flags, data, chunk)
+                case Hand():
+                    if number not in self._given:
+                        self._hand(step, index, chunk)
+                case Take(node, _):
+                    self._deliver(node, ((layer, coming.next()) for layer in self._others[number].layers), chunk)
+        if self._target is not None and self._root in self._memory_of:
+            memory = self._memory_of[self._root]
+            layers = self._heads[self._root].layers
+            whole = ((layer, self._sums[layer, memory][chunk[0] : chunk[1]]) for layer in layers)
+            self._deliver(self._root, whole, chunk)
 
     def _tag(self, chunk: int, layer: int) -> int:
         return tag(self._job, self._number, chunk, layer)
 
-    def _exchange_heads(self) -> None:
+    def exchange_heads(self) -> None:
         """Every rank learns what there is of each sum before the sums themselves come."""
-        pieces = len(self._unit.pieces)
+        pieces = len(self.unit.pieces)
         for number, step in enumerate(self._steps):
             match step:
                 case Hand():
@@ -257,7 +321,7 @@ class _UnitSum:
                     self._others[number] = self._heads[node] = Head.unpacked(data, pieces)
 
     def _hand_head(self, step: Hand) -> None:
-        data = self._heads[step.node].packed(len(self._unit.pieces))
+        data = self._heads[step.node].packed(len(self.unit.pieces))
         where = self._tag(_HEAD_CHUNK, _HEAD_LAYER)
         self._sends.append(self._channel.send(data, step.to, where, self._what))
 
@@ -265,6 +329,7 @@ class _UnitSum:
         memory = self._memory_of[step.node]
         for layer in self._heads[step.node].layers:
             data = self._sums[layer, memory][chunk[0] : chunk[1]]
+            self.sent += data.nbytes
             self._sends.append(self._channel.send(data, step.to, self._tag(index, layer), self._what))
 
     def _become(self, own: Node, parent: Node, other: Head) -> None:
@@ -275,14 +340,7 @@ class _UnitSum:
             if layer not in self._heads[own].layers:
                 key = layer, self._memory_of[own]
                 if key not in self._sums:
-                    self._sums[key] = torch.empty(self._unit.image)
-
-    def _incoming(self, number: int, step: Merge | Take, chunks: Sequence[Range]) -> "_Incoming":
-        """What comes in a step; the first layer of a finished sum comes straight to where it is to be."""
-        straight = self._target if isinstance(step, Take) else None
-        layers = list(self._others[number].layers)
-        messages = [[(layer, step.source, self._tag(index, layer)) for layer in layers] for index in range(len(chunks))]
-        return _Incoming(self._channel, messages, chunks, self._what, straight, self._free)
+                    self._sums[key] = torch.empty(self.unit.image)
 
     def _add(self, layer: int, own: Node, other: bytearray, data: Tensor, chunk: Range) -> None:
         """`own + other` for pieces of both, what there is for pieces of one, on one chunk."""
@@ -302,15 +360,15 @@ class _UnitSum:
 
     def _pieces_in(self, chunk: Range) -> Iterator[tuple[int, int, int]]:
         """The pieces that reach into a chunk: which, from where, to where."""
-        for index, (start, stop) in enumerate(self._unit.pieces):
+        for index, (start, stop) in enumerate(self.unit.pieces):
             low, high = max(start, chunk[0]), min(stop, chunk[1])
             if low < high:
                 yield index, low, high
 
-    def _deliver(self, root: Node, layers: Sequence[tuple[int, Tensor]], chunk: Range) -> None:
+    def _deliver(self, root: Node, layers: Iterable[tuple[int, Tensor]], chunk: Range) -> None:
         """Over uses, in order: what there is of each piece goes to the target, or is added to it."""
         assert self._target is not None
-        start = self._unit.span[0]
+        start = self.unit.span[0]
         begun: bytearray | None = None
         for layer, data in layers:
             target = self._target[chunk[0] - start : chunk[1] - start]
@@ -327,63 +385,66 @@ class _UnitSum:
                     begun[index] = 1
 
 
-class _Incoming:
-    """Chunk by chunk what comes of every layer of a sum; a few chunks are under way at once.
+class _Coming:
+    """What comes of sums, in the order of its use; some of it is under way all the time, of the next block as well.
 
     Args:
-        messages: of each chunk, the layers with sender and tag.
-        straight: where the first layer goes, from the first chunk on; other layers, or all, go to memory from `free`.
+        ahead: chunks that are under way or in use and need memory of their own.
     """
 
-    def __init__(
-        self,
-        channel: Channel,
-        messages: Sequence[Sequence[tuple[int, int, int]]],
-        chunks: Sequence[Range],
-        what: str,
-        straight: Tensor | None,
-        free: list[Tensor],
-    ) -> None:
-        self._channel, self._messages, self._chunks, self._what = channel, messages, chunks, what
-        self._straight, self._free = straight, free
-        self._posted: deque[list[tuple[int, Tensor, Handle]]] = deque()
-        self._buffers: deque[list[Tensor]] = deque()  # of the chunk that is in use, if any, and of those posted
-        self._next = 0
-        self._in_use = False
-        for _ in range(min(AHEAD, len(chunks))):
+    def __init__(self, channel: Channel, ahead: int) -> None:
+        self._channel, self._ahead = channel, ahead
+        self._lock = threading.Lock()  # messages are added by another thread
+        self._messages: deque[Iterator[_Message]] = deque()
+        self._following: _Message | None = None
+        self._posted: deque[tuple[Tensor, Tensor | None, Handle]] = deque()
+        self._free: list[Tensor] = []
+        self._borrowed = 0
+        self._in_use: Tensor | None = None
+
+    def extend(self, messages: Iterable[_Message]) -> None:
+        """These come after all others."""
+        with self._lock:
+            self._messages.append(iter(messages))
             self._post()
 
-    def _post(self) -> None:
-        start, stop = self._chunks[self._next]
-        posted, buffers = [], []
-        for place, (layer, source, where) in enumerate(self._messages[self._next]):
-            if self._straight is not None and not place:
-                first = self._chunks[0][0]
-                data = self._straight[start - first : stop - first]
-            else:
-                buffers.append(
-                    self._free.pop() if self._free else torch.empty(CHUNK)
-                )  # untouched beyond a smaller unit
-                data = buffers[-1][: stop - start]
-            posted.append((layer, data, self._channel.receive(data, source, where, self._what)))
-        self._posted.append(posted)
-        self._buffers.append(buffers)
-        self._next += 1
+    def next(self) -> Tensor:
+        """The next one, once it is here; what was given out before is overwritten."""
+        with self._lock:
+            self._release()
+            self._post()
+            data, self._in_use, handle = self._posted.popleft()
+        handle.wait()
+        return data
 
-    def next(self) -> list[tuple[int, Tensor]]:
-        """Every layer of the next chunk, once it is here; what was given out before is overwritten."""
-        if self._in_use:
-            self.close()
-            if self._next < len(self._chunks):
-                self._post()
-        self._in_use = True
-        arrived = self._posted.popleft()
-        for _, _, handle in arrived:
-            handle.wait()
-        return [(layer, data) for layer, data, _ in arrived]
-
-    def close(self) -> None:
+    def give_back(self) -> None:
         """What was given out last is no longer needed."""
-        if self._in_use:
-            self._free += self._buffers.popleft()
-            self._in_use = False
+        with self._lock:
+            self._release()
+            self._post()
+
+    def _release(self) -> None:
+        if self._in_use is not None:
+            self._free.append(self._in_use)
+            self._in_use = None
+            self._borrowed -= 1
+
+    def _post(self) -> None:
+        while len(self._posted) < POSTED and (message := self._peek()) is not None:
+            data, buffer = message.straight, None
+            if data is None:
+                if self._borrowed == self._ahead:
+                    return
+                buffer = self._free.pop() if self._free else torch.empty(CHUNK)  # untouched beyond a smaller unit
+                data = buffer[: message.elements]
+                self._borrowed += 1
+            handle = self._channel.receive(data, message.source, message.tag, message.what)
+            self._posted.append((data, buffer, handle))
+            self._following = None
+
+    def _peek(self) -> _Message | None:
+        while self._following is None and self._messages:
+            self._following = next(self._messages[0], None)
+            if self._following is None:
+                self._messages.popleft()
+        return self._following

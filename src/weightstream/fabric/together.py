@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from math import ceil, log2
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from weightstream.fabric.broadcast import Broadcast, Span
 from weightstream.fabric.heads import Head, layer_of
 from weightstream.fabric.links import Links
 from weightstream.fabric.peers import Arrival, Reduced
-from weightstream.fabric.reduce import AHEAD, CHUNK, Reduction, Sums, Total, UnitGradient
+from weightstream.fabric.reduce import CHUNK, Reduction, Sums, Total, UnitGradient, chunks_ahead
 from weightstream.fabric.reduction import BlockSum
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.trees import Node
@@ -35,7 +34,7 @@ def fabric_bytes(cluster: Cluster, unit_bytes: int) -> int:
     Args:
         unit_bytes: of the largest unit's gradient, which may be less than a chunk.
     """
-    return ceil(log2(max(cluster.workers, 2)) + 1) * AHEAD * min(CHUNK * 4, unit_bytes)
+    return chunks_ahead(cluster) * min(CHUNK * 4, unit_bytes)
 
 
 @dataclass(frozen=True, slots=True)

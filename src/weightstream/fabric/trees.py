@@ -18,10 +18,11 @@ CHAIN_BELOW = 8
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One rank's place on the way of a unit: from whom it comes, and to whom it goes on."""
+    """One rank's place on the way of a unit: from whom it comes, to whom it goes on, and how many links lie before it."""
 
     source: int | None
     targets: tuple[int, ...]
+    hops: int = 0
 
 
 @lru_cache(maxsize=4096)
@@ -39,12 +40,13 @@ def broadcast_route(cluster: Cluster, rank: int, owner: int, rotation: int, chai
         return Route(None, ())
     place = order.index(rank)
     if len(order) < chain_below:
-        source = place - 1
+        source, hops = place - 1, place + 1
         targets = [place + 1]
     else:
-        source = (place - 1) // 2
+        source, hops = (place - 1) // 2, (place + 1).bit_length()
         targets = [2 * place + 1, 2 * place + 2]
-    return Route(order[source] if place else owner, tuple(order[target] for target in targets if target < len(order)))
+    onward = tuple(order[target] for target in targets if target < len(order))
+    return Route(order[source] if place else owner, onward, hops)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from weightstream.costing import Tables
-from weightstream.machine import kernels, sharing, storing
+from weightstream.machine import kernels, sharing, sparsity, storing
 from weightstream.machine.executing import executor
 from weightstream.machine.profile import Compute, Contention, Profile, this_machine
+from weightstream.sparse.choosing import Curve
 from weightstream.worker.allocator import keep_memory
 
 Step = Callable[[str, float], None]
@@ -37,6 +38,9 @@ class Effort:
     link_bytes: int = 16 << 20
     rank_round_s: float = 0.3
     executor_steps: int = 15
+    sparse_shape: tuple[int, int] = sparsity.SHAPE
+    sparse_tokens: tuple[int, ...] = sparsity.TOKENS
+    sparse_densities: tuple[float, ...] = sparsity.DENSITIES
     processes: bool = True
 
 
@@ -66,10 +70,13 @@ def _threads() -> Iterator[None]:
 
 
 def _calibrate(folder: Path, threads: int, effort: Effort, step: Step) -> Profile:
-    compute = []
+    compute: list[Compute] = []
+    sparse: list[Curve] = []
     for number, count in enumerate(sorted({1, threads})):
         torch.set_num_threads(count)
-        compute.append(_compute(count, effort, partial(_within, step, 0.35 * number)))
+        within = partial(_within, step, 0.35 * number)
+        compute.append(_compute(count, effort, within))
+        sparse.extend(_sparse(count, effort, within))
     torch.set_num_threads(threads)
     step("copies in memory", 0.7)
     memory_bytes_per_s = storing.memory_rate(effort.file_bytes)
@@ -98,7 +105,7 @@ def _calibrate(folder: Path, threads: int, effort: Effort, step: Step) -> Profil
         product_sizes=effort.product_sizes, attention_lengths=effort.attention_lengths,
         attention_width=kernels.ATTENTION_WIDTH, kernel_elements=effort.kernel_elements, compute=tuple(compute),
         memory_bytes_per_s=memory_bytes_per_s, disk=disk, link=link, executor=overheads,
-        contention=Contention(io_compute_s_per_byte=io_compute_s_per_byte, ranks=ranks),
+        contention=Contention(io_compute_s_per_byte=io_compute_s_per_byte, ranks=ranks), sparse=tuple(sparse),
     )  # fmt: skip
 
 
@@ -107,7 +114,7 @@ def _within(step: Step, begin: float, what: str, part: float) -> None:
 
 
 def _compute(threads: int, effort: Effort, step: Step) -> Compute:
-    on = f"with {threads} thread{'s' if threads > 1 else ''}"
+    on = _on(threads)
     step(f"matrix products {on}", 0.0)
     products = dict(kernels.products(effort.product_sizes, effort.repeats))
     step(f"attention {on}", 0.6)
@@ -121,6 +128,18 @@ def _compute(threads: int, effort: Effort, step: Step) -> Compute:
         sums=dict(storing.sums(effort.parameters // 4)), optimizer=dict(storing.updates(effort.parameters)),
         scale_s=scale_s, cast_s=cast_s, checksum_bytes_per_s=storing.checksum_rate(4 * effort.file_bytes),
     )  # fmt: skip
+
+
+def _sparse(threads: int, effort: Effort, step: Step) -> Iterator[Curve]:
+    step(f"sparse products {_on(threads)}", 0.93)
+    return sparsity.curves(
+        threads, shape=effort.sparse_shape, all_tokens=effort.sparse_tokens, densities=effort.sparse_densities,
+        repeats=min(3, effort.repeats),
+    )  # fmt: skip
+
+
+def _on(threads: int) -> str:
+    return f"with {threads} thread{'s' if threads > 1 else ''}"
 
 
 __all__ = ["Effort", "calibrate"]

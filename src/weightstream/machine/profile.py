@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from weightstream.errors import ConfigError
 from weightstream.section import Section
+from weightstream.sparse.choosing import Curve
 
 FORMAT = 1
 DEFAULT_PATH = Path("~/.cache/weightstream/profile.toml")
@@ -134,6 +135,8 @@ class Profile(Section):
     link: LinkRates | None = None
     executor: Executor
     contention: Contention
+    sparse: tuple[Curve, ...] = ()
+    """Sparse products beside the dense one; none in a profile from before they were measured: then all is dense."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

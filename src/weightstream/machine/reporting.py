@@ -74,6 +74,12 @@ def profile_text(profile: Profile, path: Path) -> str:
         )
     slower = ", ".join(f"{key} {value:.2f}" for key, value in profile.contention.ranks.items())
     lines += [
+        f"sparse       {one.kernel} {one.block[0]}×{one.block[1]} {one.dtype}, {one.tokens} tokens, {one.threads} threads: "
+        + ("never faster than dense" if one.crossover is None else f"faster below {one.crossover:.1%}")
+        for one in profile.sparse
+        if one.threads == profile.compute[-1].threads
+    ]
+    lines += [
         f"overheads    forward {executor.operation_s['forward'] * 1e6:.0f} us, backward "
         f"{executor.operation_s['backward'] * 1e6:.0f} us, and {executor.kernel_s['forward'] * 1e6:.1f} us a kernel",
         f"ranks        times slower side by side: {slower or 'not measured'}",

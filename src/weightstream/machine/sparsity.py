@@ -1,0 +1,97 @@
+"""How sparse products compare with the dense one: forward and both gradients of one layer, by density.
+
+The dense side is the product alone, on a weight that lies there whole; what expanding non-zeros and gathering gradients
+would cost it is left out, so that a kernel that wins here wins there too.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from weightstream.machine.kernels import Call, in_turn, name_of, seconds, significant
+from weightstream.sparse.choosing import Curve
+from weightstream.sparse.kernels import Kernel, multiply, supports
+from weightstream.sparse.structure import Structure
+
+SHAPE = (1024, 1024)
+TOKENS = (128, 512)
+DENSITIES = (0.01, 0.03, 0.1, 0.2, 0.4)
+# `bsr` on a CPU is `gathered` with a slower forward: benchmarks/sparse_kernels.py has its curve
+MEASURED: tuple[tuple[Kernel, tuple[int, int]], ...] = (("gathered", (32, 32)), ("csr", (1, 1)))
+DTYPES = (torch.bfloat16, torch.float32)
+_LOST = 0.5  # a kernel that is so much slower is not measured at higher densities
+_COPIES = 4  # weights take turns: no layer finds its own in the cache
+
+
+def structure(
+    shape: tuple[int, int], block: tuple[int, int], density: float, *, seed: int = 0, device: str = "cpu"
+) -> Structure:
+    """Blocks at random, as many as the density says, at least one."""
+    grid = (shape[0] // block[0], shape[1] // block[1])
+    total = grid[0] * grid[1]
+    kept = torch.zeros(total, dtype=torch.bool)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    kept[order[: max(1, round(density * total))]] = True
+    return Structure(kept.view(grid), block, device)
+
+
+def dense_layer(shape: tuple[int, int], dtype: torch.dtype, tokens: int, *, device: str = "cpu") -> Call:
+    """Forward and both gradients of y = x Wᵀ."""
+
+    def make() -> Call:
+        weight = torch.randn(shape, device=device).to(dtype).requires_grad_()
+        x, grad = _operands(shape, dtype, tokens, device)
+        return lambda: torch.autograd.grad(torch.nn.functional.linear(x, weight), (x, weight), grad)
+
+    return in_turn([make() for _ in range(_COPIES)], _COPIES)
+
+
+def sparse_layer(kernel: Kernel, structures: list[Structure], dtype: torch.dtype, tokens: int) -> Call:
+    """The same of W at its non-zeros; what is prepared once per mask is prepared."""
+
+    def make(one: Structure) -> Call:
+        values = torch.randn(one.nnz, 1, device=one.device).to(dtype).requires_grad_()
+        x, grad = _operands(one.shape, dtype, tokens, str(one.device))
+        return lambda: torch.autograd.grad(multiply(x, values, None, one, kernel), (x, values), grad)
+
+    calls = [make(one) for one in structures]
+    for call in calls:
+        call()
+    return in_turn(calls, len(calls))
+
+
+def _operands(shape: tuple[int, int], dtype: torch.dtype, tokens: int, device: str) -> tuple[Tensor, Tensor]:
+    x = torch.randn(tokens, shape[1], device=device).to(dtype).requires_grad_()
+    return x, torch.randn(tokens, shape[0], device=device).to(dtype)
+
+
+def curves(
+    threads: int,
+    *,
+    shape: tuple[int, int] = SHAPE,
+    all_tokens: tuple[int, ...] = TOKENS,
+    densities: tuple[float, ...] = DENSITIES,
+    repeats: int = 3,
+) -> Iterator[Curve]:
+    """On the CPU, with the threads that are set."""
+    for kernel, block in MEASURED:
+        patterns = [[structure(shape, block, density, seed=seed) for seed in range(2)] for density in densities]
+        for dtype in DTYPES:
+            if not supports(kernel, block, dtype, torch.device("cpu")):
+                continue
+            for tokens in all_tokens:
+                dense_s = seconds(dense_layer(shape, dtype, tokens), repeats=repeats)
+                speedups: list[float] = []
+                for both in patterns:
+                    taken_s = seconds(sparse_layer(kernel, both, dtype, tokens), repeats=repeats)
+                    speedups.append(significant(dense_s / taken_s))
+                    if speedups[-1] < _LOST:
+                        break
+                yield Curve(
+                    kernel=kernel, dtype=name_of(dtype), block=block, tokens=tokens, threads=threads,
+                    densities=densities[: len(speedups)], speedups=tuple(speedups),
+                )  # fmt: skip
+
+
+__all__ = ["DENSITIES", "curves", "dense_layer", "sparse_layer", "structure"]

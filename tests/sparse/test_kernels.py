@@ -1,0 +1,149 @@
+"""Products with non-zeros only, against exact ones in fp64 of the masked dense matrix."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from weightstream.errors import ConfigError
+from weightstream.sparse.kernels import KERNELS, Kernel, multiply, supports
+from weightstream.sparse.structure import Structure
+
+DTYPES = (torch.float32, torch.bfloat16)
+CPU = torch.device("cpu")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+]
+
+
+def bound(one: Tensor, other: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """What kernels.py states: γ(n) Σ|terms| + u |result|, for the product one @ other in fp64."""
+    n = one.shape[-1]
+    gamma = n * 2.0**-24 / (1 - n * 2.0**-24)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    terms = one.abs() @ other.abs()
+    return gamma * terms + rounding * (exact.abs() + gamma * terms)
+
+
+def sides(
+    structure: Structure, kernel: Kernel, tokens: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """Forward and gradients by a kernel; and as fp64 factors, whose product is exact to what is compared."""
+    generator = torch.Generator().manual_seed(seed)
+    mask, device = structure.mask(), structure.device
+    weight = torch.randn(structure.shape, generator=generator).to(dtype)
+    x = torch.randn(tokens, structure.shape[1], generator=generator).to(dtype)
+    grad = torch.randn(tokens, structure.shape[0], generator=generator).to(dtype)
+    values = weight[mask].view(-1, 1).to(device).requires_grad_()
+    here = x.to(device).requires_grad_()
+    y = multiply(here, values, None, structure, kernel)
+    y.backward(grad.to(device))
+    assert here.grad is not None
+    assert values.grad is not None
+    assert values.grad.shape == values.shape
+    found = {"y": y.detach().cpu(), "x": here.grad.cpu(), "w": values.grad.view(-1).cpu()}
+    dense = (weight * mask).double()
+    return found, {"y": (x.double(), dense.t()), "x": (grad.double(), dense), "w": (grad.double().t(), x.double())}
+
+
+def check(structure: Structure, kernel: Kernel, tokens: int, dtype: torch.dtype, seed: int = 0) -> None:
+    found, factors = sides(structure, kernel, tokens, dtype, seed)
+    for what, (one, other) in factors.items():
+        exact = one @ other
+        most = bound(one, other, exact, dtype)
+        if what == "w":
+            exact, most = exact[structure.mask()], most[structure.mask()]
+        assert found[what].dtype == dtype
+        assert found[what].shape == exact.shape
+        assert ((found[what].double() - exact).abs() <= most).all(), f"{kernel} {what} {dtype}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kernel=st.sampled_from(KERNELS), dtype=st.sampled_from(DTYPES), grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    block=st.sampled_from([(1, 1), (2, 2), (4, 4), (2, 8), (32, 32)]), tokens=st.integers(0, 9),
+    density=st.sampled_from([0.0, 0.3, 0.7, 1.0]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_any_pattern(
+    kernel: Kernel,
+    dtype: torch.dtype,
+    grid: tuple[int, int],
+    block: tuple[int, int],
+    tokens: int,
+    density: float,
+    seed: int,
+) -> None:
+    """Rows and columns without any block, full ones, all counts between; and an expert that got no token."""
+    if not supports(kernel, block, dtype, CPU):
+        block = (4, 4)
+    if not supports(kernel, block, dtype, CPU):
+        dtype = torch.float32
+    kept = torch.rand(grid, generator=torch.Generator().manual_seed(seed)) < density
+    check(Structure(kept, block), kernel, tokens, dtype, seed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_layer(kernel: Kernel, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large enough that products are split among threads, and what is gathered is gathered in portions."""
+    if not supports(kernel, (32, 32), dtype, torch.device(device)):
+        pytest.skip(f"no {kernel} for {dtype} on {device}")
+    monkeypatch.setattr("weightstream.sparse.kernels._GATHERED_BYTES", 1 << 17)
+    kept = torch.rand(12, 20, generator=torch.Generator().manual_seed(1)) < 0.2
+    check(Structure(kept, (32, 32), device), kernel, 130, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bits_do_not_depend_on_threads_or_runs(kernel: Kernel, dtype: torch.dtype) -> None:
+    if not supports(kernel, (32, 32), dtype, CPU):
+        pytest.skip(f"no {kernel} for {dtype}")
+    kept = torch.rand(16, 16, generator=torch.Generator().manual_seed(2)) < 0.15
+    structure = Structure(kept, (32, 32))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            found.append(sides(structure, kernel, 256, dtype)[0])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][what], other[what]) for what in found[0])
+
+
+def test_bias_leading_dimensions_and_what_needs_no_gradient() -> None:
+    structure = Structure(torch.tensor([[True, False], [True, True]]), (2, 2))
+    values = torch.arange(12.0).view(-1, 1)
+    dense = torch.zeros(4, 4)
+    dense[structure.mask()] = values.view(-1)
+    x, bias = torch.randn(2, 3, 4), torch.randn(4, requires_grad=True)
+    y = multiply(x, values, bias, structure, "gathered")
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, dense, bias))
+    y.sum().backward()
+    assert torch.equal(bias.grad, torch.full((4,), 6.0))
+    assert values.grad is None
+
+
+def test_masks_as_numbers_are_the_same() -> None:
+    kept = torch.rand(6, 5) < 0.5
+    by_number = Structure.at(kept.view(-1).nonzero().view(-1), (24, 10), (4, 2))
+    assert torch.equal(by_number.mask(), Structure(kept, (4, 2)).mask())
+    assert (by_number.count, by_number.nnz) == (int(kept.sum()), 8 * int(kept.sum()))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    structure = Structure(torch.ones(2, 2, dtype=torch.bool), (2, 2))
+    with pytest.raises(ConfigError, match="expected x of .*, 4. and 16 values .* found x .*3.*15 values"):
+        multiply(torch.ones(2, 3), torch.ones(15, 1), None, structure, "gathered")
+    with pytest.raises(ConfigError, match="no product of torch.bfloat16 with blocks of 2×2"):
+        multiply(torch.ones(2, 4).bfloat16(), torch.ones(16, 1).bfloat16(), None, structure, "bsr")
+    with pytest.raises(ConfigError, match="do not divide"):
+        Structure.at(torch.tensor([0]), (5, 4), (2, 2))
+    with pytest.raises(ConfigError, match="expected numbers of 0 to 3, found 4 to 4"):
+        Structure.at(torch.tensor([4]), (4, 4), (2, 2))
+    with pytest.raises(ConfigError, match="expected one bool per block"):
+        Structure(torch.ones(2, 2), (2, 2))
