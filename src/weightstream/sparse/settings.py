@@ -1,0 +1,204 @@
+"""What a run's sparsity is: groups of parameters, each with an algorithm and its schedule. Pure functions of the step.
+
+Version n of a record is what training step n leaves, steps counting from 1; version 0 is the initial one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, assert_never, get_args
+
+from weightstream.errors import ConfigError
+
+Algorithm = Literal["static", "gmp", "set", "rigl"]
+Distribution = Literal["uniform", "erdos_renyi", "global"]
+Curve = Literal["constant", "linear", "cubic", "cosine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """A number that goes from `initial` to `final` between two steps and stays there.
+
+    With p from 0 to 1 in between: `linear`; `cubic`, final + (initial - final)(1 - p)³ (Zhu and Gupta, "To prune, or not
+    to prune", 2017, equation 1); `cosine`, final + (initial - final)(1 + cos πp)/2 (Evci et al., "Rigging the Lottery",
+    ICML 2020, section 3, with final 0). `constant` is `initial` throughout.
+    """
+
+    curve: Curve
+    initial: float
+    final: float = 0.0
+
+    def at(self, step: int, begin: int, end: int) -> float:
+        """The value at `step`, exactly `initial` up to `begin` and exactly `final` from `end` on."""
+        if self.curve == "constant" or step <= begin:
+            return self.initial
+        if step >= end:
+            return self.final
+        progress = (step - begin) / (end - begin)
+        match self.curve:
+            case "linear":
+                left = 1.0 - progress
+            case "cubic":
+                left = (1.0 - progress) ** 3
+            case "cosine":
+                left = 0.5 * (1.0 + math.cos(math.pi * progress))
+            case _:
+                assert_never(self.curve)
+        return self.final + (self.initial - self.final) * left
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparsityGroup:
+    """Parameters whose name matches one of `patterns` (shell style), and how sparse they are.
+
+    `sparsity` is the part of cells that do not exist, in [0, 1); 0 keeps the parameters dense. With `gmp` it may be a
+    ramp from `begin` to `end`. Mask updates happen at steps `begin`, `begin` + `every`, …; before `end` for `set` and
+    `rigl`, up to and including `end` for `gmp`, which so reaches its final sparsity exactly.
+
+    Versions before `dense_until` and from `dense_from` on are dense.
+    """
+
+    patterns: tuple[str, ...]
+    algorithm: Algorithm = "static"
+    sparsity: float | Ramp = 0.9
+    distribution: Distribution = "uniform"
+    block: tuple[int, int] = (1, 1)
+    drop_fraction: float | Ramp = 0.3
+    every: int = 100
+    begin: int = 0
+    end: int | None = None
+    init: str = "random"
+    """`random`, `magnitude`, or the path of a safetensors file with masks by parameter name."""
+    dense_until: int = 0
+    dense_from: int | None = None
+    include_all: bool = False
+    """Also embeddings, norms and the head, which otherwise stay dense."""
+
+    def __post_init__(self) -> None:
+        self._require(bool(self.patterns) and all(self.patterns), "patterns", "name patterns such as '*.mlp.*'")
+        self._require(self.algorithm in get_args(Algorithm), "algorithm", f"one of {', '.join(get_args(Algorithm))}")
+        self._require(
+            self.distribution in get_args(Distribution), "distribution", f"one of {', '.join(get_args(Distribution))}"
+        )
+        self._require(len(self.block) == 2 and min(self.block) >= 1, "block", "rows and columns, such as [32, 32]")
+        for field in ("sparsity", "drop_fraction"):
+            value = getattr(self, field)
+            numbers = (value.initial, value.final) if isinstance(value, Ramp) else (value,)
+            self._require(all(0 <= number < 1 for number in numbers), field, "at least 0 and below 1")
+        self._require(self.every >= 1 and self.begin >= 0, "every and begin", "steps, at least 1 and at least 0")
+        self._require(self.end is None or self.end > self.begin, "end", f"a step after begin ({self.begin})")
+        self._require(
+            self.algorithm == "static" or self.end is not None, "end", f"the step at which {self.algorithm} ends"
+        )
+        self._require(
+            self.algorithm == "gmp" or not isinstance(self.sparsity, Ramp),
+            "sparsity", f"a number with {self.algorithm}; schedules of sparsity go with algorithm: gmp",
+        )  # fmt: skip
+        self._require(
+            self.distribution != "global" or self.algorithm == "gmp" or (self.algorithm, self.init) == ("static", "magnitude"),
+            "distribution", "uniform or erdos_renyi; global goes with gmp, or with static and init: magnitude",
+        )  # fmt: skip
+        self._require(
+            self.dense_until >= 0 and (self.dense_from is None or self.dense_from > self.dense_until),
+            "dense_from", f"a step after dense_until ({self.dense_until})",
+        )  # fmt: skip
+        self._require(
+            self.given is None or self.algorithm != "gmp",
+            "init",
+            "random or magnitude with gmp, which prunes by itself",
+        )
+
+    def _require(self, holds: bool, field: str, expected: str) -> None:
+        if not holds:
+            found = " and ".join(repr(getattr(self, name)) for name in field.split(" and "))
+            raise ConfigError(
+                f"sparsity group {', '.join(self.patterns) or '(no pattern)'}: {field}: expected {expected}; found {found}"
+            )
+
+    @property
+    def given(self) -> str | None:
+        """The file of given masks."""
+        return None if self.init in ("random", "magnitude") else self.init
+
+    @property
+    def last(self) -> int:
+        """Where schedules end."""
+        return self.end if self.end is not None else self.begin
+
+    def matches(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def sparse_at(self, version: int) -> bool:
+        """Whether `version` is not one of the dense ones."""
+        return self.dense_until <= version and (self.dense_from is None or version < self.dense_from)
+
+    def sparsity_at(self, version: int) -> float:
+        """The part of cells that does not exist in `version`: that of the latest mask update."""
+        if not self.sparse_at(version):
+            return 0.0
+        if not isinstance(self.sparsity, Ramp):
+            if self.algorithm == "gmp":
+                return (
+                    self.sparsity if version >= self.last else Ramp("cubic", 0.0, self.sparsity).at(*self._at(version))
+                )
+            return self.sparsity
+        return self.sparsity.at(*self._at(version))
+
+    def _at(self, version: int) -> tuple[int, int, int]:
+        """The step of the latest mask update, and the ends of the schedule."""
+        if version < self.last:
+            version -= max(0, version - self.begin) % self.every
+        return version, self.begin, self.last
+
+    def drop_fraction_at(self, step: int) -> float:
+        """The part of existing cells that the mask update of `step` drops."""
+        fraction = self.drop_fraction
+        ramp = fraction if isinstance(fraction, Ramp) else Ramp("cosine", fraction)
+        return ramp.at(step, self.begin, self.last)
+
+    def updates_at(self, step: int) -> bool:
+        """Whether the schedule of `set` and `rigl` moves cells at `step`."""
+        return (
+            self.algorithm in ("set", "rigl")
+            and self.sparse_at(step - 1)
+            and self.sparse_at(step)
+            and self.begin <= step < self.last
+            and (step - self.begin) % self.every == 0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """All groups; the first that matches a parameter counts."""
+
+    groups: tuple[SparsityGroup, ...] = ()
+
+    def group_of(self, name: str) -> SparsityGroup | None:
+        return next((group for group in self.groups if group.matches(name)), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"groups": [{"patterns": …, "algorithm": "rigl", …}]}`; `from_json` reads it."""
+        return {"groups": [asdict(group) for group in self.groups]}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Sparsity":
+        """The settings that `to_json` wrote.
+
+        Raises:
+            ConfigError: fields that a group does not have or may not hold.
+        """
+        return Sparsity(tuple(_group(fields) for fields in data.get("groups", ())))
+
+
+def _group(fields: Mapping[str, Any]) -> SparsityGroup:
+    values: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            values[key] = Ramp(**value)
+        else:
+            values[key] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    try:
+        return SparsityGroup(**values)
+    except TypeError as error:
+        raise ConfigError(f"sparsity group: {error}; its fields are those of SparsityGroup") from None
