@@ -39,20 +39,39 @@ def ordered(scores: Tensor, candidates: list[int], count: int) -> list[int]:
 
 
 class Reference:
-    """Dense weights and gradients with 0/1 masks, and torch's own optimizer on the whole tensor."""
+    """Dense weights, moments and gradients with masks; torch's own fused optimizer on what a mask selects.
+
+    Not on the dense tensor: its vector loop and the scalar one for what is left at the end round differently, so that an
+    element's bits depend on where in its tensor it stands.
+    """
 
     def __init__(self, case: str, start: Tensor, mask: Tensor, optimizer: str) -> None:
-        self.case, self.mask = case, mask.clone()
-        self.weight = torch.nn.Parameter(start * mask)
-        cls: Any = getattr(torch.optim, optimizer)
-        options = {"momentum": 0.9} if optimizer == "SGD" else {}
-        self.optimizer = cls([self.weight], lr=0.05, weight_decay=0.1, fused=True, **options)
+        self.case, self.mask, self.kind = case, mask.clone(), optimizer
+        self.weight = start * mask
+        self.states: dict[str, Tensor] = {}
+
+    def _optimize(self, gradient: Tensor) -> None:
+        where = self.mask.bool()
+        leaf = torch.nn.Parameter(self.weight[where].view(-1, 1))
+        leaf.grad = gradient[where].view(-1, 1)
+        options = {"momentum": 0.9} if self.kind == "SGD" else {}
+        optimizer = getattr(torch.optim, self.kind)([leaf], lr=0.05, weight_decay=0.1, fused=True, **options)
+        if self.states:
+            optimizer.state[leaf] = {
+                name: state[where].view(-1, 1) if state.shape == SHAPE else state for name, state in self.states.items()
+            }
+        optimizer.step()
+        self.weight[where] = leaf.detach().view(-1)
+        for name, state in optimizer.state[leaf].items():
+            if state.shape == leaf.shape:
+                self.states.setdefault(name, torch.zeros(SHAPE))[where] = state.view(-1)
+            else:
+                self.states[name] = state
 
     def step(self, step: int, gradient: Tensor) -> None:
         moves = step % 5 == 0 and step < 28
         if not (self.case == "rigl" and moves):
-            self.weight.grad = gradient * self.mask
-            self.optimizer.step()
+            self._optimize(gradient)
         if self.case in ("set", "rigl") and moves:
             self._replace(step, gradient)
         if self.case == "gmp" and (step in (3, 8, 13, 18, 23) or step == 24):
@@ -68,12 +87,12 @@ class Reference:
 
     def _keep(self, count: int) -> None:
         mask = torch.zeros(self.mask.numel())
-        mask[ordered(self.weight.detach().abs().view(-1), self._existing(), count)] = 1
+        mask[ordered(self.weight.abs().view(-1), self._existing(), count)] = 1
         self._set(mask.view(SHAPE))
 
     def _replace(self, step: int, gradient: Tensor) -> None:
         fraction = 0.3 / 2 * (1 + math.cos(step * math.pi / 28))
-        flat, existing = self.weight.detach().view(-1), self._existing()
+        flat, existing = self.weight.view(-1), self._existing()
         if self.case == "rigl":
             kept = ordered(flat.abs(), existing, len(existing) - int(fraction * len(existing)))
             scores = gradient.abs().view(-1)
@@ -93,11 +112,10 @@ class Reference:
     def _set(self, mask: Tensor) -> None:
         """What does not exist is zero, and has no moments; so what comes to exist begins with zeros."""
         self.mask = mask
-        with torch.no_grad():
-            self.weight *= mask
-            for state in self.optimizer.state[self.weight].values():
-                if isinstance(state, Tensor) and state.shape == mask.shape:
-                    state *= mask
+        self.weight *= mask
+        for state in self.states.values():
+            if state.shape == mask.shape:
+                state *= mask
 
 
 class Sparse:
@@ -152,11 +170,13 @@ def test_thirty_steps_are_those_of_masked_dense_training(case: str, optimizer: s
         theirs.step(step, gradient)
         changes += before != ours.mask
         assert torch.equal(ours.mask.dense(SHAPE), theirs.mask.bool()), step
-        assert torch.equal(ours.values, gathered(theirs.weight.detach(), ours.mask)), step
-        for name, state in theirs.optimizer.state[theirs.weight].items():
-            if isinstance(state, Tensor) and state.shape == SHAPE:
+        assert torch.equal(ours.values, gathered(theirs.weight, ours.mask)), step
+        for name, state in theirs.states.items():
+            if state.shape == SHAPE:
                 assert torch.equal(ours.states[name], gathered(state, ours.mask)), (step, name)
-    assert changes == {"static": 0, "phases": 2, "gmp": 5, "set": 5, "rigl": 5}[case]
+    # Of five update steps the first (gmp, from 0) or the last (less than one cell to drop) changes nothing; gmp's at its
+    # end rounds to the count that it had one step before.
+    assert changes == {"static": 0, "phases": 2, "gmp": 4, "set": 4, "rigl": 4}[case]
     assert piece.count(STEPS) == (480 if case == "phases" else 96)
 
 

@@ -24,7 +24,7 @@ from weightstream.sparse.masks import Mask
 Form = Literal["full", "bitmap", "gaps8", "gaps16"]
 Indices = NDArray[np.intp] | NDArray[np.int32]
 
-_GAP_TYPES: dict[Form, type[np.uint8] | type[np.uint16]] = {"gaps8": np.uint8, "gaps16": np.uint16}
+_GAP_BYTES: dict[Form, int] = {"gaps8": 1, "gaps16": 2}
 _CHUNK = 1 << 16
 """Segments that are moved at a time: temporaries stay in the cache and do not grow with the piece."""
 
@@ -34,9 +34,8 @@ def mask_form(cells: int, count: int) -> tuple[Form, int]:
     if count == cells:
         return "full", 0
     options: list[tuple[int, Form]] = [(-(-cells // 8), "bitmap")]
-    for form, kind in _GAP_TYPES.items():
-        most = int(np.iinfo(kind).max)
-        options.append(((count + (cells - count) // most) * np.dtype(kind).itemsize, form))
+    for form, each in _GAP_BYTES.items():
+        options.append(((count + (cells - count) // _most(each)) * each, form))
     nbytes, form = min(options, key=lambda option: option[0])
     return form, nbytes
 
@@ -50,11 +49,11 @@ def encode_mask(mask: Mask) -> NDArray[np.uint8]:
         case "bitmap":
             return np.packbits(mask.cells, bitorder="little")
         case "gaps8" | "gaps16":
-            kind = np.dtype(_GAP_TYPES[form]).newbyteorder("<")
-            most = int(np.iinfo(kind).max)
+            each = _GAP_BYTES[form]
+            most = _most(each)
             places = np.flatnonzero(mask.cells)
             gaps = np.diff(places, prepend=-1) - 1
-            out = np.full(nbytes // kind.itemsize, most, kind)
+            out = np.full(nbytes // each, most, f"<u{each}")
             out[np.arange(places.size) + np.cumsum(gaps // most)] = gaps % most
             return out.view(np.uint8)
         case _:
@@ -95,12 +94,18 @@ def decode_mask(grid: Grid, count: int, data: NDArray[np.uint8]) -> Mask:
 
 def _places(data: NDArray[np.uint8], form: Form) -> NDArray[np.intp]:
     """The existing cells of a mask in gaps, in order."""
-    kind = np.dtype(_GAP_TYPES[form]).newbyteorder("<")
-    gaps = np.ascontiguousarray(data).view(kind)
-    real = gaps != np.iinfo(kind).max
+    each = _GAP_BYTES[form]
+    gaps = np.ascontiguousarray(data).view(f"<u{each}")
+    real = gaps != _most(each)
     ends = np.cumsum(gaps, dtype=np.intp)
     ends += np.cumsum(real, dtype=np.intp)
-    return ends[real] - 1
+    places: NDArray[np.intp] = ends[real] - 1
+    return places
+
+
+def _most(gap_bytes: int) -> int:
+    """The largest number of so many bytes."""
+    return (1 << 8 * gap_bytes) - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

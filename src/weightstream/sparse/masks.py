@@ -115,7 +115,8 @@ def magnitude_keys(grid: Grid, dense: Tensor) -> Keys:
     totals = columns[:, :, 0].copy()
     for column in range(1, width):
         totals += columns[:, :, column]
-    return totals.reshape(-1).view(np.uint64)
+    keys: NDArray[np.uint64] = totals.reshape(-1).view(np.uint64)
+    return keys
 
 
 def magnitude_bits(values: NDArray[np.float32]) -> NDArray[np.uint32]:

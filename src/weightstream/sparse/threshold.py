@@ -65,7 +65,7 @@ def shared_ties(per_piece: Sequence[int], search: Search) -> list[int]:
 
 
 def above(keys: Keys, search: Search, kept_ties: int) -> Bools:
-    """The keys of a piece that are kept; none may be (a piece without non-zeros is legal here alone)."""
+    """The keys of a piece that are kept; none may be: only here a piece can be left without non-zeros."""
     chosen: Bools = keys > search.prefix
     chosen[np.flatnonzero(keys == search.prefix)[:kept_ties]] = True
     return chosen
