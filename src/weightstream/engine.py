@@ -66,10 +66,20 @@ class MovedBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskFacts:
+    """One sparse parameter after a change of its mask: the part that exists, and how much of that is new."""
+
+    density: float
+    turnover: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """One step: mean loss over target tokens, norm before clipping, and what it cost.
 
-    `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took.
+    `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took. `masks` say of
+    each sparse parameter whose mask was changed during this step what it came to; with clipping that is the update that
+    the step before it led to.
     """
 
     step: int
@@ -82,6 +92,7 @@ class StepResult:
     bytes: MovedBytes
     skipped: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
+    masks: Mapping[str, MaskFacts] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -443,7 +454,7 @@ class Engine:
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds),
+            seconds=dict(outcome.seconds), masks=self._mask_facts(),
         )  # fmt: skip
 
     @property
@@ -583,6 +594,29 @@ class Engine:
             staged_on_disk=staged, pinned_copies=allotment.pinned_copies, pinned_states=allotment.pinned_states,
         )  # fmt: skip
 
+    def nonzeros(self) -> tuple[int, int]:
+        """How many non-zeros the sparse parameters have at present, and how many elements."""
+        found = self.densities()
+        return sum(nonzeros for nonzeros, _ in found.values()), sum(elements for _, elements in found.values())
+
+    def _mask_facts(self) -> dict[str, MaskFacts]:
+        """Of the parameters whose masks have changed since this was last asked, on whichever rank."""
+        if self.masking is None:
+            return {}
+        grown: dict[str, int] = {}
+        for found in self.gather(self.masking.take_grown()):
+            for name, cells in found.items():
+                grown[name] = grown.get(name, 0) + cells
+        densities = self.densities()
+        return {
+            name: MaskFacts(densities[name][0] / densities[name][1], grown[name] / densities[name][0])
+            for name in sorted(grown)
+        }
+
+    def densities(self) -> dict[str, tuple[int, int]]:
+        """The same by name of each parameter that may be sparse."""
+        return {} if self.masking is None else self.masking.densities(self.holding.sparsity)
+
     # looking, and leaving
 
     @contextmanager
@@ -681,4 +715,4 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), value)
 
 
-__all__ = ["Engine", "MovedBytes", "StepResult"]
+__all__ = ["Engine", "MaskFacts", "MovedBytes", "StepResult"]

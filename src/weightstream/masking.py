@@ -31,14 +31,6 @@ Key = tuple[str, int]
 Gradients = Mapping[Key, Tensor]
 
 
-@dataclass(slots=True)
-class Change:
-    """What happened to the masks of one parameter: cells that ceased and came to exist."""
-
-    dropped: int = 0
-    grown: int = 0
-
-
 @dataclass(frozen=True)
 class _Renewed:
     """What a piece is after its update, before it has been written to its place."""
@@ -77,8 +69,7 @@ class Masking:
             own = [self.pieces[p.name, p.row] for p in unit.parameters if (p.name, p.row) in self.pieces]
             if own:
                 self.of_unit[unit.index] = own
-        self.changes: dict[str, Change] = {}
-        """By parameter, what mask updates have done since someone last took this."""
+        self._grown: dict[str, int] = {}
 
     # how sparse
 
@@ -113,6 +104,18 @@ class Masking:
 
     def _cells(self, piece: SparsePiece, own: kept.SparsePiece | None) -> int:
         return piece.grid.cells if own is None else own.ones
+
+    def densities(self, now: Mapping[int, kept.Sparsity]) -> dict[str, tuple[int, int]]:
+        """By name of each parameter that may be sparse, how many non-zeros it has and how many elements."""
+        found: dict[str, tuple[int, int]] = {}
+        for unit, pieces in self.of_unit.items():
+            own = {piece.name: piece for piece in now[unit]}
+            for piece in pieces:
+                name = piece.parameter.name
+                nonzeros, elements = found.get(name, (0, 0))
+                cells = self._cells(piece, own.get(name))
+                found[name] = nonzeros + cells * piece.grid.cell_elements, elements + piece.grid.elements
+        return found
 
     def largest(self, now: Mapping[int, kept.Sparsity] | None = None) -> Largest:
         """How sparse versions may be; `now` are those that there are already."""
@@ -184,6 +187,11 @@ class Masking:
             if piece.copy is not None:
                 piece.copy.copy_(piece.master)
 
+    def take_grown(self) -> dict[str, int]:
+        """By parameter whose mask was changed here since this was last asked: how many of its elements came to exist."""
+        grown, self._grown = self._grown, {}
+        return grown
+
     def become(self, holding: Holding, block: int, step: int) -> None:
         """Notes how sparse a block is that was just updated, wherever its records are."""
         units = holding.store.units_of(block)
@@ -199,9 +207,8 @@ class Masking:
         states = {name: state.view(nonzeros, 1) for name, state in piece.states.items() if state.numel() == nonzeros}
         dense = None if grad is None else grad.reshape(facts.parameter.shape)
         found: Updated = update(facts, values, states, mask, dense, step=step, seed=self.seed)
-        change = self.changes.setdefault(piece.name, Change())
-        change.dropped += found.dropped
-        change.grown += found.grown
+        grown = found.grown * facts.grid.cell_elements
+        self._grown[piece.name] = self._grown.get(piece.name, 0) + grown
         others = {name: state.clone() for name, state in piece.states.items() if name not in states}
         return _Renewed(found.values, found.states | others, found.mask)
 
