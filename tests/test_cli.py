@@ -383,3 +383,49 @@ def test_a_plan_predicts_where_the_machine_was_measured(shell: Shell) -> None:
     refused = shell("plan", "config.yaml", "--profile", "profile.toml")
     assert refused.code == 2
     assert "is no TOML" in refused.err
+
+
+AUTO = ("training.micro_batch=auto", "training.steps=2", "training.sample.prompts=[]", "training.micro_batches=4")
+
+
+def test_the_micro_batch_is_chosen_once_and_stays(shell: Shell) -> None:
+    planned = shell("plan", "config.yaml", *AUTO)
+    assert "1 micro-batches of 8 sequences: the largest that fits" in planned.out, planned.err
+    fitted = shell("fit", "config.yaml", *AUTO)
+    assert fitted.code == 0, fitted.err
+    assert "1 micro-batches of 8 sequences: the largest that fits" in fitted.err
+    kept = yaml.safe_load((shell.folder / "run" / "config.yaml").read_text())["training"]
+    assert (kept["micro_batch"], kept["micro_batches"], kept["micro_batch_size"]) == ("given", 1, 8)
+    # another machine, where smaller ones would be chosen, with nothing but the store
+    (shell.folder / "run" / "config.yaml").unlink()
+    again = shell("fit", "config.yaml", *AUTO, "training.steps=3", "engine.reduction_groups=8", "cluster.workers=1")
+    assert again.code == 0, again.err
+    assert "1 micro-batches of 8 sequences, as the store's steps had" in again.err
+
+
+def test_the_micro_batch_is_as_large_as_memory_and_workers_allow(shell: Shell) -> None:
+    long = (*AUTO, "training.sequence_length=64", "training.micro_batches=16", "engine.activations=recompute")
+    roomy = shell("plan", "config.yaml", *long, "--json").json()
+    tight = shell("plan", "config.yaml", *long, "engine.device_memory=4MiB", "--json").json()
+    assert (
+        roomy["micro_batches"] * roomy["micro_batch_size"] == 32 == tight["micro_batches"] * tight["micro_batch_size"]
+    )
+    assert roomy["micro_batch_size"] > tight["micro_batch_size"]
+    assert tight["device_bytes"] <= 4 << 20
+    said = shell.refused("plan", "config.yaml", *long, "engine.device_memory=64KiB")
+    assert "the smallest value that works is device_memory=" in said
+    shared = shell("plan", "config.yaml", *long, "cluster.workers=4", "--json").json()
+    assert shared["micro_batches"] >= 4
+    assert "leave 2 of 4" in shell.refused(
+        "plan", "config.yaml", *AUTO, "training.micro_batches=1", "cluster.workers=4"
+    )
+
+
+def test_the_micro_batch_is_the_fastest_by_prediction(shell: Shell) -> None:
+    profile().save(shell.folder / "profile.toml")
+    chosen = shell("plan", "config.yaml", *AUTO, "--json").json()
+    assert "the fastest that fits" in chosen["text"]
+    for size in (1, 2, 4, 8):
+        division = (f"training.micro_batches={8 // size}", f"training.micro_batch_size={size}")
+        found = shell("plan", "config.yaml", *AUTO, "training.micro_batch=given", *division, "--json").json()
+        assert found["predicted"]["seconds_per_step"] >= chosen["predicted"]["seconds_per_step"]

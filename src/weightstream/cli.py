@@ -175,7 +175,7 @@ def simulate(
     ] = None,
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="Instead of a file: a preset such as gpt3-175b.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="A preset such as cs-2, 8xh100 or this-machine.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Such as cs-2, 8xh100 or this-machine.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="How many systems compute.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step, all systems together.")] = None,
     sequence: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence; by default the model's.")] = None,
@@ -189,6 +189,10 @@ def simulate(
     seed: Annotated[int, typer.Option(min=0, help="Of the stragglers.")] = 0,
     failures: Annotated[float, typer.Option(min=0, metavar="RATE", help="Per system and hour.")] = 0.0,
     recovery: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="After a failure.")] = 600.0,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of this-machine; ~/.cache/weightstream/profile.toml by default."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots.")] = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the step's operations for Perfetto.")
@@ -214,9 +218,9 @@ def simulate(
     config = _config(source, overrides) if source is not None else None
     asked = simulating.Asked(
         model=model, cluster=cluster, workers=workers, batch=batch, sequence=sequence, tokens=tokens, clipping=clipping,
-        stragglers=stragglers, failures_per_hour=failures, recovery_s=recovery, seed=seed,
+        stragglers=stragglers, failures_per_hour=failures, recovery_s=recovery, seed=seed, profile=profile,
     )  # fmt: skip
-    found = simulating.simulated(asked, config, html=html, trace=trace)
+    found = simulating.simulated(asked, config, _say, html=html, trace=trace)
     _print(found, simulating.text, as_json)
 
 

@@ -55,7 +55,7 @@ def fit_as_rank(place: Place, read: Callable[[], RunConfig], launched: Path | No
 def launch(config: RunConfig, arguments: Sequence[str]) -> int:
     """Starts the ranks on this host, and starts them anew when one is lost."""
     cluster, roles = config.cluster, config.cluster.roles
-    roles.check(config.training.micro_batches, config.engine.reduction_groups)
+    roles.check(config.training.most_micro_batches, config.engine.reduction_groups)
     address = own_address(cluster.address)
     require_free_port(address, cluster.port)
     found = glance(config.store)

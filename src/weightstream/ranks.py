@@ -164,7 +164,7 @@ def _check_size(config: RunConfig, place: Place) -> None:
             f"cluster.workers={cluster.workers} with cluster.memory={cluster.memory} are {cluster.roles.size} ranks, "
             f"torchrun started {place.size}; make both the same"
         )
-    cluster.roles.check(config.training.micro_batches, config.engine.reduction_groups)
+    cluster.roles.check(config.training.most_micro_batches, config.engine.reduction_groups)
 
 
 def _check_same(links: "Links", config: RunConfig) -> None:

@@ -22,12 +22,13 @@ from weightstream.data.dataset import Dataset, prepare
 from weightstream.data.tokenizer import Tokenizer
 from weightstream.engine import Engine
 from weightstream.errors import StoreError
-from weightstream.hosts import cores, free_memory_bytes
+from weightstream.hosts import free_memory_bytes
 from weightstream.hub import initial_values
 from weightstream.machine.profile import DEFAULT_PATH, Profile, load_profile
 from weightstream.predicting import predict, prediction_text
 from weightstream.preflight import require_memory, require_same_text, store_exists
 from weightstream.ranks import ALONE, Ranks
+from weightstream.sizing import Choice, choose, divided, micro_batch_of, predicted_step, trained_with
 from weightstream.store.glance import glance
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
@@ -73,6 +74,7 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: Ranks = ALONE) -
                 f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
             )
         ranks.first(lambda: _try(config, ranks, rehearse=False))
+    config = _divided(config, ranks, say)
     weights = ranks.together(lambda: _weights(config, say))
     began_s, training = time.monotonic(), config.training
 
@@ -127,15 +129,30 @@ def _temporary(config: RunConfig) -> Iterator[Engine]:
             engine.close()
 
 
+def _divided(config: RunConfig, ranks: Ranks, say: Say) -> RunConfig:
+    """The configuration with the micro-batches that `micro_batch: auto` means: those of the store's steps, else what the
+    first rank chooses, before a store is made."""
+    if config.training.micro_batch != "auto":
+        return config
+    chosen = ranks.first(lambda: _chosen(config, None, say) if ranks.speaks else None)
+    size, count, line = ranks.gather(
+        None if chosen is None else [chosen.size, chosen.micro_batches, chosen.describe()]
+    )[0]
+    say(line)
+    return divided(config, Choice(size, count))
+
+
+def _chosen(config: RunConfig, profile: Path | None, say: Say) -> Choice:
+    found = trained_with(config.store, config)
+    if found is not None:
+        return found
+    with _temporary(config) as engine:
+        return choose(engine, config, _profile(profile, say))
+
+
 def _rehearse(engine: Engine, config: RunConfig, micro_batches: int | None = None) -> None:
     """One micro-batch of the run's size, so that the plan knows the activations and refuses what will not fit."""
-    engine.rehearse(_micro_batch(config), micro_batches=micro_batches or config.training.micro_batches)
-
-
-def _micro_batch(config: RunConfig) -> dict[str, Tensor]:
-    training = config.training
-    ids = torch.zeros((training.micro_batch_size, training.sequence_length), dtype=torch.long)
-    return {"input_ids": ids, "labels": ids}
+    engine.rehearse(micro_batch_of(config.training), micro_batches=micro_batches or config.training.micro_batches)
 
 
 def _engine(
@@ -218,7 +235,9 @@ def predicted_spans(run: Run, say: Say, path: Path | None = None) -> Sequence[Sp
         if profile is None:
             return None
         micro_batches = config.training.micro_batches
-        found = predict(run.engine, _micro_batch(config), profile, micro_batches=micro_batches, keep_spans=True)
+        found = predict(
+            run.engine, micro_batch_of(config.training), profile, micro_batches=micro_batches, keep_spans=True
+        )
     except Exception as error:  # whatever a model does that the census does not know: training goes on
         say(f"no prediction: {error}")
         return None
@@ -235,7 +254,7 @@ def fit(
     """
     say = _sayer(console)
     with opened(config, say, create=True, ranks=ranks) as run:
-        engine = run.engine
+        config, engine = run.config, run.engine
         trainer = Trainer(engine, run.dataset, config.training, seed=config.seed)
         if ranks.speaks:
             (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -273,12 +292,16 @@ def fit(
 def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, Any]:
     """What a run would use, found out without the text and without leaving anything behind; and, where this machine has
     been measured, how long it would take."""
+    chosen = _chosen(config, profile, say) if config.training.micro_batch == "auto" else None
+    config = config if chosen is None else divided(config, chosen)
     with _temporary(config) as engine:
         _rehearse(engine, config)
         allotment, bound = engine.allotment, engine.bytes_bound()
         text, predicted = _predicted(engine, config, say, profile)
         return {
-            "text": f"{engine.plan}\n{text}",
+            "text": "\n".join([engine.plan, *([] if chosen is None else [chosen.describe()]), text]),
+            "micro_batches": config.training.micro_batches,
+            "micro_batch_size": config.training.micro_batch_size,
             "predicted": predicted,
             "parameters": sum(block.numel for block in engine.store.blocks),
             "state_bytes": _state_bytes(engine.store),
@@ -310,11 +333,10 @@ def _predicted(engine: Engine, config: RunConfig, say: Say, path: Path | None) -
     profile = _profile(path, say)
     if profile is None:
         return "seconds per step  not known: run `weightstream calibrate` first", None
-    training, cluster = config.training, config.cluster.roles
-    found = predict(
-        engine, _micro_batch(config), profile, micro_batches=training.micro_batches, cluster=cluster,
-        threads=config.engine.threads_per_worker or (None if cluster.size == 1 else max(1, cores() // cluster.size)),
-    )  # fmt: skip
+    training = config.training
+    found = predicted_step(
+        engine, config, profile, size=training.micro_batch_size, micro_batches=training.micro_batches
+    )
     each = training.micro_batch_size * training.sequence_length
     figures = {
         "seconds_per_step": found.seconds_per_step,
@@ -333,7 +355,7 @@ def _predicted(engine: Engine, config: RunConfig, say: Say, path: Path | None) -
 def measure(config: RunConfig, say: Say, *, sequences: int | None) -> dict[str, Any]:
     """The validation loss of a trained store."""
     with opened(config, say, create=False) as run:
-        rule, training = config.training.validation, config.training
+        rule, training = run.config.training.validation, run.config.training
         found = evaluate(
             run.engine,
             run.dataset.validation_sequences(training.sequence_length),

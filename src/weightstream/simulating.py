@@ -1,12 +1,15 @@
 """`weightstream simulate`: a job out of names or a configuration, its simulated step, and what follows for a run."""
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from weightstream.config import RunConfig
 from weightstream.errors import ConfigError
+from weightstream.machine.as_cluster import cluster_of
+from weightstream.machine.profile import load_profile
 from weightstream.report.figures import Line, Section, page, preformatted, timeline, utilisation
 from weightstream.report.figures import curve as figure_of
 from weightstream.simulator.clusters import CLUSTERS, THIS_MACHINE, ClusterPreset, cluster_named
@@ -36,9 +39,13 @@ class Asked:
     failures_per_hour: float = 0.0
     recovery_s: float = 600.0
     seed: int = 0
+    profile: Path | None = None
 
 
-def job_of(asked: Asked, config: RunConfig | None) -> Job:
+Say = Callable[[str], None]
+
+
+def job_of(asked: Asked, config: RunConfig | None, say: Say = lambda text: None) -> Job:
     """The job that is meant.
 
     Raises:
@@ -50,7 +57,7 @@ def job_of(asked: Asked, config: RunConfig | None) -> Job:
             "simulate: give a YAML file or a run's folder, or --model with --cluster, --workers and --batch"
         )
     model = shape_of(config) if config is not None else model_named(str(asked.model))
-    cluster = _cluster(asked.cluster)
+    cluster = _cluster(asked, config, say)
     workers = asked.workers or (config.cluster.workers if config is not None else 1)
     cluster.check(workers)
     batch = asked.batch or (config.training.sequences_per_step if config is not None else None)
@@ -72,15 +79,23 @@ def job_of(asked: Asked, config: RunConfig | None) -> Job:
     )
 
 
-def _cluster(name: str | None) -> ClusterPreset:
-    if name is None:
-        raise ConfigError(f"simulate: expected --cluster, one of {', '.join(CLUSTERS)}")
-    if name == THIS_MACHINE:
-        raise ConfigError(
-            f"--cluster {THIS_MACHINE}: what this machine was measured to do is what `weightstream plan CONFIG.yaml` predicts "
-            f"with, after `weightstream calibrate`; here take one of {', '.join(CLUSTERS)}"
-        )
-    return cluster_named(name)
+def _cluster(asked: Asked, config: RunConfig | None, say: Say) -> ClusterPreset:
+    """The preset that is named; for a configuration this machine, if none is."""
+    if asked.cluster == THIS_MACHINE or (asked.cluster is None and config is not None):
+        return cluster_of(
+            load_profile(asked.profile, say), disk_bytes=shutil.disk_usage(_near(config)).free,
+            device_memory=None if config is None else config.engine.device_memory,
+            host_memory=None if config is None else config.engine.host_memory,
+        )  # fmt: skip
+    if asked.cluster is None:
+        raise ConfigError(f"simulate: expected --cluster, one of {', '.join([*CLUSTERS, THIS_MACHINE])}")
+    return cluster_named(asked.cluster)
+
+
+def _near(config: RunConfig | None) -> Path:
+    """A folder on the disk that the records would be on."""
+    place = Path() if config is None else config.store
+    return next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
 
 
 def shape_of(config: RunConfig) -> ModelShape:
@@ -120,10 +135,15 @@ def shape_of(config: RunConfig) -> ModelShape:
 
 
 def simulated(
-    asked: Asked, config: RunConfig | None, *, html: Path | None = None, trace: Path | None = None
+    asked: Asked,
+    config: RunConfig | None,
+    say: Say = lambda text: None,
+    *,
+    html: Path | None = None,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """What `--json` prints; also writes the page and the trace, where they are asked for."""
-    found, outcome = report(asked, config, keep_spans=html is not None or trace is not None)
+    found, outcome = report(asked, config, say, keep_spans=html is not None or trace is not None)
     if trace is not None:
         export(trace, (), outcome.spans)
     if html is not None:
@@ -164,9 +184,11 @@ def claims() -> str:
     return page_of_claims()
 
 
-def report(asked: Asked, config: RunConfig | None, *, keep_spans: bool = False) -> tuple[dict[str, Any], Outcome]:
+def report(
+    asked: Asked, config: RunConfig | None, say: Say = lambda text: None, *, keep_spans: bool = False
+) -> tuple[dict[str, Any], Outcome]:
     """What `--json` prints, and the outcome itself."""
-    job = job_of(asked, config)
+    job = job_of(asked, config, say)
     found = run(job, keep_spans=keep_spans)
     points = curve(job)
     tokens = asked.tokens or TOKENS_PER_PARAMETER * job.model.parameters

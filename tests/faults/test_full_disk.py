@@ -289,7 +289,7 @@ def test_a_read_error_names_block_and_file_and_harms_nothing(directory: Path, di
     run(path, until=3)
     with reopen(path, device) as store:
         buffer = RecordBuffer(store.layout(0))
-        view = AlignedBuffer(store.layout(0).streamed.nbytes).view
+        view = AlignedBuffer(store.layout(0).fetched_nbytes).view
         name = segment(store, 0).name
         for pinned in (False, True):
             if pinned:

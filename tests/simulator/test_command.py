@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.machine.profiles import profile
 
 from weightstream.cli import main
 from weightstream.simulator.published import FIGURES
@@ -69,6 +70,32 @@ def test_a_configuration_is_simulated_on_a_preset(command: Any, tmp_path: Path) 
     # embedding and head of 8,192 rows, and layers of 4 + 3 · 688/256 matrices of 256 × 256
     assert found["parameters"] == 2 * 8192 * 256 + 5 * (4 * 256 * 256 + 3 * 256 * 688)
     assert (found["batch"], found["sequence"], found["clipping"]) == (8, 128, True)
+
+
+def test_this_machine_is_a_cluster_of_its_cores(command: Any, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: {model_type: llama, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 2, num_attention_heads: 4}\n"
+        "data: {sources: [stdlib], tokenizer: {size: 8192}}\n"
+        "training: {micro_batches: 4, micro_batch_size: 1, sequence_length: 64, clip_norm: null}\n"
+        f"out: {tmp_path / 'run'}\n"
+    )
+    told = ("--profile", str(tmp_path / "profile.toml"), "--json")
+    code, _, err = command(str(config), *told)
+    assert (code, "run `weightstream calibrate` first" in err) == (2, True)
+    profile().save(tmp_path / "profile.toml")
+    code, out, err = command(str(config), "--workers", "2", *told)
+    found = json.loads(out)
+    assert code == 0
+    assert "is of another machine" in err
+    one, two = found["scaling"]
+    assert (found["cluster"], found["energy_kwh"], one["workers"], two["workers"]) == ("this-machine", 0, 1, 2)
+    # 1 GFLOP/s of one core: 3 to 4 passes of 2 operations per parameter and token, embedding apart; nothing goes faster
+    layers = 2 * (4 * 256 * 256 + 3 * 256 * 688) + 8192 * 256
+    assert one["step_s"] >= 4 * 64 * 6 * layers / 1e9
+    # a second core that both slow down by a quarter less than it gains
+    assert one["step_s"] / 2 < two["step_s"] < one["step_s"]
+    assert "1 to 2 cores" in command(str(config), "--workers", "3", *told)[2]
 
 
 def test_published_figures_are_printed_though_one_is_not_met(command: Any) -> None:

@@ -19,6 +19,7 @@ import torch
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from weightstream.errors import ConfigError
+from weightstream.hosts import cores
 from weightstream.section import Section
 from weightstream.sparse.choosing import Curve
 
@@ -172,7 +173,7 @@ def this_machine() -> Machine:
     """What is compared: the processor, its cores, memory, and the library that computes."""
     return Machine(
         processor=_line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         torch=str(torch.__version__),
     )

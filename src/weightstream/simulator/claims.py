@@ -50,7 +50,7 @@ class Scaled:
     enough: int | None
 
 
-def gather() -> tuple[list[Row], list[Scaled], Outcome]:
+def gather() -> tuple[Sequence[Row], list[Scaled], Outcome]:
     """All that the page is made of: the validation's rows, the scaling of three models, and a step of one with experts."""
     jobs = {
         name: Job(model=MODELS[name], cluster=CLUSTERS["cs-2"], workers=SYSTEMS, batch=BATCH, sequence=SEQUENCE)

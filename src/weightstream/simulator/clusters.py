@@ -1,7 +1,7 @@
 """Clusters as a few numbers, with their sources; what is unverified says so, and goes with every figure that rests on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weightstream.cluster import Cluster
 from weightstream.errors import PlanError
@@ -35,6 +35,9 @@ class ClusterPreset:
         update_bytes_per_s: at which records are read and written in memory for the optimizer, all owners together.
         watts: of one system.
         host_watts: of what there is besides, once.
+        updates_beside: whether records are updated by processors that do not compute.
+        io_compute_s_per_byte: what a byte that is read or written takes from compute.
+        crowded: by number of systems, how many times slower each of them computes because all share memory and caches.
     """
 
     name: str
@@ -48,6 +51,9 @@ class ClusterPreset:
     update_bytes_per_s: float
     watts: float
     host_watts: float = 0.0
+    updates_beside: bool = True
+    io_compute_s_per_byte: float = 0.0
+    crowded: Mapping[int, float] = field(default_factory=dict)
     link: Link | None = None
     disk: Disk | None = None
     disk_bytes: int = 0
@@ -83,14 +89,19 @@ class ClusterPreset:
         """
         self.check(workers)
         ranks = self.ranks(workers)
-        first = ranks.compute_ranks.start
+        first, crowd = ranks.compute_ranks.start, self.crowded.get(workers, 1.0)
+        factors = slowdown or {}
         return Hardware(
             cluster=ranks, hosts=tuple(range(ranks.size)) if self.apart else (0,) * ranks.size,
             # a system computes with processors of its own: nothing on its host slows it down
             cores_per_host=1.0 if self.apart else float(ranks.size), cores_per_rank=1.0, disk=self.disk,
             link=self.link if ranks.size > 1 else None, memory_bytes_per_s=self.memory_bytes_per_s,
             memory_of={0: self.update_bytes_per_s} if self.apart else {},
-            updates_beside=True, slowdown={first + worker: factor for worker, factor in (slowdown or {}).items()},
+            updates_beside=self.updates_beside, io_compute_s_per_byte=self.io_compute_s_per_byte,
+            slowdown={
+                first + worker: crowd * factors.get(worker, 1.0)
+                for worker in (range(workers) if crowd > 1 else factors)
+            },
         )  # fmt: skip
 
     def describe(self) -> str:

@@ -4,6 +4,7 @@ A job is so many seconds of work at full rate. Whenever one comes or goes, the r
 anew, so that between two changes everything is linear: the only error is that of rounding.
 """
 
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -29,7 +30,7 @@ class Job:
     ends_s: float = 0.0
 
 
-class Flow:
+class Flow(ABC):
     """Jobs that progress together, each at its own rate; `_share` says at which.
 
     `used_s` are the seconds of full use so far, by lane.
@@ -47,12 +48,12 @@ class Flow:
         self._advance()
         return list(self._used)
 
+    @abstractmethod
     def _share(self) -> None:
         """Sets the rate of every active job."""
-        raise NotImplementedError
 
-    def _ended(self, job: Job) -> None:
-        """A job is done, and no longer active."""
+    def _ended(self, job: Job) -> None:  # noqa: B027
+        """A job is done, and no longer active; most resources have nothing to do then."""
 
     def _use(self, job: Job) -> float:
         """How much of the resource a job has at present."""

@@ -733,7 +733,10 @@ def _sync_place(path: Path, device: Device) -> None:
             device.sync_directory(folder)
         _sync_names_above(path, device)
     except OSError as error:
-        raise StoreError(f"store '{path}' cannot be written on this host: {error.strerror}") from error
+        raise StoreError(
+            f"store '{path}' cannot be written on this host: {error.strerror}; make room, or see to the path and its "
+            "permissions"
+        ) from error
 
 
 def _sync_names_above(path: Path, device: Device) -> None:

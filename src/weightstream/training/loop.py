@@ -63,6 +63,7 @@ class Trainer:
         self.batches = Batches(
             sequences=train, order=dataset.order(train, seed), count=config.micro_batches, size=config.micro_batch_size
         )
+        engine.progress["micro_batch_size"] = config.micro_batch_size  # for `micro_batch: auto`, wherever it goes on
         for key, found in (("data", dataset.digest), ("sequence_length", config.sequence_length)):
             expected = engine.progress.setdefault(key, found)
             if expected != found:

@@ -1,5 +1,7 @@
 """`training`: how long, in which portions, and what is watched on the way."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from weightstream.section import Section
@@ -42,6 +44,8 @@ class TrainingConfig(Section):
     steps: int = Field(default=1000, ge=1)
     micro_batches: int = Field(default=4, ge=1)
     micro_batch_size: int = Field(default=4, ge=1)
+    micro_batch: Literal["given", "auto"] = "given"
+    """auto: a step keeps its `micro_batches` times `micro_batch_size` sequences, divided as suits the machine."""
     sequence_length: int = Field(default=512, ge=2)
     clip_norm: float | None = Field(default=1.0, gt=0)
     """The global gradient norm above which gradients are scaled down; null never does."""
@@ -54,6 +58,11 @@ class TrainingConfig(Section):
     @property
     def sequences_per_step(self) -> int:
         return self.micro_batches * self.micro_batch_size
+
+    @property
+    def most_micro_batches(self) -> int:
+        """How many micro-batches a step may have."""
+        return self.sequences_per_step if self.micro_batch == "auto" else self.micro_batches
 
     @property
     def tokens_per_step(self) -> int:
