@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightstream.blocks import Block, Parameter
     from weightstream.engine import Engine
+    from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
     from weightstream.store.families import Family
     from weightstream.store.optimizers import SGD, Adafactor, AdamW, Group, Lion, Torch
     from weightstream.store.recipes import Recipe
@@ -27,8 +28,11 @@ __all__ = [
     "Group",
     "Lion",
     "Parameter",
+    "Ramp",
     "Recipe",
     "RecordBuffer",
+    "Sparsity",
+    "SparsityGroup",
     "Store",
     "Torch",
     "constant",
@@ -45,6 +49,7 @@ _HOMES = {
     "Family": "weightstream.store.families",
     "Recipe": "weightstream.store.recipes",
     "RecordBuffer": "weightstream.store.segments",
+    **dict.fromkeys(("Ramp", "Sparsity", "SparsityGroup"), "weightstream.sparse.settings"),
     **dict.fromkeys(("SGD", "Adafactor", "AdamW", "Group", "Lion", "Torch"), "weightstream.store.optimizers"),
     **dict.fromkeys(("constant", "cosine", "linear", "wsd"), "weightstream.store.schedules"),
 }

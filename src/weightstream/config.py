@@ -19,6 +19,7 @@ from weightstream.cluster import Cluster
 from weightstream.data.dataset import DataConfig
 from weightstream.errors import ConfigError
 from weightstream.section import Bytes, Section
+from weightstream.sparse.section import SparsityConfig
 from weightstream.training.settings import TrainingConfig
 
 
@@ -168,6 +169,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     engine: EngineConfig = EngineConfig()
+    sparsity: SparsityConfig = SparsityConfig()
     cluster: ClusterConfig = ClusterConfig()
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     out: Path = Path("runs/run")

@@ -181,7 +181,7 @@ class Costs:
         link = self.profile.link if self.ranks > 1 else None
         down_s = link.broadcast_cpu_s_per_byte if link else 0.0
         for place, visit in zip(facts.visits, census.visits, strict=True):
-            received = down_s * facts.blocks[place.block].streamed_bytes / facts.present
+            received = down_s * facts.blocks[place.block].fetched_bytes / facts.present
             forward.append(self._run(tables, visit.forward, "forward") + received)
             recompute.append(self._run(tables, visit.recompute, "forward"))
             arriving = 0.0 if at_reduce else self._arriving(tables, visit)

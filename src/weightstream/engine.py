@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,11 +31,15 @@ from weightstream.schedule.cost import StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
+from weightstream.sparse.pieces import dense_by_default
+from weightstream.sparse.settings import Sparsity
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.owned import Holding
+from weightstream.store.owned import NEVER_SPARSE, Holding, Largest
 from weightstream.store.recording import EVERY_NAME, record
+from weightstream.store.sparsity import Sparsity as StoredSparsity
+from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
 from weightstream.trace.recorder import Recorder
@@ -62,10 +66,20 @@ class MovedBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskFacts:
+    """One sparse parameter after a change of its mask: the part that exists, and how much of that is new."""
+
+    density: float
+    turnover: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """One step: mean loss over target tokens, norm before clipping, and what it cost.
 
-    `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took.
+    `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took. `masks` say of
+    each sparse parameter whose mask was changed during this step what it came to; with clipping that is the update that
+    the step before it led to.
     """
 
     step: int
@@ -78,6 +92,7 @@ class StepResult:
     bytes: MovedBytes
     skipped: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
+    masks: Mapping[str, MaskFacts] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -130,6 +145,7 @@ class Engine:
         cluster: who computes and who owns records, where this process is one rank of several; every rank makes the same
             calls of an engine. The result has the same bits for any number of ranks.
         links: this rank's connections to the others (`fabric.distributed.connect`).
+        sparsity: which parameters are sparse, and how; fixed when the store is made.
 
     Raises:
         PlanError: a budget is too small; the message names the smallest that works.
@@ -164,6 +180,7 @@ class Engine:
         initial: Mapping[str, Tensor] | None = None,
         cluster: Cluster | None = None,
         links: Links | None = None,
+        sparsity: Sparsity | None = None,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -173,6 +190,11 @@ class Engine:
             raise ConfigError(f"reduction_groups={reduction_groups}, prefetch={prefetch}: expected at least 1 each")
         if panel_elements is not None and panel_elements < 1:
             raise ConfigError(f"panel_elements: expected at least 1 element or None, found {panel_elements!r}")
+        if sparsity is not None and sparsity.groups and not optimizer.elementwise:
+            raise ConfigError(
+                f"sparsity: expected an optimizer that treats elements one by one, such as AdamW, SGD or Lion, found "
+                f"{type(optimizer).__name__}; give one of them, or leave sparsity out"
+            )
         self._interval = Interval(commit_every)
         self._log = log or (lambda text: None)
         self._closed = False
@@ -201,12 +223,14 @@ class Engine:
         contract = contract_of(
             self.model, optimizer=optimizer, device=self.device, precision=precision, seed=seed,
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
+            **({"sparsity": sparsity.to_json()} if sparsity and sparsity.groups else {}),
         )  # fmt: skip
-        wanted = Wanted(
+        self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
             element_bytes=DTYPES[precision].itemsize,
             max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
+            sparsity=sparsity if sparsity and sparsity.groups else None, dense=dense_by_default(self.model),
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             self._start()
@@ -232,13 +256,27 @@ class Engine:
         cluster = self.ranks.cluster
         self.owner = self._owners(cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
-        self.holding = Holding(self.store, owned)
+        self.masking = self._wanted.masking(self.store.units)
+        now = self._sparsity_now(owned)
+        self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
+        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now)
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
         self.store.watch(self.recorder.log)
-        self._division = divide(self.store, cluster, self.owner, self._budgets.reduction_groups)
+        self._division = self._divide(cluster, self.owner)
         facts = self._facts(cluster.workers)
         self.runtime = self._runtime(facts, allot(facts))
         self.store.before_look, self.store.attached = self._before_look, True
+
+    def _sparsity_now(self, owned: Sequence[int]) -> dict[int, StoredSparsity]:
+        """How sparse each unit is that may be: whoever owns it knows."""
+        if self.masking is None:
+            return {}
+        own = [(u, sparsity_to_json(self.store.sparsity(u))) for u in owned if u in self.masking.of_unit]
+        return {unit: sparsity_from_json(found) for each in self.gather(own) for unit, found in each}
+
+    def _divide(self, cluster: Cluster, owner: Sequence[int]) -> Division:
+        groups = self._budgets.reduction_groups
+        return divide(self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking)
 
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
@@ -253,15 +291,19 @@ class Engine:
         }  # fmt: skip
         staging = Staging(
             store, self.holding.staged, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
-            immediate=not facts.deferred, **common,
+            immediate=not facts.deferred, image_now=self.holding.staged_now, **common,
         )  # fmt: skip
         keeper = Keeper(
-            self.holding, facts, allotment, staging, self._interval, wait=lambda future: self.runtime.wait(future)
-        )
+            self.holding, facts, allotment, staging, self._interval, lambda future: self.runtime.wait(future),
+            self.masking,
+        )  # fmt: skip
         peers: Peers = Alone(staging, facts.reduction_groups)
         if self.ranks.links is not None:
             ring = SUMS_TRAVELLING if self.ranks.computes else 0
-            sums = Staging(store, self.holding.gradients, in_ram=frozenset(), ring=ring, immediate=True, **common)
+            sums = Staging(
+                store, self.holding.gradients, in_ram=frozenset(), ring=ring, immediate=True,
+                image_now=self.holding.gradients_now, **common,
+            )  # fmt: skip
             peers = Together(
                 self.ranks.links, self.ranks.cluster, self.holding, self.owner,
                 sums=sums, staging=staging, groups=facts.reduction_groups, uses=self._uses,
@@ -295,7 +337,7 @@ class Engine:
 
     def _owners(self, cluster: Cluster) -> tuple[int, ...]:
         """The memory rank that owns each unit on a cluster."""
-        sizes = [self.store.layout(unit.index).image_nbytes for unit in self.store.units]
+        sizes = [self.store.layouts[unit.index].image_nbytes for unit in self.store.units]  # as they began
         return owners(sizes, len(cluster.memory_ranks))
 
     def _facts(self, micro_batches: int, division: Division | None = None) -> Facts:
@@ -313,14 +355,12 @@ class Engine:
             PlanError: they do not fit; the message names the smallest budget that does.
         """
         cluster.check(micro_batches, self._budgets.reduction_groups)
-        division = divide(self.store, cluster, self._owners(cluster), self._budgets.reduction_groups)
-        facts = self._facts(micro_batches, division)
+        facts = self._facts(micro_batches, self._divide(cluster, self._owners(cluster)))
         return facts, allot(facts)
 
     def whole_facts(self, micro_batches: int) -> Facts:
         """The facts of a step with the bytes of whole blocks, whoever owns them."""
-        whole = divide(self.store, Cluster(), [0] * len(self.store.units), self._budgets.reduction_groups)
-        return self._facts(micro_batches, whole)
+        return self._facts(micro_batches, self._divide(Cluster(), [0] * len(self.store.units)))
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
@@ -414,7 +454,7 @@ class Engine:
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds),
+            seconds=dict(outcome.seconds), masks=self._mask_facts(),
         )  # fmt: skip
 
     @property
@@ -531,8 +571,17 @@ class Engine:
         return MovedBytes(read, written, self.bytes_bound().total)
 
     def bytes_bound(self) -> StepBytes:
-        """The least that a steady step must move between host and disk under the present allotment."""
-        return self.bytes_bound_of(self.runtime.facts, self.runtime.allotment)
+        """The least that a steady step must move between host and disk under the present allotment, and with what is sparse
+        as it is now."""
+        facts = self.runtime.facts
+        if self.masking is not None:
+            now = {unit: (found,) for unit, found in self.holding.sparsity.items()}
+            groups = self._budgets.reduction_groups
+            division = divide(
+                self.store, self.ranks.cluster, self.owner, groups, sparse=Largest(now, self.holding.sparsity)
+            )
+            facts = replace(facts, blocks=self._facts(facts.micro_batches, division).blocks)
+        return self.bytes_bound_of(facts, self.runtime.allotment)
 
     def bytes_bound_of(self, facts: Facts, allotment: Allotment) -> StepBytes:
         """The same under any allotment for this engine's store."""
@@ -544,6 +593,29 @@ class Engine:
             blocks, deferred=facts.deferred, kept_across_turn=frozenset(recent[: allotment.slabs]),
             staged_on_disk=staged, pinned_copies=allotment.pinned_copies, pinned_states=allotment.pinned_states,
         )  # fmt: skip
+
+    def nonzeros(self) -> tuple[int, int]:
+        """How many non-zeros the sparse parameters have at present, and how many elements."""
+        found = self.densities()
+        return sum(nonzeros for nonzeros, _ in found.values()), sum(elements for _, elements in found.values())
+
+    def _mask_facts(self) -> dict[str, MaskFacts]:
+        """Of the parameters whose masks have changed since this was last asked, on whichever rank."""
+        if self.masking is None:
+            return {}
+        grown: dict[str, int] = {}
+        for found in self.gather(self.masking.take_grown()):
+            for name, cells in found.items():
+                grown[name] = grown.get(name, 0) + cells
+        densities = self.densities()
+        return {
+            name: MaskFacts(densities[name][0] / densities[name][1], grown[name] / densities[name][0])
+            for name in sorted(grown)
+        }
+
+    def densities(self) -> dict[str, tuple[int, int]]:
+        """The same by name of each parameter that may be sparse."""
+        return {} if self.masking is None else self.masking.densities(self.holding.sparsity)
 
     # looking, and leaving
 
@@ -643,4 +715,4 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), value)
 
 
-__all__ = ["Engine", "MovedBytes", "StepResult"]
+__all__ = ["Engine", "MaskFacts", "MovedBytes", "StepResult"]

@@ -5,13 +5,16 @@ before it is next served; without, as soon as its gradient is complete. Of a blo
 nothing is done; all ranks nevertheless agree on what is due.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from weightstream.errors import StoreError
 from weightstream.fabric.staging import Pool, Staging
+from weightstream.masking import Masking
 from weightstream.schedule.operations import Load, Operation, Update, Write
 from weightstream.schedule.planner import Allotment, Facts
 from weightstream.store.futures import chain
@@ -34,12 +37,20 @@ class Keeper:
 
     Args:
         wait: waits for bytes, and notes the time for which compute stood still.
+        masking: of the sparse parameters, if there are any.
     """
 
     def __init__(
-        self, holding: Holding, facts: Facts, allotment: Allotment, staging: Staging, interval: Interval, wait: Wait
+        self,
+        holding: Holding,
+        facts: Facts,
+        allotment: Allotment,
+        staging: Staging,
+        interval: Interval,
+        wait: Wait,
+        masking: Masking | None = None,
     ) -> None:
-        self.holding, self.store, self.staging = holding, holding.store, staging
+        self.holding, self.store, self.staging, self.masking = holding, holding.store, staging, masking
         self.deferred = facts.deferred
         self._record_buffers = allotment.record_buffers
         own = [block for block in facts.blocks if block.resident and block.trainable]
@@ -83,7 +94,9 @@ class Keeper:
         """The optimizer step on the records of one block, per tensor or panel, in their working buffer."""
         if self.poisoned or block not in self.due:
             return
+        step = self.pending_step if self.deferred else self.step
         if not self.holding.updated(block):
+            self._become(block, step)
             self.due.discard(block)
             return
         self._await_commit()
@@ -93,22 +106,39 @@ class Keeper:
         buffer = loaded.buffer.result()
         self.holding.check(block, buffer)
         self._updating = block
-        step = self.pending_step if self.deferred else self.step
         gradients = self.staging.gradients(block)
+        if self.coefficient < 1.0:
+            for grad in gradients.values():
+                grad.mul_(self.coefficient)
+        if self.masking is not None:
+            self.masking.update(self.holding, block, buffer, gradients, self.store.optimizer, step)
+        else:
+            self._optimize(block, buffer, gradients, step)
+        self._become(block, step)
+        self.staging.release(block)
+        self.due.discard(block)
+        loaded.checksums = self.holding.checksums(block, buffer)
+        loaded.updated = True
+
+    def _optimize(
+        self, block: int, buffer: WorkingBuffer, gradients: Mapping[tuple[str, int], Tensor], step: int
+    ) -> None:
         for piece in self.holding.pieces(block, buffer):
             grad = gradients.get((piece.name, piece.row))
             if grad is not None:
-                if self.coefficient < 1.0:
-                    grad.mul_(self.coefficient)
                 self.store.optimizer.update(
                     piece.master, grad, piece.states, name=piece.name, step=step, count=piece.count
                 )
             if piece.copy is not None:
                 piece.copy.copy_(piece.master)
-        self.staging.release(block)
-        self.due.discard(block)
-        loaded.checksums = self.holding.checksums(block, buffer)
-        loaded.updated = True
+
+    def _become(self, block: int, step: int) -> None:
+        if self.masking is not None:
+            self.masking.become(self.holding, block, step)
+
+    def whole(self, step: int) -> frozenset[tuple[str, int]]:
+        """The sparse pieces of which a step sums the dense gradient."""
+        return frozenset() if self.masking is None else self.masking.whole(step)
 
     def updated(self, block: int) -> WorkingBuffer | None:
         """The records of a block that is updated and not written yet."""
@@ -188,11 +218,13 @@ class Keeper:
             future.exception()
         self._writes.clear()
         self.store.discard()
+        self.holding.undo()
 
     def commit(self, step: int, progress: dict[str, Any]) -> None:
         """The step counts: it is committed, or accepted until a commit is due."""
         self._await_commit()
         self._writes.clear()
+        self.holding.accept()
         self._accepted = (step, progress)
         if self.interval.passed():
             self._commit_accepted()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import PANEL_ELEMENTS, Rule
+from weightstream.blocks import PANEL_ELEMENTS, Rule, Unit, cut
 from weightstream.errors import StoreMismatchError
 from weightstream.fabric.ranks import Ranks
+from weightstream.masking import Masking, first_mask, given_counts
 from weightstream.planning import Budgets, check_blocks, check_disk, split_within
+from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
 from weightstream.store.given import fill
@@ -25,7 +27,7 @@ from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision
 from weightstream.store.members import Members
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.owned import bytes_of_blocks
+from weightstream.store.owned import NEVER_SPARSE, Largest, bytes_of_blocks
 from weightstream.store.store import Store
 
 
@@ -43,6 +45,20 @@ class Wanted:
     rules: Mapping[str, Rule] | None
     panel_elements: int | None
     allow_other_numerics: bool
+    sparsity: Sparsity | None = None
+    dense: frozenset[str] = frozenset()
+    """Parameters that stay dense unless a group of `sparsity` says otherwise."""
+
+    def masking(self, units: Sequence[Unit]) -> Masking | None:
+        """The sparse parameters of a model that is cut into these units.
+
+        Raises:
+            ConfigError: the settings do not fit the model.
+        """
+        if self.sparsity is None:
+            return None
+        seed = int(self.contract["seed"])
+        return Masking(self.sparsity, units, self.dense, seed, given_counts(self.sparsity, units, self.dense))
 
     @property
     def splitting(self) -> dict[str, Any]:
@@ -87,7 +103,8 @@ def opened(
     store: Store | Elsewhere | None = None
     try:
         # a store at step 0 may be one whose filling was cut short; what is there already is not written again
-        begun = exists and bool(initial) and ranks.rank == 0 and committed_step(wanted.path) == 0
+        fills = bool(initial) or wanted.sparsity is not None
+        begun = exists and fills and ranks.rank == 0 and committed_step(wanted.path) == 0
         if not ranks.alone and ranks.gather(not exists or begun)[0]:
             ranks.agreed_slowly(lambda: _create_for_all(wanted, model, recipes, initial, ranks, exists=exists))
         there = exists or not ranks.alone
@@ -121,7 +138,7 @@ def _create_for_all(
     """With several ranks the first one makes the store, or fills one that was made, and then all memory ranks open it."""
     if ranks.rank == 0:
         with Store.open(wanted.path) if exists else _create(wanted, model, recipes) as store:
-            fill(store, initial)
+            _fill(wanted, store, initial)
 
 
 def _memory(
@@ -139,23 +156,35 @@ def _memory(
     store = _reopen(wanted, model, ranks) if exists else _create(wanted, model, recipes)
     try:
         if ranks.alone:
-            fill(store, initial)
+            _fill(wanted, store, initial)
     except BaseException:
         store.close()
         raise
     return store
 
 
+def _fill(wanted: Wanted, store: Store, initial: Mapping[str, Tensor]) -> None:
+    masking = wanted.masking(store.units)
+    fill(store, initial, None if masking is None else partial(first_mask, masking))
+
+
 def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> Store:
     panel_elements = PANEL_ELEMENTS if wanted.panel_elements is None else wanted.panel_elements
+
+    def largest_of(units: Sequence[Unit]) -> Largest:
+        masking = wanted.masking(units)
+        return NEVER_SPARSE if masking is None else masking.largest()
+
     sizes = partial(
-        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements
-    )
+        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements,
+        largest_of=largest_of,
+    )  # fmt: skip
     blocks = split_within(model, wanted.budgets, sizes, **wanted.splitting)
     check_disk(wanted.path, sizes(blocks), deferred=wanted.budgets.deferred)
+    masking = wanted.masking(cut(blocks, panel_elements=panel_elements, panels=wanted.optimizer.elementwise))
     return Store.create(
         wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
-        contract=wanted.contract, panel_elements=panel_elements,
+        contract=wanted.contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
     )  # fmt: skip
 
 

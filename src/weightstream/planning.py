@@ -7,18 +7,24 @@ from pathlib import Path
 
 from torch import nn
 
-from weightstream.blocks import Block, Rule, split
+from weightstream.blocks import Block, Rule, Unit, split
 from weightstream.cluster import Cluster
 from weightstream.errors import PlanError, StoreMismatchError
 from weightstream.fabric.together import SUMS_TRAVELLING, fabric_bytes
+from weightstream.masking import Masking
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot
 from weightstream.schedule.reduction import subtrees
 from weightstream.store.images import gradient_image
-from weightstream.store.owned import BlockBytes, block_bytes, largest
+from weightstream.store.layout import RecordLayout
+from weightstream.store.owned import NEVER_SPARSE, BlockBytes, Largest, block_bytes, largest
+from weightstream.store.sparsity import Sparsity
 from weightstream.store.store import Store
 from weightstream.units import format_bytes
+
+PLACE_BYTES = 8
+"""Of a non-zero in a slab: its number in the dense tensor, in the widest form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,25 +63,58 @@ class Division:
     gradients: tuple[int, ...]
     sum_buffers: int = 0
     fabric_bytes: int = 0
+    masks: tuple[int, ...] = ()
 
 
-def divide(catalogue: Store, cluster: Cluster, owner: Sequence[int], groups: int) -> Division:
-    """The division of a store's records among the memory ranks that own them (`owner`, by unit)."""
+def divide(
+    catalogue: Store,
+    cluster: Cluster,
+    owner: Sequence[int],
+    groups: int,
+    *,
+    sparse: Largest = NEVER_SPARSE,
+    masking: Masking | None = None,
+) -> Division:
+    """The division of a store's records among the memory ranks that own them (`owner`, by unit).
+
+    Args:
+        sparse: how sparse versions may be: there is room for all of them.
+        masking: of the sparse parameters, if their masks change.
+    """
     owned = [{unit for unit, rank in enumerate(owner) if rank == memory} for memory in cluster.memory_ranks]
     records, gradients, largest_unit = [], [], 0
     for block in catalogue.blocks:
         units = [catalogue.units[index] for index in catalogue.units_of(block.index)]
-        layouts = [catalogue.layout(unit.index) for unit in units]
-        records.append(largest([block_bytes(units, layouts, own) for own in owned]))
-        image = gradient_image(units)
+
+        def layout_of(unit: Unit, sparsity: Sparsity) -> RecordLayout:
+            return catalogue.layout_of(unit.index, sparsity)
+
+        records.append(largest([block_bytes(units, layout_of, own, sparse) for own in owned]))
+        image = gradient_image(units, sparse.gradients)
         gradients.append(image.nbytes)
         largest_unit = max([largest_unit, *(stop - start for start, stop in image.spans)])
+    masks = masks_bytes(catalogue.units, records, masking)
     if cluster.size == 1:
-        return Division(cluster, tuple(records), tuple(gradients))
+        return Division(cluster, tuple(records), tuple(gradients), masks=masks)
     images = max(len(subtrees(groups, cluster.groups_of(rank, groups))) for rank in cluster.compute_ranks)
     return Division(
-        cluster, tuple(records), tuple(gradients), SUMS_TRAVELLING * images, fabric_bytes(cluster, largest_unit)
+        cluster,
+        tuple(records),
+        tuple(gradients),
+        SUMS_TRAVELLING * images,
+        fabric_bytes(cluster, largest_unit),
+        masks,
     )
+
+
+def masks_bytes(units: Sequence[Unit], records: Sequence[BlockBytes], masking: Masking | None) -> tuple[int, ...]:
+    """By block, the host memory that a change of its masks needs: where counts change, also its records while they move."""
+    found = [0] * len(records)
+    for unit in units if masking is not None else ():
+        assert masking is not None
+        moved = records[unit.block].written if masking.resizes(unit.index) else 0
+        found[unit.block] = max(found[unit.block], masking.update_bytes(unit.index) + moved)
+    return tuple(found)
 
 
 def facts_of(
@@ -88,6 +127,7 @@ def facts_of(
     micro_batches: int = 1,
     measured: Measured | None = None,
     division: Division | None = None,
+    masks: Sequence[int] = (),
 ) -> Facts:
     """The facts of a step; before the calls of the model are known every block is visited once, in order.
 
@@ -95,17 +135,19 @@ def facts_of(
         uses: the visits that use each parameter; more than one means that it is tied.
         measured: left out of account where it is of other visits.
         division: with several ranks, who does what.
+        masks: where there is no division, what changes of masks need, by block.
     """
     counts = {name: len(visits) for name, visits in (uses or {}).items()}
     gradients = division.gradients if division else [record.gradients for record in records]
+    masks = (division.masks if division else masks) or (0,) * len(records)
     block_facts = tuple(
         BlockFacts(
             block.index, block.name, record.streamed, record.loaded, record.written, whole,
             block.trainable, block.resident,
             sum(4 * p.numel * counts[p.name] for p in block.parameters if p.trainable and counts.get(p.name, 0) > 1),
-            record.gradients,
+            record.gradients, record.fetched if record.sparse else 0, record.nonzeros * PLACE_BYTES, changes,
         )
-        for block, record, whole in zip(blocks, records, gradients, strict=True)
+        for block, record, whole, changes in zip(blocks, records, gradients, masks, strict=True)
     )  # fmt: skip
     if not visits:
         visits = tuple(Visit(block.index, block.name) for block in blocks if not block.resident)

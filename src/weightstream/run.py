@@ -203,6 +203,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "max_skipped_steps": settings.max_skipped_steps,
         "commit_every": settings.commit_every,
         "allow_other_numerics": settings.allow_other_numerics,
+        "sparsity": config.sparsity.settings(config.training.steps),
     }
 
 

@@ -43,6 +43,7 @@ from weightstream.store.futures import chain, done
 from weightstream.trace.recorder import Recorder
 from weightstream.worker.activations import Activations, Scratch
 from weightstream.worker.allocator import Ceiling
+from weightstream.worker.expanding import Expansion
 from weightstream.worker.slabs import Parameters, Slab, Slabs
 from weightstream.worker.worker import LossFunction, Worker
 
@@ -105,7 +106,9 @@ class Runtime:
             worker.device,
             (allotment.slabs, allotment.slab_bytes),
             [facts.blocks[index].streamed_bytes for index in self.residents],
+            (allotment.compressed_bytes, [facts.blocks[index].compressed_bytes for index in self.residents]),
         )
+        self.expansion = Expansion(keeper.holding)
         self.activations = Activations(scratch, worker.device)
         worker.slabs, worker.activations = self.slabs, self.activations
         self.outcome = StepOutcome()
@@ -152,6 +155,7 @@ class Runtime:
         self.own, self.micro_batches = tuple(micro_batches), count
         self._recorded = frozenset((None, *self.own))
         self._step, self._rehearsal = step, rehearsal
+        self.holding.whole = self.keeper.whole(step)
         self.keeper.step, self.keeper.poisoned = step, rehearsal
         self.visits, self.members, self._progress = [], [], progress
         for index in schedule.loaded if schedule else ():
@@ -314,13 +318,14 @@ class Runtime:
     def _fetch(self, block: int, slab: int) -> None:
         target = self.slabs[slab]
         self.slabs.hold(block, slab)
+        landing = self.expansion.landing(block, target)
         updated = self.keeper.updated(block)
         if updated is not None:
-            local = self.holding.serve(block, updated, target.landing)
+            local = self.holding.serve(block, updated, landing)
         else:
-            local = self.holding.fetch(block, target.landing)
-        arrival = self.peers.fetch(block, target.landing, local)
-        if target.device.type != "cpu":
+            local = self.holding.fetch(block, landing)
+        arrival = self.peers.fetch(block, landing, local)
+        if target.device.type != "cpu" and landing is target.landing:
             uploaded = chain([arrival.here], lambda: _uploaded(arrival.here, target))
             arrival = Arrival(uploaded, arrival.passed)
         self._arrivals[block] = arrival
@@ -331,6 +336,7 @@ class Runtime:
             self.wait(arrival.here)
             self.wait(arrival.passed)
         self.parameters.unbind(block)
+        self.expansion.forget(block)
         self.slabs.release(block)
 
     def _need(self, block: int) -> None:
@@ -339,6 +345,9 @@ class Runtime:
             self.wait(self._arrivals[block].here)
             slab = self.slabs.slab_of(block)
             assert slab is not None, f"block {block} is in no slab"
+            with self._computing():
+                if self.expansion.expand(block, self.slabs[slab]):
+                    self.slabs[slab].upload()
             self.parameters.bind(block, self.slabs[slab], self.holding.slabs[block])
 
     # the worker's side
@@ -378,8 +387,8 @@ class Runtime:
             self.worker.forward(visit, micro_batch, keep=last or visit in self.allotment.keep)
 
     def gradient(self, block: int, name: str, use: int, micro_batch: int, grad: Any) -> None:
-        """The worker's sink: one micro-batch's gradient of one parameter."""
-        self._sum(block).add(name, use, micro_batch, grad)
+        """The worker's sink: one micro-batch's gradient of one parameter; of a sparse one its non-zeros are summed."""
+        self._sum(block).add(name, use, micro_batch, self.expansion.gathered(block, name, grad))
 
     def _sum(self, block: int) -> Any:
         total = self.peers.sum_of(block)

@@ -12,6 +12,7 @@ from torch import nn
 from weightstream.errors import AuditError
 from weightstream.fabric.peers import Arrival, Peers
 from weightstream.store.owned import Holding
+from weightstream.worker.expanding import Expansion
 from weightstream.worker.slabs import Parameters, Slabs
 from weightstream.worker.worker import Worker
 
@@ -25,7 +26,7 @@ class StreamedModel:
     def __init__(
         self, holding: Holding, peers: Peers, worker: Worker, parameters: Parameters, slabs: Slabs, streaming: int
     ) -> None:
-        self._holding, self._peers = holding, peers
+        self._holding, self._peers, self._expansion = holding, peers, Expansion(holding)
         self._worker, self._parameters, self._slabs = worker, parameters, slabs
         self._free = list(range(streaming))
         self._arrivals: dict[int, Arrival] = {}
@@ -42,13 +43,15 @@ class StreamedModel:
         _announce(self._peers, [block, slab])
         target = self._slabs[slab]
         self._slabs.hold(block, slab)
-        self._arrivals[block] = self._peers.fetch(block, target.landing, self._holding.fetch(block, target.landing))
+        landing = self._expansion.landing(block, target)
+        self._arrivals[block] = self._peers.fetch(block, landing, self._holding.fetch(block, landing))
 
     def _present(self, block: int) -> None:
         if not self._parameters.present(block):
             self._arrivals[block].here.result()
             slab = self._slabs.slab_of(block)
             assert slab is not None
+            self._expansion.expand(block, self._slabs[slab])
             self._slabs[slab].upload()
             self._parameters.bind(block, self._slabs[slab], self._holding.slabs[block])
 
@@ -75,6 +78,7 @@ class StreamedModel:
         if block in self._recent:
             self._recent.remove(block)
         self._parameters.unbind(block)
+        self._expansion.forget(block)
         self._slabs.release(block)
 
     def call(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,11 +105,12 @@ class StreamedModel:
 def follow(holding: Holding, peers: Peers, slabs: Slabs) -> None:
     """What a rank that computes nothing does meanwhile: it sends what it owns of each block that is announced."""
     arrivals: dict[int, Arrival] = {}
+    expansion = Expansion(holding)
     while (announced := _announce(peers, _FOLLOWS)) is not None:
         block, slab = announced
         if slab in arrivals:
             arrivals[slab].passed.result()
-        view = slabs[slab].landing
+        view = expansion.landing(block, slabs[slab])
         arrivals[slab] = peers.fetch(block, view, holding.fetch(block, view))
     for arrival in arrivals.values():
         arrival.passed.result()

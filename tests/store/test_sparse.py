@@ -35,7 +35,7 @@ from weightstream.store.lasting import VARIABLE
 from weightstream.store.layout import record_layout
 from weightstream.store.masks import bits_from, bits_of, dense_of, put_bits
 from weightstream.store.optimizers import AdamW
-from weightstream.store.owned import Holding, WorkingBuffer
+from weightstream.store.owned import Holding, Largest, WorkingBuffer
 from weightstream.store.pull import pull
 from weightstream.store.push import push
 from weightstream.store.segments import RecordBuffer
@@ -383,7 +383,7 @@ def test_a_holding_lands_what_is_compressed(tmp_path: Path) -> None:
     """Slabs are dense; landing areas and working buffers are as large as versions are, or may become."""
     with make_sparse(tmp_path / "store") as store:
         largest = {index: [sparsity_of(store, index, 0.9), DENSE] for index in TALL}
-        holding = Holding(store, largest_sparsity=largest)
+        holding = Holding(store, largest=Largest(largest, {}))
         slab = slab_image([store.layout_of(index, DENSE) for index in TALL])
         assert holding.slabs[1] == slab
         assert holding.bytes[1].streamed == slab.nbytes
@@ -397,6 +397,7 @@ def test_a_holding_lands_what_is_compressed(tmp_path: Path) -> None:
         for shares in ((0.9, 0.5, 0.1), (1.0, 0.9, 1.0)):
             sparsities = {index: sparsity_of(store, index, share) for index, share in zip(TALL, shares, strict=True)}
             holding.rebind(1, buffer, sparsities)
+            holding.become(sparsities)
             wanted = {}
             for index, record in zip(TALL, buffer.records, strict=True):
                 source, wanted[index] = sparse_filled(store.layout_of(index, sparsities[index]), index)

@@ -18,6 +18,7 @@ from torch import Tensor
 from weightstream.fabric.reduction import BlockSum, Squares, squares_of, sum_of_squares
 from weightstream.store.futures import chain, done, new_future
 from weightstream.store.images import Image
+from weightstream.store.layout import TensorSpec
 from weightstream.store.segments import AlignedBuffer
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ class _Staged:
     """One block's gradient, from its first micro-batch until its update."""
 
     buffer: "Future[AlignedBuffer]"
+    image: Image
     targets: dict[str, Tensor] = field(default_factory=dict)
     total: BlockSum | None = None
     keys: tuple[Key, ...] = ()
@@ -98,7 +100,7 @@ class Staging:
     """Sums gradients as they come and holds them until they are used.
 
     Args:
-        images: how each block's gradient lies in memory, by block.
+        images: how each block's gradient lies in memory, by block: at most, where `image_now` says how it does at present.
         in_ram: blocks whose gradient has host memory of its own; the others pass through `ring` buffers to scratch.
         partial_sums: how many partial sums may be alive beside the leftmost; each gets a buffer on the device.
         held_gradients: how many gradients of a parameter may be kept until they are added together.
@@ -116,8 +118,10 @@ class Staging:
         held_gradients: int,
         device: torch.device,
         immediate: bool,
+        image_now: Callable[[int], Image] | None = None,
     ) -> None:
-        self._scratch, self._images, self._in_ram, self._immediate = scratch, images, in_ram, immediate
+        self._scratch, self._in_ram, self._immediate = scratch, in_ram, immediate
+        self._image_now = image_now or images.__getitem__
         self._held = held_gradients
         self._device = device
         self._own = {index: AlignedBuffer(images[index].nbytes) for index in in_ram}
@@ -125,7 +129,6 @@ class Staging:
         self._ring = Pool([AlignedBuffer(largest) for _ in range(ring)])
         self._partials = [AlignedBuffer(largest) for _ in range(partial_sums if device.type == "cpu" else 0)]
         self._staged: dict[int, _Staged] = {}
-        self._places = [{spec.name: spec for spec in image.tensors} for image in images]
 
     def open(
         self,
@@ -148,27 +151,23 @@ class Staging:
         own = self._own.get(block)
         patient = share is None  # with several ranks the runtime waits, outside of what it computes
         make = partial(AlignedBuffer, self._largest)
-        staged = _Staged(done(own if own is not None else self._ring.take_or(make, patient=patient)))
+        image = self._image_now(block)
+        staged = _Staged(done(own if own is not None else self._ring.take_or(make, patient=patient)), image)
         buffer = staged.buffer
         if self._device.type == "cpu":
-            staged.targets = self._tensors(block, buffer.result())
+            staged.targets = _tensors(image, buffer.result())
         else:  # sums are made where the gradients are, and leave the device once
-            staged.targets = {
-                name: torch.empty(spec.shape, device=self._device) for name, spec in self._places[block].items()
-            }
+            staged.targets = {spec.name: torch.empty(spec.shape, device=self._device) for spec in image.tensors}
+        places = {spec.name: spec for spec in image.tensors}
         staged.total = BlockSum(
-            staged.targets, lambda slot, name: self._partial(block, slot, name, brief),
+            staged.targets, lambda slot, name: self._partial(places[name], slot, brief),
             micro_batches=micro_batches, groups=groups, held=self._held if brief else 1,
-            panels=self._images[block].panels, share=share, present=present,
+            panels=image.panels, share=share, present=present,
         )  # fmt: skip
         self._staged[block] = staged
         return staged.total
 
-    def _tensors(self, block: int, buffer: AlignedBuffer) -> dict[str, Tensor]:
-        return {name: buffer.tensor(spec.dtype, spec.offset, spec.shape) for name, spec in self._places[block].items()}
-
-    def _partial(self, block: int, slot: int, name: str, brief: bool) -> Tensor:
-        spec = self._places[block][name]
+    def _partial(self, spec: TensorSpec, slot: int, brief: bool) -> Tensor:
         if not brief or self._device.type != "cpu" or slot >= len(self._partials):
             # on a device the allocator keeps them; on the host, gradients that are absent can leave more sums open than planned
             return torch.empty(spec.shape, device=self._device)
@@ -189,14 +188,14 @@ class Staging:
             return {}
         sums, squares = staged.total.close(), staged.total.squares
         if self._device.type != "cpu":
-            landing = self._tensors(block, staged.buffer.result())
+            landing = _tensors(staged.image, staged.buffer.result())
             sums = {name: landing[name].copy_(total) for name, total in sums.items()}
             staged.targets = landing
             squares = {}
             for name, total in sums.items():
-                squares |= squares_of(name, total, self._images[block].panels.get(name, ()))
+                squares |= squares_of(name, total, staged.image.panels.get(name, ()))
         staged.total = None
-        self._settle(block, staged, [(spec.name, spec.row) for spec in self._images[block].pieces if spec.name in sums])
+        self._settle(block, staged, [(spec.name, spec.row) for spec in staged.image.pieces if spec.name in sums])
         return squares
 
     def buffer_of(self, block: int) -> AlignedBuffer:
@@ -213,7 +212,7 @@ class Staging:
         """Memory for a block's gradient that is summed elsewhere; `settle` stages it."""
         own = self._own.get(block)
         buffer = own if own is not None else self._ring.take_or(lambda: AlignedBuffer(self._largest))
-        self._staged[block] = _Staged(done(buffer))
+        self._staged[block] = _Staged(done(buffer), self._image_now(block))
         return buffer
 
     def settle(self, block: int, keys: Sequence[Key]) -> Squares:
@@ -225,7 +224,7 @@ class Staging:
         staged = self._staged[block]
         buffer, wanted = staged.buffer.result(), set(keys)
         squares: Squares = {}
-        for spec in self._images[block].pieces:
+        for spec in staged.image.pieces:
             if (spec.name, spec.row) in wanted:
                 grad = buffer.tensor(spec.dtype, spec.offset, spec.shape)
                 squares[spec.name, spec.row] = sum_of_squares(grad)
@@ -238,7 +237,7 @@ class Staging:
             self.release(block)
         elif block not in self._in_ram and not self._immediate:
             buffer = staged.buffer.result()
-            written = self._scratch.scratch_write(("gradient", block), buffer.view[: self._images[block].nbytes])
+            written = self._scratch.scratch_write(("gradient", block), buffer.view[: staged.image.nbytes])
             self._ring.give(buffer, after=written)
         else:
             staged.ready = done(None)
@@ -250,7 +249,7 @@ class Staging:
             self._bring_back(block, staged, self._ring.take())
 
     def _bring_back(self, block: int, staged: _Staged, buffer: "Future[AlignedBuffer]") -> None:
-        nbytes = self._images[block].nbytes
+        nbytes = staged.image.nbytes
         staged.buffer = buffer
         staged.ready = chain(
             [buffer], lambda: self._scratch.scratch_read(("gradient", block), buffer.result().view[:nbytes])
@@ -275,7 +274,7 @@ class Staging:
         buffer, keys = staged.buffer.result(), set(staged.keys)
         return {
             (spec.name, spec.row): buffer.tensor(spec.dtype, spec.offset, spec.shape)
-            for spec in self._images[block].pieces
+            for spec in staged.image.pieces
             if (spec.name, spec.row) in keys
         }
 
@@ -330,3 +329,7 @@ class Staging:
             self._ring.take().result().close()
         for buffer in (*self._own.values(), *self._partials):
             buffer.close()
+
+
+def _tensors(image: Image, buffer: AlignedBuffer) -> dict[str, Tensor]:
+    return {spec.name: buffer.tensor(spec.dtype, spec.offset, spec.shape) for spec in image.tensors}

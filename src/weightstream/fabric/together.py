@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from weightstream.fabric.reduction import BlockSum
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.trees import Node
 from weightstream.schedule.reduction import subtrees
+from weightstream.store.images import Image
 from weightstream.store.owned import Holding
 from weightstream.trace.recorder import NO_LOG, Log
 
@@ -35,14 +35,6 @@ def fabric_bytes(cluster: Cluster, unit_bytes: int) -> int:
         unit_bytes: of the largest unit's gradient, which may be less than a chunk.
     """
     return chunks_ahead(cluster) * min(CHUNK * 4, unit_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """What of a block moves: spans in the slab on the way down, units of its gradient on the way up."""
-
-    spans: tuple[Span, ...]
-    gradients: tuple[UnitGradient, ...]
 
 
 class Together:
@@ -76,17 +68,20 @@ class Together:
         self._subtrees: tuple[Node, ...] = subtrees(groups, self._share)
         self._down = Broadcast(links.down, cluster, log)
         self._up = Reduction(links.up, cluster, groups, log)
-        self._blocks = [self._facts(block.index, owner) for block in holding.blocks]
+        self._owner = owner
+        self._spans = [self._spans_of(block.index) for block in holding.blocks]
+        self._units = [self._units_of(block.index, holding.gradients[block.index]) for block in holding.blocks]
+        self._varying = frozenset(holding.sparse_blocks())
 
-    def _facts(self, block: int, owner: Sequence[int]) -> _Block:
-        holding = self._holding
-        slab, image = holding.slabs[block], holding.gradients[block]
-        units = holding.store.units_of(block)
-        spans = tuple(
-            Span(unit, start, stop, owner[unit]) for unit, (start, stop) in zip(units, slab.spans, strict=True)
-        )
+    def _spans_of(self, block: int) -> tuple[Span, ...]:
+        """What of a block moves on the way down, and where it lands."""
+        landing = self._holding.landing(block)
+        return tuple(Span(unit, place.start, place.stop, self._owner[unit]) for unit, place in landing.items())
+
+    def _units_of(self, block: int, image: Image) -> tuple[UnitGradient, ...]:
+        """The units of its gradient on the way up."""
         gradients = []
-        for unit, (start, stop) in zip(units, image.spans, strict=True):
+        for unit, (start, stop) in zip(self._holding.store.units_of(block), image.spans, strict=True):
             pieces = tuple(
                 (spec.offset // 4, (spec.offset + spec.nbytes) // 4)
                 for spec in image.pieces
@@ -94,13 +89,19 @@ class Together:
             )
             if pieces:
                 span = (start // 4, stop // 4)
-                gradients.append(UnitGradient(unit, owner[unit], span, pieces, image.nbytes // 4))
-        return _Block(spans, tuple(gradients))
+                gradients.append(UnitGradient(unit, self._owner[unit], span, pieces, image.nbytes // 4))
+        return tuple(gradients)
+
+    def _gradients(self, block: int) -> tuple[UnitGradient, ...]:
+        if block not in self._varying:
+            return self._units[block]
+        return self._units_of(block, self._holding.gradients_now(block))
 
     # down
 
     def fetch(self, block: int, view: memoryview, local: "Mapping[int, Future[Any]]") -> Arrival:
-        here, passed = self._down.start(view, self._blocks[block].spans, local, block)
+        spans = self._spans_of(block) if block in self._varying else self._spans[block]
+        here, passed = self._down.start(view, spans, local, block)
         return Arrival(here, passed)
 
     # up
@@ -115,7 +116,7 @@ class Together:
         return self._sums.sum_of(block)
 
     def reduce(self, block: int) -> "Future[Total]":
-        units = self._blocks[block].gradients
+        units = self._gradients(block)
         total = self._sums.sum_of(block)
         sums: Sums = {}
         heads = {node: {unit.unit: Head() for unit in units} for node in self._subtrees}
@@ -131,7 +132,7 @@ class Together:
         owned = self._targets_of(block)
         if not owned:
             return Reduced({}, total.found)
-        image = self._holding.staged[block]
+        image = self._holding.staged_now(block)
         keys, first = [], 0
         for unit in owned:
             pieces = image.pieces[first : first + len(unit.pieces)]
@@ -141,18 +142,19 @@ class Together:
         return Reduced(self._staging.settle(block, keys), total.found)
 
     def _targets_of(self, block: int) -> list[UnitGradient]:
-        return [unit for unit in self._blocks[block].gradients if unit.owner == self.rank]
+        return [unit for unit in self._gradients(block) if unit.owner == self.rank]
 
     def _targets(self, block: int, units: Sequence[UnitGradient]) -> dict[int, Tensor]:
         """Where the finished sums of this rank's units go: one after another in what is staged."""
         owned = self._targets_of(block)
         if not owned:
             return {}
-        memory, found, at = self._staging.room(block), {}, 0
+        memory, found = self._staging.room(block), {}
+        held, spans = self._holding.held(block), self._holding.staged_now(block).spans
+        starts = dict(zip(held, spans, strict=True))
         for unit in owned:
             length = unit.span[1] - unit.span[0]
-            found[unit.unit] = memory.tensor(torch.float32, at * 4, (length,))
-            at += length
+            found[unit.unit] = memory.tensor(torch.float32, starts[unit.unit][0], (length,))
         return found
 
     def _lay_out(
@@ -167,7 +169,7 @@ class Together:
 
         The first subtree's sum of a parameter that is used once lies in its place already; others are copied.
         """
-        image, memory = self._holding.gradients[block], self._sums.buffer_of(block)
+        image, memory = self._holding.gradients_now(block), self._sums.buffer_of(block)
         first = self._subtrees[0]
         sums[0, first] = memory.tensor(torch.float32, 0, (image.nbytes // 4,))
         places = {spec.name: (spec.offset // 4, (spec.offset + spec.nbytes) // 4) for spec in image.tensors}

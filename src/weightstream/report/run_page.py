@@ -66,6 +66,7 @@ def report(run: Path) -> str:
         _memory(drawn, config),
         _bytes(drawn, several=several),
         _stalls(drawn),
+        *_masks(lines),
     ]
     sections += [_utilisation(comparison), *_timelines(trace), _comparison(comparison)]
     return page(f"weightstream: {run.resolve().name}", sections, subtitle=_standing(config, steps, validations))
@@ -205,6 +206,21 @@ def _stalls(steps: Sequence[Step]) -> Section:
             _line("waited", steps, lambda step: step["stalled_s"]),
         ], x="step", y="seconds", from_zero=True)
     ])  # fmt: skip
+
+
+def _masks(lines: Sequence[Step]) -> list[Section]:
+    """How masks of sparse parameters changed; nothing where none did."""
+    found = []
+    for kind, title, axis in (
+        ("density", "Part of each sparse parameter that exists", "density"),
+        ("turnover", "Part of what exists that a mask update made", "turnover"),
+    ):
+        points = [line for line in lines if line.get("kind") == kind]
+        names = sorted({name for line in points for name in line} - {"kind", "step", "time"})
+        drawn = [_line(name, [p for p in points if name in p], lambda line, name=name: line[name]) for name in names]
+        if drawn:
+            found.append(Section(title, [curve(drawn, x="step", y=axis, from_zero=True)]))
+    return found
 
 
 def _utilisation(comparison: Comparison | None) -> Section:

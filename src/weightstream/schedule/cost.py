@@ -12,10 +12,14 @@ from dataclasses import dataclass
 class BlockFacts:
     """What the planner knows of a block: bytes, and what kind of block it is.
 
-    `streamed_bytes` go to a slab; `load_bytes` are masters and optimizer state, read for an update; `record_bytes` the
+    `streamed_bytes` lie in a slab; `load_bytes` are masters and optimizer state, read for an update; `record_bytes` the
     whole image that an update writes; `gradient_bytes` the fp32 gradients of its trained parameters; `tied_bytes` the
     fp32 gradients of parameters used by more than one visit, which are summed per use. With several memory ranks
     `load_bytes`, `record_bytes` and `owned_gradient_bytes` are of what one rank owns, the most that any does.
+
+    Of a block with sparse parameters `compressed_bytes` are what moves on links and from disk, lands beside its slab and is
+    kept in RAM, and `places_bytes` say where its non-zeros are while it is in a slab; `masks_bytes` are what a change of its
+    masks needs. A dense one has none of these: what moves is what lies in the slab.
     """
 
     index: int
@@ -28,6 +32,19 @@ class BlockFacts:
     resident: bool = False
     tied_bytes: int = 0
     owned_gradient_bytes: int | None = None
+    compressed_bytes: int = 0
+    places_bytes: int = 0
+    masks_bytes: int = 0
+
+    @property
+    def fetched_bytes(self) -> int:
+        """What moves when it is fetched."""
+        return self.compressed_bytes or self.streamed_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        """What it needs beside its slab while it is in it."""
+        return self.compressed_bytes + self.places_bytes
 
     @property
     def staged_bytes(self) -> int:
@@ -67,7 +84,7 @@ def lower_bound(
             1 if not (deferred and block.trainable) else 0
         )
         if block.index not in pinned_copies:
-            read += copies * block.streamed_bytes
+            read += copies * block.fetched_bytes
         if block.trainable:
             written += block.record_bytes
             if block.index not in pinned_states:

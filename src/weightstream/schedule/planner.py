@@ -102,6 +102,10 @@ class Allotment:
     boundaries: tuple[Tier, ...]
     device_bytes: int
     host_bytes: int
+    compressed_bytes: int = 0
+    """In which sparse blocks land, beside each slab that blocks pass through."""
+    beside_bytes: int = 0
+    """The same with the places of their non-zeros."""
 
 
 def allot(facts: Facts) -> Allotment:
@@ -112,8 +116,11 @@ def allot(facts: Facts) -> Allotment:
     """
     streaming = [block for block in facts.blocks if not block.resident]
     trained = [block for block in facts.blocks if block.trainable]
-    resident_bytes = sum(block.streamed_bytes for block in facts.blocks if block.resident)
+    resident_bytes = sum(block.streamed_bytes + block.beside_bytes for block in facts.blocks if block.resident)
     slab_bytes = max((block.streamed_bytes for block in streaming), default=0)
+    compressed_bytes = max((block.compressed_bytes for block in streaming), default=0)
+    beside_bytes = compressed_bytes + max((block.places_bytes for block in streaming), default=0)
+    each_slab = slab_bytes + beside_bytes
     gradient_bytes = max((block.gradient_bytes for block in trained), default=0)
     staged_bytes = max((block.staged_bytes for block in trained), default=0)
     shared = [block for block in trained if not block.resident]
@@ -136,20 +143,20 @@ def allot(facts: Facts) -> Allotment:
     # each micro-batch has either its way forward or its gradient's way back in device memory
     in_flight = (micro_batches + RESTORE_AHEAD + 2) * largest_boundary + micro_batches * facts.lasting_bytes
     device = (
-        slabs * slab_bytes + resident_bytes + partials * gradient_bytes + tied_bytes + facts.workspace_bytes + in_flight
+        slabs * each_slab + resident_bytes + partials * gradient_bytes + tied_bytes + facts.workspace_bytes + in_flight
     )
     if device > facts.device_memory:
         raise PlanError(
             f"device_memory={format_bytes(facts.device_memory)} is too small: {slabs} slabs of "
-            f"{format_bytes(slab_bytes)}, resident parameters {format_bytes(resident_bytes)}, gradient sums "
+            f"{format_bytes(each_slab)}, resident parameters {format_bytes(resident_bytes)}, gradient sums "
             f"{format_bytes(partials * gradient_bytes + tied_bytes)}, activations between blocks "
             f"{format_bytes(in_flight)} and of one block {format_bytes(facts.workspace_bytes)} need "
             f"{format_bytes(device)}; the smallest value that works is device_memory={-(-device // MIB)}MiB (or fewer or "
             f"smaller micro-batches, or max_block_bytes)"
         )
     wanted = min(facts.prefetch + 1, len({station.block for station in stations}))
-    while slabs < wanted and device + slab_bytes <= facts.device_memory:
-        slabs, device = slabs + 1, device + slab_bytes
+    while slabs < wanted and device + each_slab <= facts.device_memory:
+        slabs, device = slabs + 1, device + each_slab
     # all gradients of a block held until the last is there are added in one pass, and need no room for partial sums
     held, held_bytes = 1, 0
     wanted_bytes = (micro_batches - 1) * max((b.streamed_bytes for b in trained if not b.resident), default=0)
@@ -169,8 +176,8 @@ def allot(facts: Facts) -> Allotment:
     if (
         facts.boundary_bytes is not None
     ):  # what is left keeps blocks across the turn, so that backward need not fetch them
-        while slabs < len({station.block for station in stations}) and device + slab_bytes <= spare:
-            slabs, device = slabs + 1, device + slab_bytes
+        while slabs < len({station.block for station in stations}) and device + each_slab <= spare:
+            slabs, device = slabs + 1, device + each_slab
 
     # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
     buffers = min(2, len(shared))
@@ -178,13 +185,14 @@ def allot(facts: Facts) -> Allotment:
     host = buffers * record_bytes + ring * staged_bytes + 2 * largest_boundary
     host += sum(block.staged_bytes + block.record_bytes for block in trained if block.resident)
     travelling = facts.sum_buffers * gradient_bytes + facts.fabric_bytes
-    host += travelling
+    masks_bytes = max((block.masks_bytes for block in trained), default=0)
+    host += travelling + masks_bytes
     if host > facts.host_memory:
         raise PlanError(
             f"host_memory={format_bytes(facts.host_memory)} is too small: {buffers} record buffers of "
             f"{format_bytes(record_bytes)}, {ring} gradient buffers of {format_bytes(staged_bytes)}, those of resident "
-            f"blocks{_between_ranks(travelling)} need {format_bytes(host)}; the smallest value that works is "
-            f"host_memory={-(-host // MIB)}MiB (or a smaller max_block_bytes)"
+            f"blocks{_between_ranks(travelling)}{_for_masks(masks_bytes)} need {format_bytes(host)}; the smallest value "
+            f"that works is host_memory={-(-host // MIB)}MiB (or a smaller max_block_bytes)"
         )
     for visit in reversed(range(visits)):
         size = boundary[visit] * micro_batches
@@ -204,15 +212,15 @@ def allot(facts: Facts) -> Allotment:
     pins = _choose_pins(facts, slabs, facts.host_memory - host) if facts.ram_tier else set()
     pinned_copies = {index for kind, index in pins if kind == "copy"}
     pinned_states = {index for kind, index in pins if kind == "states"}
-    host += sum(block.streamed_bytes for block in facts.blocks if block.index in pinned_copies)
+    host += sum(block.fetched_bytes for block in facts.blocks if block.index in pinned_copies)
     host += sum(block.load_bytes for block in facts.blocks if block.index in pinned_states)
     # what is left lets reads run ahead into the backward and writes trail into it, where the disk is idle otherwise
     while buffers < len(shared) and host + record_bytes <= facts.host_memory:
         buffers, host = buffers + 1, host + record_bytes
     for block in streaming if facts.ram_tier else ():  # no step reads these again, but evaluation does
-        if block.index not in pinned_copies and host + block.streamed_bytes <= facts.host_memory:
+        if block.index not in pinned_copies and host + block.fetched_bytes <= facts.host_memory:
             pinned_copies.add(block.index)
-            host += block.streamed_bytes
+            host += block.fetched_bytes
     return Allotment(
         slabs=slabs, slab_bytes=slab_bytes, resident_bytes=resident_bytes,
         partial_sums=partials, partial_bytes=gradient_bytes, tied_bytes=tied_bytes,
@@ -220,8 +228,12 @@ def allot(facts: Facts) -> Allotment:
         gradient_buffers=ring, gradient_bytes=gradient_bytes, staged_in_ram=frozenset(staged),
         pinned_copies=frozenset(pinned_copies), pinned_states=frozenset(pinned_states),
         keep=keep, boundaries=tuple(tiers),
-        device_bytes=device, host_bytes=host,
+        device_bytes=device, host_bytes=host, compressed_bytes=compressed_bytes, beside_bytes=beside_bytes,
     )  # fmt: skip
+
+
+def _for_masks(nbytes: int) -> str:
+    return f" and {format_bytes(nbytes)} for changes of masks" if nbytes else ""
 
 
 def _between_ranks(nbytes: int) -> str:
@@ -236,7 +248,7 @@ def _choose_pins(facts: Facts, slabs: int, room: int) -> set[tuple[str, int]]:
     for block in facts.blocks:
         if block.index in order and not block.resident:
             reads = (block.index not in across_turn) + (not (facts.deferred and block.trainable))
-            candidates.append(Candidate(("copy", block.index), block.streamed_bytes, reads * block.streamed_bytes))
+            candidates.append(Candidate(("copy", block.index), block.fetched_bytes, reads * block.fetched_bytes))
         if block.trainable:
             candidates.append(Candidate(("states", block.index), block.load_bytes, block.load_bytes))
     return most_saved(candidates, room)

@@ -79,7 +79,7 @@ class _Machine:
 
     def _device_bytes(self) -> int:
         return (
-            self.allotment.slabs * self.allotment.slab_bytes
+            self.allotment.slabs * (self.allotment.slab_bytes + self.allotment.beside_bytes)
             + self.allotment.resident_bytes
             + self.allotment.partial_sums * self.allotment.partial_bytes
             + self.allotment.tied_bytes

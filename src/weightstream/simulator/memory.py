@@ -33,7 +33,7 @@ class Memory:
             + allotment.gradient_buffers * max((block.staged_bytes for block in trained), default=0)
             + sum(block.record_bytes for block in trained if block.resident)
             + sum(blocks[index].staged_bytes for index in allotment.staged_in_ram)
-            + sum(blocks[index].streamed_bytes for index in allotment.pinned_copies)
+            + sum(blocks[index].fetched_bytes for index in allotment.pinned_copies)
             + sum(blocks[index].load_bytes for index in allotment.pinned_states)
             + facts.sum_buffers * allotment.gradient_bytes + facts.fabric_bytes
             + 2 * max(self._boundary, default=0)

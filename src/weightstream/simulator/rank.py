@@ -239,7 +239,7 @@ class Rank:
     def _broadcast(
         self, operation: Fetch, block: int, number: int, local: simpy.Event | None, cause: Work | None, log: Log
     ) -> Process[Work]:
-        work = self.work(operation, "down", self.facts.blocks[block].streamed_bytes, log=log)
+        work = self.work(operation, "down", self.facts.blocks[block].fetched_bytes, log=log)
         cause = yield from until(self.env, cause, *([] if local is None else [local]))
         yield from self.fabric.down(number, work.nbytes, cause, work)
         if self.records is None:

@@ -200,7 +200,7 @@ class Records:
         cause = yield from until(self._env, cause, updated)
         self._rank.began(operation, log)
         facts = self._facts.blocks[block]
-        pinned = {"copy": facts.streamed_bytes / self._owners, "states": facts.load_bytes}
+        pinned = {"copy": facts.fetched_bytes / self._owners, "states": facts.load_bytes}
         copies = [
             self._env.process(self._copy(operation, nbytes, cause, log))
             for part, nbytes in pinned.items()
@@ -228,7 +228,7 @@ class Records:
 
     def serve(self, operation: Fetch, block: int) -> Process[simpy.Event]:
         """Brings this rank's part of a block to a slab; from its working buffer, here and now, if it was just updated."""
-        rank, nbytes = self._rank, self._facts.blocks[block].streamed_bytes / self._owners
+        rank, nbytes = self._rank, self._facts.blocks[block].fetched_bytes / self._owners
         updated = self._updated.get(block)
         if updated is None:
             source = self._source("copy", block)

@@ -208,7 +208,7 @@ class _Run:
             waited_s=max(ranks, key=lambda rank: _computed_s(rank.log)).log.waited_s,
             read_bytes=round(max(rank.log.read_bytes for rank in ranks)),
             written_bytes=round(max(rank.log.written_bytes for rank in ranks)),
-            down_bytes=several * _sum_over(schedule, Fetch, [block.streamed_bytes for block in facts.blocks]),
+            down_bytes=several * _sum_over(schedule, Fetch, [block.fetched_bytes for block in facts.blocks]),
             up_bytes=several * _sum_over(schedule, Reduce, [block.gradient_bytes for block in facts.blocks]),
             peak_device_bytes=max(rank.memory.peak_device_bytes for rank in ranks),
             peak_host_bytes=max(rank.peak_host_bytes for rank in ranks),

@@ -64,6 +64,15 @@ class Elsewhere:
         sparse it is now."""
         return self._layouts[index]
 
+    @property
+    def layouts(self) -> Layouts:
+        """See `Store.layouts`."""
+        return self._layouts
+
+    def sparsity(self, index: int) -> Sparsity:
+        """How sparse a record is at version 0; see `layout`."""
+        return self.layout(index).sparsity
+
     def layout_of(self, index: int, sparsity: Sparsity) -> RecordLayout:
         """See `Store.layout_of`."""
         return self._layouts.of(index, sparsity)

@@ -1,7 +1,8 @@
 """How a whole block lies in memory: in a slab, and as a gradient. Each is what its units have, one after another.
 
-Every unit's span begins on a page, and only the last panel of a tensor may end before one does. So the panels of a
-tensor that is cut are one tensor here, and whoever owns a unit reads or writes its span where it lies.
+Every unit's span begins on a page, but for further panels of a tensor that is cut, which lie one after another without
+gaps (dense ones from page to page all the same). So these are one tensor here, and whoever owns a unit reads or writes
+its span where it lies. Of a sparse tensor a gradient has the non-zeros, as (non-zeros, 1), panel by panel.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 
 from weightstream.blocks import Unit
 from weightstream.store.layout import ALIGN_PART, ALIGN_TENSOR, RecordLayout, TensorSpec
+from weightstream.store.sparsity import DENSE, Sparsity
 from weightstream.units import align
 
 
@@ -44,28 +46,38 @@ def slab_image(layouts: Sequence[RecordLayout]) -> Image:
     return _image([(layout.streamed.tensors, layout.streamed.nbytes) for layout in layouts])
 
 
-def gradient_image(units: Iterable[Unit]) -> Image:
-    """The fp32 gradients of a block's trained parameters, each on a cache line."""
-    return _image(_gradients(units))
+def gradient_image(units: Iterable[Unit], sparsity: Mapping[int, Sparsity] | None = None) -> Image:
+    """The fp32 gradients of a block's trained parameters, each on a cache line.
+
+    Args:
+        sparsity: by unit, which of them have gradients at non-zeros only; by default none.
+    """
+    return _image(_gradients(units, sparsity or {}))
 
 
-def owned_gradients(units: Iterable[Unit]) -> Image:
+def owned_gradients(units: Iterable[Unit], sparsity: Mapping[int, Sparsity] | None = None) -> Image:
     """The same for some of a block's units: tensors of which a panel may be missing are not put together."""
-    members = _gradients(units)
-    pieces, spans = _placed(members)
-    return Image(spans[-1][1] if spans else 0, pieces, (), spans, {})
+    pieces, spans = _placed(_gradients(units, sparsity or {}))
+    return Image(_end(spans), pieces, (), spans, {})
 
 
-def _gradients(units: Iterable[Unit]) -> list[tuple[tuple[TensorSpec, ...], int]]:
+def _gradients(units: Iterable[Unit], sparsity: Mapping[int, Sparsity]) -> list[tuple[tuple[TensorSpec, ...], int]]:
     members: list[tuple[tuple[TensorSpec, ...], int]] = []
     for unit in units:
+        sparse = {piece.name: piece for piece in sparsity.get(unit.index, DENSE)}
         specs: list[TensorSpec] = []
-        position = 0
+        position = nbytes = 0
         for p in unit.parameters:
             if p.trainable:
-                specs.append(TensorSpec(p.name, torch.float32, p.shape, position, p.numel * 4, p.row, p.rows))
-                position += align(p.numel * 4, ALIGN_TENSOR)
-        members.append((tuple(specs), align(position, ALIGN_PART)))
+                piece = sparse.get(p.name)
+                shape = p.shape if piece is None else (piece.nonzeros, 1)
+                dense_shape = None if piece is None else p.shape
+                nbytes = prod(shape) * 4
+                place = (position, nbytes, p.row, p.rows)
+                specs.append(TensorSpec(p.name, torch.float32, shape, *place, piece, dense_shape))
+                position += align(nbytes, ALIGN_TENSOR)
+        goes_on = bool(specs) and not specs[-1].last  # the next panel follows without a gap
+        members.append((tuple(specs), nbytes if goes_on else align(position, ALIGN_PART)))
     return members
 
 
@@ -77,6 +89,8 @@ def _placed(
     spans: list[tuple[int, int]] = []
     position = 0
     for specs, nbytes in members:
+        if not specs or specs[0].row == 0:
+            position = align(position, ALIGN_PART)
         pieces += [replace(spec, offset=position + spec.offset) for spec in specs]
         spans.append((position, position + nbytes))
         position += nbytes
@@ -88,14 +102,25 @@ def _image(members: Iterable[tuple[Sequence[TensorSpec], int]]) -> Image:
     tensors: list[TensorSpec] = []
     panels: dict[str, list[Panel]] = {}
     for spec in pieces:
+        elements, first = prod(spec.shape), 0
+        if spec.row > 0:
+            tensor = tensors[-1]
+            first = prod(tensor.shape)
+            begun = tensor.offset + first * spec.dtype.itemsize
+            assert (tensor.name, begun) == (spec.name, spec.offset), "panels lie one after another, without gaps"
+            elements += first
         if spec.rows is not None:
-            first = spec.first_element
-            panels.setdefault(spec.name, []).append(Panel(spec.row, first, first + prod(spec.shape)))
-        if spec.row == 0:
-            whole = prod(spec.whole_shape) * spec.dtype.itemsize
-            tensors.append(TensorSpec(spec.name, spec.dtype, spec.whole_shape, spec.offset, whole))
-        else:
-            begun = tensors[-1].offset + spec.first_element * spec.dtype.itemsize
-            assert (tensors[-1].name, begun) == (spec.name, spec.offset), "panels lie one after another, without gaps"
-    nbytes = spans[-1][1] if spans else 0
-    return Image(nbytes, pieces, tuple(tensors), spans, {name: tuple(found) for name, found in panels.items()})
+            panels.setdefault(spec.name, []).append(Panel(spec.row, first, elements))
+        shape = spec.shape if spec.rows is None else (elements, 1)
+        if spec.last and elements == prod(spec.whole_shape):
+            shape = spec.whole_shape
+        tensors[len(tensors) - (spec.row > 0) :] = [
+            TensorSpec(
+                spec.name, spec.dtype, shape, spec.offset - first * spec.dtype.itemsize, elements * spec.dtype.itemsize
+            )
+        ]
+    return Image(_end(spans), pieces, tuple(tensors), spans, {name: tuple(found) for name, found in panels.items()})
+
+
+def _end(spans: Sequence[tuple[int, int]]) -> int:
+    return align(spans[-1][1], ALIGN_PART) if spans else 0

@@ -4,7 +4,7 @@ A schedule speaks of blocks, the store keeps units. Here an operation on a block
 that this rank owns; of some blocks that may be none. A rank that owns everything holds whole blocks.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -21,6 +21,8 @@ from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.sparsity import DENSE, Sparsity
 from weightstream.store.store import Store
 
+_IMAGES_KEPT = 3
+
 Checksums = Mapping[int, Mapping[str, int]]
 """Unit → part → checksum."""
 
@@ -30,8 +32,8 @@ class BlockBytes:
     """Bytes of a block. `streamed` is all of it, as it lies in a slab; the others are of the units that are owned.
 
     `loaded` and `written` are what an update reads and writes, `gradients` what it is given: only units with trained
-    parameters have updates. `stored` are the images of all, `fetched` what is read of them for a slab: less than it where
-    they are sparse.
+    parameters have updates. `stored` are the images of all, `fetched` what is moved of the whole block for a slab: less
+    than it where it is sparse. `nonzeros` are those of its sparse tensors, and `sparse` says whether it has any.
     """
 
     streamed: int
@@ -40,6 +42,23 @@ class BlockBytes:
     gradients: int
     stored: int
     fetched: int
+    nonzeros: int = 0
+    sparse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """How sparse the versions of units may be, for room that is enough for each of them.
+
+    `records` has for each unit that may be sparse some that need most room, of one kind or another; `gradients` how sparse
+    its gradients always are.
+    """
+
+    records: Mapping[int, Sequence[Sparsity]]
+    gradients: Mapping[int, Sparsity]
+
+
+NEVER_SPARSE = Largest({}, {})
 
 
 def largest(parts: Sequence[BlockBytes]) -> BlockBytes:
@@ -49,37 +68,52 @@ def largest(parts: Sequence[BlockBytes]) -> BlockBytes:
 
 def block_bytes(
     units: Sequence[Unit],
-    layouts: Sequence[RecordLayout],
+    layout_of: Callable[[Unit, Sparsity], RecordLayout],
     owned: Collection[int] | None = None,
-    dense: Sequence[RecordLayout] | None = None,
+    largest: Largest = NEVER_SPARSE,
 ) -> BlockBytes:
-    """Of a block that has these units, with a layout each; of a frozen one, as if it were updated as a whole.
+    """Of a block that has these units; of a frozen one, as if it were updated as a whole.
 
     Args:
         owned: indices of units; all by default.
-        dense: the layouts that they have in a slab, where some are sparse.
+        largest: how sparse they may be; there is room for each version.
     """
     trainable = any(unit.trainable for unit in units)
-    held = [(unit, layout) for unit, layout in zip(units, layouts, strict=True) if owned is None or unit.index in owned]
-    updated = [layout for unit, layout in held if unit.trainable or not trainable]
+    dense = [layout_of(unit, DENSE) for unit in units]
+    choices = [[layout_of(unit, sparsity) for sparsity in largest.records.get(unit.index, (DENSE,))] for unit in units]
+    held = [(u, found) for u, found in zip(units, choices, strict=True) if owned is None or u.index in owned]
+    updated = [found for unit, found in held if unit.trainable or not trainable]
     return BlockBytes(
-        streamed=sum(layout.streamed.nbytes for layout in dense or layouts),
-        loaded=sum(part.nbytes for layout in updated for part in layout.states),
-        written=sum(layout.image_nbytes for layout in updated),
-        gradients=sum(owned_gradients([unit]).nbytes for unit, _ in held),
-        stored=sum(layout.image_nbytes for _, layout in held),
-        fetched=sum(layout.fetched_nbytes for layout in layouts),
+        streamed=sum(layout.streamed.nbytes for layout in dense),
+        loaded=sum(max(sum(part.nbytes for part in layout.states) for layout in found) for found in updated),
+        written=sum(max(layout.image_nbytes for layout in found) for found in updated),
+        gradients=owned_gradients([unit for unit, _ in held], largest.gradients).nbytes,
+        stored=sum(max(layout.image_nbytes for layout in found) for _, found in held),
+        fetched=sum(max(layout.fetched_nbytes for layout in found) for found in choices),
+        nonzeros=sum(max(sum(p.nonzeros for p in layout.sparsity) for layout in found) for found in choices),
+        sparse=any(layout.sparsity for found in choices for layout in found),
     )
 
 
 def bytes_of_blocks(
-    blocks: Sequence[Block], *, precision: Precision, optimizer: Optimizer, panel_elements: int
+    blocks: Sequence[Block],
+    *,
+    precision: Precision,
+    optimizer: Optimizer,
+    panel_elements: int,
+    largest_of: Callable[[Sequence[Unit]], Largest] = lambda units: NEVER_SPARSE,
 ) -> list[BlockBytes]:
     """Bytes of each block in a store that is not there yet."""
     units: list[list[Unit]] = [[] for _ in blocks]
-    for unit in cut(blocks, panel_elements=panel_elements, panels=optimizer.elementwise):
+    every = cut(blocks, panel_elements=panel_elements, panels=optimizer.elementwise)
+    for unit in every:
         units[unit.block].append(unit)
-    return [block_bytes(own, [record_layout(unit, precision, optimizer) for unit in own]) for own in units]
+    largest = largest_of(every)
+
+    def layout_of(unit: Unit, sparsity: Sparsity) -> RecordLayout:
+        return record_layout(unit, precision, optimizer, sparsity)
+
+    return [block_bytes(own, layout_of, largest=largest) for own in units]
 
 
 class WorkingBuffer:
@@ -140,16 +174,21 @@ class Piece:
 class Holding:
     """The units of a store that one memory rank owns (all by default), by block.
 
+    How sparse the newest versions of all units are is known here (`sparsity`), owned or not; whoever updates a block says
+    what becomes of it (`become`), also where only others own it.
+
     Args:
-        largest_sparsity: of units whose versions will not all be as sparse as the newest is now, how sparse they may be;
-            `bytes` has room for each of these.
+        largest: of units that may be sparse, how sparse their versions may be: `bytes`, `gradients` and `staged` have room
+            for each of these. By default they stay as they are.
+        sparsity: of units that may be sparse, how sparse they are now; by default as the store says.
     """
 
     def __init__(
         self,
         store: Store,
         owned: Collection[int] | None = None,
-        largest_sparsity: Mapping[int, Sequence[Sparsity]] | None = None,
+        largest: Largest | None = None,
+        sparsity: Mapping[int, Sparsity] | None = None,
     ) -> None:
         self.store = store
         self.blocks = store.blocks
@@ -157,26 +196,28 @@ class Holding:
         self.owned = frozenset(every if owned is None else owned)
         assert self.owned <= frozenset(every), "only units are owned, not records of families"
         members = [[store.units[index] for index in store.units_of(block.index)] for block in store.blocks]
-        layouts = [[store.layout(unit.index) for unit in units] for units in members]
         dense = [[store.layout_of(unit.index, DENSE) for unit in units] for units in members]
-        self._largest = largest_sparsity or {}
+        varying = [unit.index for unit in store.units if any(p.name in store.masks for p in unit.parameters)]
+        self.sparsity: dict[int, Sparsity] = dict(sparsity or {unit: store.sparsity(unit) for unit in varying})
+        """Of the units that may be sparse: how sparse the newest version is, updates that are not written yet included."""
+        self._accepted = dict(self.sparsity)
+        self.whole: frozenset[tuple[str, int]] = frozenset()
+        """Sparse pieces, by name and first row, whose gradients are dense at present."""
+        now = Largest({unit: (found,) for unit, found in self.sparsity.items()}, self.sparsity)
+        self.largest = Largest({**now.records, **largest.records}, largest.gradients) if largest else now
         self.slabs: tuple[Image, ...] = tuple(slab_image(found) for found in dense)
         """Where each block's tensors lie in a slab: dense, whatever is stored of them."""
-        self.gradients: tuple[Image, ...] = tuple(gradient_image(units) for units in members)
-        """Where each block's gradients lie when they are summed."""
         self.bytes: tuple[BlockBytes, ...] = tuple(
-            block_bytes(units, self._with_largest(found, units), self.owned, slab)
-            for units, found, slab in zip(members, layouts, dense, strict=True)
+            block_bytes(units, self._layout_of, self.owned, self.largest) for units in members
         )
-        """With room for the largest versions that were named."""
-        self.staged: tuple[Image, ...] = tuple(
-            image if len(held) == len(units) else owned_gradients(held)
-            for image, units, held in (
-                (image, units, [unit for unit in units if unit.index in self.owned])
-                for image, units in zip(self.gradients, members, strict=True)
-            )
-        )
-        """Where the owned part of them lies when it is staged, unit after unit."""
+        """With room for the largest versions."""
+        self._members = members
+        self._images: dict[tuple[int, bool, tuple[Sparsity, ...]], Image] = {}
+        numbers = range(len(members))
+        self.gradients: tuple[Image, ...] = tuple(self._gradients(b, self.largest.gradients) for b in numbers)
+        """Where each block's gradients lie when they are summed, at most; now: `gradients_now`."""
+        self.staged: tuple[Image, ...] = tuple(self._staged(b, self.largest.gradients) for b in numbers)
+        """Where the owned part of them lies when it is staged, unit after unit; now: `staged_now`."""
         self._held = [tuple(unit.index for unit in units if unit.index in self.owned) for units in members]
         self._updated = [tuple(index for index in held if store.units[index].trainable) for held in self._held]
 
@@ -193,24 +234,79 @@ class Holding:
         start, stop = image.spans[unit - self.store.units_of(self.store.units[unit].block).start]
         return slice(start, stop)
 
-    def _with_largest(self, layouts: Sequence[RecordLayout], units: Sequence[Unit]) -> list[RecordLayout]:
-        """Of each unit the layout that needs most room."""
-        found = []
-        for unit, layout in zip(units, layouts, strict=True):
-            others = [self.store.layout_of(unit.index, sparsity) for sparsity in self._largest.get(unit.index, ())]
-            found.append(max((layout, *others), key=lambda other: other.image_nbytes))
-        return found
+    def _layout_of(self, unit: Unit, sparsity: Sparsity) -> RecordLayout:
+        return self.store.layout_of(unit.index, sparsity)
+
+    # how sparse
+
+    def layout(self, unit: int) -> RecordLayout:
+        """Where the numbers of a unit's newest version lie, whoever owns it."""
+        return self.store.layout_of(unit, self.sparsity.get(unit, DENSE))
+
+    def become(self, sparsities: Mapping[int, Sparsity]) -> None:
+        """An update made these units so sparse."""
+        self.sparsity.update(sparsities)
+
+    def accept(self) -> None:
+        """From now on `undo` goes back to what is so now."""
+        self._accepted = dict(self.sparsity)
+
+    def undo(self) -> None:
+        """The versions since `accept` are gone."""
+        self.sparsity = dict(self._accepted)
+
+    def sparse_blocks(self) -> list[int]:
+        """The blocks of which some version may be sparse."""
+        return sorted({self.store.units[unit].block for unit in self.sparsity})
+
+    def _forming(self, block: int) -> dict[int, Sparsity]:
+        """Which gradients of a block are at non-zeros only."""
+        rows = self._rows(block)
+        return {
+            unit: tuple(p for p in self.sparsity[unit] if (p.name, rows[unit, p.name]) not in self.whole)
+            for unit in self.store.units_of(block)
+            if unit in self.sparsity
+        }
+
+    def _rows(self, block: int) -> dict[tuple[int, str], int]:
+        return {(unit.index, p.name): p.row for unit in self._members[block] for p in unit.parameters}
+
+    def gradients_now(self, block: int) -> Image:
+        """Where the gradients of a block lie that are formed at present."""
+        return self._gradients(block, self._forming(block))
+
+    def staged_now(self, block: int) -> Image:
+        """The same of the owned part."""
+        return self._staged(block, self._forming(block))
+
+    def _gradients(self, block: int, sparsity: Mapping[int, Sparsity]) -> Image:
+        return self._image_of(block, self._members[block], sparsity, put_together=True)
+
+    def _staged(self, block: int, sparsity: Mapping[int, Sparsity]) -> Image:
+        units = [unit for unit in self._members[block] if unit.index in self.owned]
+        whole = len(units) == len(self._members[block])
+        return self._image_of(block, units, sparsity, put_together=whole)
+
+    def _image_of(
+        self, block: int, units: Sequence[Unit], sparsity: Mapping[int, Sparsity], *, put_together: bool
+    ) -> Image:
+        key = block, put_together, tuple(sparsity.get(unit.index, DENSE) for unit in self._members[block])
+        if key not in self._images:
+            for old in [old for old in self._images if old[:2] == key[:2]][:-_IMAGES_KEPT]:
+                del self._images[old]
+            self._images[key] = (gradient_image if put_together else owned_gradients)(units, sparsity)
+        return self._images[key]
 
     def is_sparse(self, block: int) -> bool:
         """Whether the newest version of any of its units is sparse: then it is fetched to a landing area, else to a slab."""
-        return any(self.store.sparsity(unit) for unit in self.store.units_of(block))
+        return any(self.sparsity.get(unit) for unit in self.store.units_of(block))
 
     def landing(self, block: int) -> dict[int, slice]:
         """Where the units of a block lie in a landing area, unit after unit, as their newest versions are; of one that is not
         sparse these are the places in a slab. Changes with the sparsity."""
         found, start = {}, 0
         for unit in self.store.units_of(block):
-            nbytes = self.store.layout(unit).fetched_nbytes
+            nbytes = self.layout(unit).fetched_nbytes
             found[unit] = slice(start, start + nbytes)
             start += nbytes
         return found
@@ -230,7 +326,7 @@ class Holding:
             for part in record.layout.fetched:
                 _copy(record.view(part.name), view[start : start + part.nbytes])
                 start += part.nbytes
-            assert start == places[unit].stop, "it is served after it was written"
+            assert start == places[unit].stop, "it is served as it was updated"
             served[unit] = done(None)
         return served | self._fetch(block, [unit for unit in self._held[block] if unit not in served], view)
 
@@ -241,7 +337,7 @@ class Holding:
     def load(self, block: int, buffer: WorkingBuffer, *, check: bool = True) -> "Future[Any]":
         """Bind a buffer to a block and fill it with masters and states; see `Store.load`."""
         units = self._updated[block]
-        buffer.bind([self.store.layout(unit) for unit in units])
+        buffer.bind([self.layout(unit) for unit in units])
         return _together(
             [self.store.load(unit, record, check=check) for unit, record in zip(units, buffer.records, strict=True)]
         )
@@ -250,7 +346,8 @@ class Holding:
         """Bind a buffer to versions of another sparsity, by unit; the others stay as they are. What was in it is lost, and all
         that is to be written must be put there."""
         units = self._updated[block]
-        buffer.bind([self.store.layout_of(u, sparsities.get(u, self.store.sparsity(u))) for u in units])
+        now = self.sparsity
+        buffer.bind([self.store.layout_of(u, sparsities.get(u, now.get(u, DENSE))) for u in units])
 
     def check(self, block: int, buffer: WorkingBuffer) -> None:
         """Compare what `load(check=False)` read; see `Store.check`.

@@ -164,6 +164,10 @@ class Trainer:
             skipped=facts.skipped,
             **({} if not ranks else ranks[self.engine.rank].sent_figures()),
         )
+        if result.masks:
+            step = facts.step
+            self.metrics.write("density", step, **{name: found.density for name, found in result.masks.items()})
+            self.metrics.write("turnover", step, **{name: found.turnover for name, found in result.masks.items()})
         return facts
 
     def _watch(self, step: int) -> None:

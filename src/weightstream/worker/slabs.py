@@ -7,6 +7,7 @@ the compute that used it before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,10 +19,16 @@ from weightstream.store.segments import AlignedBuffer, bytes_of
 
 
 class Slab:
-    """One buffer of weight memory. `landing` is where the store's bytes arrive; `base` the same bytes on the device."""
+    """One buffer of weight memory. `landing` is where the store's bytes arrive; `base` the same bytes on the device.
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    What is sparse arrives in `compressed`, and is expanded to `landing`; there is such memory only where a sparse block
+    passes through.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, compressed_nbytes: int = 0) -> None:
         self.device = device
+        self._compressed = AlignedBuffer(compressed_nbytes) if compressed_nbytes else None
+        self.compressed = self._compressed.view if self._compressed else memoryview(b"")
         if device.type == "cpu":
             self._buffer = AlignedBuffer(nbytes)
             self.landing = self._buffer.view
@@ -59,6 +66,9 @@ class Slab:
         return self.base.view(dtype).as_strided(tuple(shape), tuple(stride), offset // dtype.itemsize)
 
     def close(self) -> None:
+        if self._compressed is not None:
+            self.compressed = memoryview(b"")
+            self._compressed.close()
         if self.device.type == "cpu":
             del self.base
             self._buffer.close()
@@ -97,11 +107,21 @@ class Slabs:
     Args:
         streaming: number and bytes of the slabs that blocks pass through.
         residents: bytes of each slab that a resident block keeps.
+        compressed: bytes beside each slab in which sparse blocks land: of those that blocks pass through, and of those
+            of resident blocks.
     """
 
-    def __init__(self, device: torch.device, streaming: tuple[int, int], residents: Sequence[int]) -> None:
-        count, nbytes = streaming
-        self._slabs = [Slab(nbytes, device) for _ in range(count)] + [Slab(size, device) for size in residents]
+    def __init__(
+        self,
+        device: torch.device,
+        streaming: tuple[int, int],
+        residents: Sequence[int],
+        compressed: tuple[int, Sequence[int]] = (0, ()),
+    ) -> None:
+        (count, nbytes), (beside, beside_residents) = streaming, compressed
+        self._slabs = [Slab(nbytes, device, beside) for _ in range(count)]
+        for size, own in zip_longest(residents, beside_residents, fillvalue=0):
+            self._slabs.append(Slab(size, device, own))
         self._holds: dict[int, int] = {}
         self._ranges = [(slab.base.data_ptr(), slab.base.data_ptr() + slab.base.numel()) for slab in self._slabs]
 

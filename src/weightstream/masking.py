@@ -1,0 +1,340 @@
+"""Which parameters of a store are sparse, how sparse each of their versions is, and what an update does to their masks.
+
+A piece (a tensor, or a panel of one) is named by its parameter and its first row. How many cells it has after an update
+follows from how many it had, the step and the settings alone: so every rank knows it of every piece, whoever owns it.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from weightstream.blocks import Parameter, Unit
+from weightstream.errors import ConfigError
+from weightstream.sparse.algorithms import Turn, Updated, initial_mask, turn, update
+from weightstream.sparse.codec import decode_mask, encode_mask
+from weightstream.sparse.grid import Grid
+from weightstream.sparse.masks import Mask, given_mask
+from weightstream.sparse.pieces import SparsePiece, sparse_pieces
+from weightstream.sparse.settings import Sparsity
+from weightstream.store import sparsity as kept
+from weightstream.store.layout import TensorSpec
+from weightstream.store.masks import grid_of
+from weightstream.store.optimizer import Optimizer
+from weightstream.store.owned import Holding, Largest, Piece, WorkingBuffer
+from weightstream.store.sparsity import InitialMask
+
+Key = tuple[str, int]
+Gradients = Mapping[Key, Tensor]
+
+
+@dataclass(frozen=True)
+class _Renewed:
+    """What a piece is after its update, before it has been written to its place."""
+
+    values: Tensor
+    states: Mapping[str, Tensor]
+    mask: Mask | None
+
+
+@dataclass
+class Masking:
+    """The sparse pieces of a store under one run's settings.
+
+    Args:
+        given: cells of given masks, by piece, where a group has these.
+    """
+
+    settings: Sparsity
+    units: Sequence[Unit]
+    dense: frozenset[str]
+    seed: int
+    given: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parameters = [p for unit in self.units for p in unit.parameters]
+        found = sparse_pieces(self.settings, parameters, dense=self.dense, given_counts=self.given)
+        for piece in found:
+            if piece.group.distribution == "global":
+                raise ConfigError(
+                    f"sparsity group {', '.join(piece.group.patterns)}: distribution: expected uniform or erdos_renyi, found "
+                    "global, whose counts are not known beforehand; the engine trains the other two"
+                )
+        self.pieces: dict[Key, SparsePiece] = {(p.parameter.name, p.parameter.row): p for p in found}
+        self.of_unit: dict[int, list[SparsePiece]] = {}
+        for unit in self.units:
+            own = [self.pieces[p.name, p.row] for p in unit.parameters if (p.name, p.row) in self.pieces]
+            if own:
+                self.of_unit[unit.index] = own
+        self._grown: dict[str, int] = {}
+
+    # how sparse
+
+    def initial(self) -> dict[str, InitialMask]:
+        """How the mask of each parameter begins."""
+        found: dict[str, list[SparsePiece]] = {}
+        for piece in self.pieces.values():
+            found.setdefault(piece.parameter.name, []).append(piece)
+        return {name: _initial(pieces) for name, pieces in found.items()}
+
+    def whole(self, step: int) -> frozenset[Key]:
+        """The pieces of which a step forms and sums the dense gradient."""
+        return frozenset(key for key, piece in self.pieces.items() if turn(piece, step, 0).dense_gradient)
+
+    def after(self, unit: int, before: kept.Sparsity, step: int) -> kept.Sparsity:
+        """How sparse a unit is after the update of a step."""
+        found = {piece.name: piece for piece in before}
+        for piece in self.of_unit.get(unit, ()):
+            target = piece.count(step)
+            assert target is not None, "counts are known beforehand"
+            name = piece.parameter.name
+            if target != self._cells(piece, found.get(name)):
+                found[name] = _kept(piece, target)
+                if target == piece.grid.cells:
+                    del found[name]
+        return tuple(found[p.name] for p in self.units[unit].parameters if p.name in found)
+
+    def turn(self, piece: SparsePiece, before: kept.Sparsity, step: int) -> Turn:
+        """What the update of a piece consists of."""
+        own = next((found for found in before if found.name == piece.parameter.name), None)
+        return turn(piece, step, self._cells(piece, own))
+
+    def _cells(self, piece: SparsePiece, own: kept.SparsePiece | None) -> int:
+        return piece.grid.cells if own is None else own.ones
+
+    def densities(self, now: Mapping[int, kept.Sparsity]) -> dict[str, tuple[int, int]]:
+        """By name of each parameter that may be sparse, how many non-zeros it has and how many elements."""
+        found: dict[str, tuple[int, int]] = {}
+        for unit, pieces in self.of_unit.items():
+            own = {piece.name: piece for piece in now[unit]}
+            for piece in pieces:
+                name = piece.parameter.name
+                nonzeros, elements = found.get(name, (0, 0))
+                cells = self._cells(piece, own.get(name))
+                found[name] = nonzeros + cells * piece.grid.cell_elements, elements + piece.grid.elements
+        return found
+
+    def largest(self, now: Mapping[int, kept.Sparsity] | None = None) -> Largest:
+        """How sparse versions may be; `now` are those that there are already."""
+        records = {}
+        gradients = {}
+        for unit, pieces in self.of_unit.items():
+            own = (now or {}).get(unit)
+            options = [own] if own is not None else []
+            options += [
+                tuple(piece for found in chosen for piece in found)
+                for chosen in product(*map(_extremes, _by_group(pieces)))
+            ]
+            records[unit] = [self._ordered(unit, option) for option in dict.fromkeys(options)]
+            always = {piece.name: piece for option in options for piece in option}
+            for option in options:
+                for name in [name for name in always if name not in {piece.name for piece in option}]:
+                    del always[name]
+                for piece in option:
+                    if piece.name in always and piece.nonzeros > always[piece.name].nonzeros:
+                        always[piece.name] = piece
+            moving = {p.parameter.name for p in pieces if p.group.algorithm == "rigl"}
+            gradients[unit] = self._ordered(unit, [p for name, p in always.items() if name not in moving])
+        return Largest(records, gradients)
+
+    def _ordered(self, unit: int, pieces: Iterable[kept.SparsePiece]) -> kept.Sparsity:
+        found = {piece.name: piece for piece in pieces}
+        return tuple(found[p.name] for p in self.units[unit].parameters if p.name in found)
+
+    def resizes(self, unit: int) -> bool:
+        """Whether versions of a unit have other layouts than the one before."""
+        return any(len(_counts(piece)) > 1 for piece in self.of_unit.get(unit, ()))
+
+    def update_bytes(self, unit: int) -> int:
+        """Host memory that the mask update of a unit needs, at most: keys, random numbers and places of one piece's cells,
+        and of those whose size changes the numbers while they move."""
+        pieces = [p for p in self.of_unit.get(unit, ()) if p.group.algorithm != "static" or len(_counts(p)) > 1]
+        cells = max((piece.grid.cells for piece in pieces), default=0)
+        elements = max((piece.grid.elements for piece in pieces), default=0)
+        return 40 * cells + 24 * elements
+
+    # updates
+
+    def update(
+        self, holding: Holding, block: int, buffer: WorkingBuffer, gradients: Gradients, optimizer: Optimizer, step: int
+    ) -> None:
+        """The update of a block in its working buffer: the optimizer's step, then new masks where they are due."""
+        after = {u: self.after(u, holding.sparsity[u], step) for u in holding.updated(block) if u in self.of_unit}
+        resized = {unit: found for unit, found in after.items() if found != holding.sparsity[unit]}
+        renewed: dict[tuple[int, str], _Renewed] = {}
+        for piece in holding.pieces(block, buffer):
+            grad = gradients.get((piece.name, piece.row))
+            facts = self.pieces.get((piece.name, piece.row))
+            due = None if facts is None else self.turn(facts, holding.sparsity[piece.unit], step)
+            if grad is not None and (due is None or due.optimizer):
+                optimizer.update(piece.master, grad, piece.states, name=piece.name, step=step, count=piece.count)
+            found = None
+            if facts is not None and due is not None and due.mask:
+                found = self._moved(facts, piece, grad if due.dense_gradient else None, due, step)
+            if resized:
+                renewed[piece.unit, piece.name] = found or _as_it_is(piece)
+            elif found is not None:
+                _put(piece, found)
+        if resized:
+            # one buffer has all units of the block: where one changes its size, those behind it lie elsewhere
+            holding.rebind(block, buffer, resized)
+            for piece in holding.pieces(block, buffer):
+                _put(piece, renewed[piece.unit, piece.name])
+        for piece in holding.pieces(block, buffer):
+            if piece.copy is not None:
+                piece.copy.copy_(piece.master)
+
+    def take_grown(self) -> dict[str, int]:
+        """By parameter whose mask was changed here since this was last asked: how many of its elements came to exist."""
+        grown, self._grown = self._grown, {}
+        return grown
+
+    def become(self, holding: Holding, block: int, step: int) -> None:
+        """Notes how sparse a block is that was just updated, wherever its records are."""
+        units = holding.store.units_of(block)
+        holding.become({u: self.after(u, holding.sparsity[u], step) for u in units if u in self.of_unit})
+
+    def _moved(self, facts: SparsePiece, piece: Piece, grad: Tensor | None, due: Turn, step: int) -> _Renewed | None:
+        """A piece with its next mask; None where RigL has nothing to grow by."""
+        mask = mask_of(piece, facts)
+        if due.dense_gradient and grad is None and facts.count(step) == mask.count:
+            return None
+        nonzeros = mask.nonzeros
+        values = piece.master.view(nonzeros, 1)
+        states = {name: state.view(nonzeros, 1) for name, state in piece.states.items() if state.numel() == nonzeros}
+        dense = None if grad is None else grad.reshape(facts.parameter.shape)
+        found: Updated = update(facts, values, states, mask, dense, step=step, seed=self.seed)
+        grown = found.grown * facts.grid.cell_elements
+        self._grown[piece.name] = self._grown.get(piece.name, 0) + grown
+        others = {name: state.clone() for name, state in piece.states.items() if name not in states}
+        return _Renewed(found.values, found.states | others, found.mask)
+
+
+def mask_of(piece: Piece, facts: SparsePiece) -> Mask:
+    """The mask of a piece in a working buffer."""
+    return Mask.full(facts.grid) if piece.mask is None else _decoded(piece)
+
+
+def _as_it_is(piece: Piece) -> _Renewed:
+    states = {name: state.clone() for name, state in piece.states.items()}
+    mask = None
+    if piece.mask is not None:
+        mask = _decoded(piece)
+    return _Renewed(piece.master.clone(), states, mask)
+
+
+def _decoded(piece: Piece) -> Mask:
+    assert piece.mask is not None
+    assert piece.spec is not None
+    return decode_mask(grid_of(piece.spec), piece.spec.sparse[0].ones, piece.mask.numpy())
+
+
+def _put(piece: Piece, found: _Renewed) -> None:
+    """Writes a piece to its place in a working buffer."""
+    piece.master.copy_(found.values.view(piece.master.shape))
+    for name, state in found.states.items():
+        piece.states[name].copy_(state.view(piece.states[name].shape))
+    if piece.mask is not None:
+        assert found.mask is not None
+        piece.mask.copy_(torch.from_numpy(encode_mask(found.mask)))
+
+
+def _kept(piece: SparsePiece, cells: int) -> kept.SparsePiece:
+    return kept.SparsePiece(piece.parameter.name, cells * piece.grid.cell_elements, piece.grid.block)
+
+
+def _initial(pieces: Sequence[SparsePiece]) -> InitialMask:
+    """Of the pieces of one parameter."""
+    first = pieces[0]
+    counts = [piece.count(0) for piece in pieces]
+    if all(count == piece.grid.cells for count, piece in zip(counts, pieces, strict=True)):
+        return InitialMask("dense", first.grid.block)
+    if first.group.init != "random":
+        return InitialMask("given", first.grid.block)
+    return InitialMask("random", first.grid.block, tuple(piece.nonzeros(0) or 0 for piece in pieces))
+
+
+def _counts(piece: SparsePiece) -> list[int]:
+    """The counts of cells that a piece may have, as far as the largest partial one and the full one go, and the least."""
+    group = piece.group
+    versions = {0, group.begin, group.dense_until, group.last}
+    if group.dense_from is not None:
+        versions |= {group.dense_from - 1, group.dense_from}
+    found = {piece.count(version) or 0 for version in versions}
+    for version in range(
+        group.begin, group.last + 1, group.every
+    ):  # the first that is not full: counts only fall from it
+        count = piece.count(version) or 0
+        found.add(count)
+        if count < piece.grid.cells:
+            break
+    return sorted(found)
+
+
+def _by_group(pieces: Iterable[SparsePiece]) -> list[list[SparsePiece]]:
+    found: dict[int, list[SparsePiece]] = {}
+    for piece in pieces:
+        found.setdefault(id(piece.group), []).append(piece)
+    return list(found.values())
+
+
+def _extremes(pieces: Sequence[SparsePiece]) -> list[list[kept.SparsePiece]]:
+    """Of pieces of one group: all at their largest partial counts, and dense if some version is."""
+    partial, full = [], False
+    for piece in pieces:
+        counts = _counts(piece)
+        below = [count for count in counts if count < piece.grid.cells]
+        full |= piece.grid.cells in counts
+        if below:
+            partial.append(_kept(piece, below[-1]))
+    return [partial, []] if full else [partial]
+
+
+def given_counts(settings: Sparsity, units: Sequence[Unit], dense: Collection[str]) -> dict[str, int]:
+    """Cells of the masks that groups are given in files, by piece.
+
+    Raises:
+        ConfigError: a file cannot be read, lacks a mask, or has one of another shape.
+    """
+    counts: dict[str, int] = {}
+    for unit in units:
+        for parameter in unit.parameters:
+            group = settings.group_of(parameter.name)
+            if group is None or group.given is None or not parameter.trainable or len(parameter.shape) < 2:
+                continue
+            if parameter.name not in dense or group.include_all:
+                counts[str(parameter)] = _read(group.given, parameter, group.block).count
+    return counts
+
+
+def _read(path: str, parameter: Parameter, block: tuple[int, int]) -> Mask:
+    """The mask of a piece from a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if parameter.name not in set(file.keys()):
+                raise ConfigError(f"sparsity: {path} has no mask of {parameter.name!r}; add it, or give another init")
+            found = file.get_slice(parameter.name)
+            whole = parameter.shape if parameter.rows is None else (parameter.rows, *parameter.shape[1:])
+            if tuple(found.get_shape()) != whole:
+                raise ConfigError(
+                    f"mask of {parameter.name!r} in {path}: expected shape {whole}, found {tuple(found.get_shape())}; give "
+                    "masks of the same model"
+                )
+            rows = found[parameter.row : parameter.row + parameter.shape[0]]
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"sparsity: cannot read masks from {path}: {error}; give a safetensors file") from None
+    grid = Grid.of(parameter.shape, block, name=str(parameter))
+    return given_mask(grid, rows, parameter.shape, name=str(parameter))
+
+
+def first_mask(masking: Masking, spec: TensorSpec, values: Tensor) -> Tensor | None:
+    """The mask of version 0 of a piece whose mask follows from its values or from a file, as bool."""
+    piece = masking.pieces.get((spec.name, spec.row))
+    if piece is None:
+        return None
+    if piece.group.given is not None:
+        return _read(piece.group.given, piece.parameter, piece.grid.block).dense(piece.parameter.shape)
+    return initial_mask(piece, values, seed=masking.seed).dense(piece.parameter.shape)
