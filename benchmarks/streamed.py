@@ -6,6 +6,7 @@ python benchmarks/streamed.py --store runs/x --tokens 2048 --steps 3       # alo
 import argparse
 import shutil
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from turns import serve
 from workload import BETAS, CLIP_NORM, EPSILON, LEARNING_RATE, WEIGHT_DECAY, Workload, loss_fn
 
 import weightstream as ws
+
+LAYER_MATRICES = ("*.self_attn.*", "*.mlp.*")
 
 
 def open_engine(workload: Workload, arguments: argparse.Namespace) -> ws.Engine:
@@ -28,7 +31,30 @@ def open_engine(workload: Workload, arguments: argparse.Namespace) -> ws.Engine:
         activations=arguments.activations,
         threads_per_worker=arguments.threads,
         ram_tier=arguments.ram_tier,
+        sparsity=sparsity_of(arguments),
     )
+
+
+def sparsity_of(arguments: argparse.Namespace) -> ws.Sparsity | None:
+    """Static random masks of all matrices of every layer; embedding and head are dense."""
+    if not arguments.sparsity:
+        return None
+    group = ws.SparsityGroup(patterns=LAYER_MATRICES, sparsity=arguments.sparsity, block=tuple(arguments.block))
+    return ws.Sparsity((group,))
+
+
+def layer_bytes(engine: ws.Engine) -> dict[str, int]:
+    """Of the matrices of all layers as the store has them at present, masks included: in records, and of what streams."""
+    stored = streamed = 0
+    for unit in engine.store.units:
+        layout = engine.store.layout(unit.index)
+        for part in layout.parts:
+            own = sum(
+                spec.nbytes for spec in part.tensors if any(fnmatchcase(spec.name, one) for one in LAYER_MATRICES)
+            )
+            stored += own
+            streamed += own if part in layout.fetched else 0
+    return {"stored": stored, "streamed": streamed}
 
 
 class StreamedSide:
@@ -53,13 +79,21 @@ class StreamedSide:
             "written": result.bytes.written,
             "engine_bound": result.bytes.bound,
             "seconds": dict(result.seconds),
+            "layer_updates_s": self.layer_updates_s(),
         }
 
+    def layer_updates_s(self) -> float:
+        """What updates of layers took in the last step: gradients scaled, the optimizer, the cast, checksums."""
+        layers = {f"Update({block.index})" for block in self.engine.store.blocks if ".layers." in block.name}
+        spans = self.engine.recorder.spans()
+        return sum(span.busy_s for span in spans if span.kind == "update" and span.what in layers)
+
     def close(self) -> dict:
+        found = {"layer_bytes": layer_bytes(self.engine)}
         self.engine.close()
         disk_bytes = sum(path.stat().st_blocks * 512 for path in self.store.rglob("*") if path.is_file())
         shutil.rmtree(self.store)
-        return {"disk_bytes": disk_bytes}
+        return found | {"disk_bytes": disk_bytes}
 
 
 def main() -> None:
@@ -73,6 +107,10 @@ def main() -> None:
     parser.add_argument("--host-memory", default="2GiB")
     parser.add_argument("--ram-tier", action="store_true")
     parser.add_argument("--no-clip", action="store_true")
+    parser.add_argument("--sparsity", type=float, default=0.0, help="of the matrices of every layer")
+    parser.add_argument(
+        "--block", type=int, nargs=2, default=[1, 1], help="rows and columns that are zero or not together"
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--replace", action="store_true", help="remove what is at --store first")
     parser.add_argument("--serve", action="store_true", help="answer commands on standard input (see turns.py)")
