@@ -26,9 +26,18 @@ from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
 from weightstream.multiplying import driven
 from weightstream.opening import Wanted, contract_of, opened
-from weightstream.planning import KERNEL_PLACE_BYTES, PLACE_BYTES, Budgets, Division, Measured, divide, facts_of, same_buffers
+from weightstream.planning import (
+    KERNEL_PLACE_BYTES,
+    PLACE_BYTES,
+    Budgets,
+    Division,
+    Measured,
+    divide,
+    facts_of,
+    same_buffers,
+)
 from weightstream.runtime import Runtime, StepOutcome
-from weightstream.schedule.cost import StepBytes, lower_bound
+from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
@@ -264,6 +273,7 @@ class Engine:
         self._used_in: tuple[tuple[Visit, ...], dict[str, list[int]]] = ((), {})
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
+        self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
         cluster = self.ranks.cluster
         self.owner = self._owners(cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
@@ -587,13 +597,18 @@ class Engine:
         as it is now."""
         facts = self.runtime.facts
         if self.masking is not None:
-            now = {unit: (found,) for unit, found in self.holding.sparsity.items()}
-            groups = self._budgets.reduction_groups
-            division = divide(
-                self.store, self.ranks.cluster, self.owner, groups, sparse=Largest(now, self.holding.sparsity)
-            )
-            facts = replace(facts, blocks=self._facts(facts.micro_batches, division).blocks)
+            facts = replace(facts, blocks=self._blocks_now(facts))
         return self.bytes_bound_of(facts, self.runtime.allotment)
+
+    def _blocks_now(self, facts: Facts) -> tuple[BlockFacts, ...]:
+        """The bytes of blocks as sparse as they are now; reckoned anew only when that has changed."""
+        sparsity = self.holding.sparsity
+        if self._reckoned is None or self._reckoned[0] != sparsity:
+            largest = Largest({unit: (found,) for unit, found in sparsity.items()}, sparsity)
+            groups = self._budgets.reduction_groups
+            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest)
+            self._reckoned = dict(sparsity), self._facts(facts.micro_batches, division).blocks
+        return self._reckoned[1]
 
     def bytes_bound_of(self, facts: Facts, allotment: Allotment) -> StepBytes:
         """The same under any allotment for this engine's store."""
