@@ -24,11 +24,9 @@ from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
-from weightstream.multiplying import driven
+from weightstream.multiplying import driven, structure_bytes
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.planning import (
-    KERNEL_PLACE_BYTES,
-    PLACE_BYTES,
     Budgets,
     Division,
     Measured,
@@ -367,7 +365,7 @@ class Engine:
         return facts_of(
             self.store.blocks, division.records, self._budgets, visits=self._visits,
             uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=division, place_bytes=KERNEL_PLACE_BYTES if self._driven else PLACE_BYTES,
+            division=division, structures=structure_bytes(self.store.blocks, self._driven),
         )  # fmt: skip
 
     def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:

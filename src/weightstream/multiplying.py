@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from weightstream.masking import Masking
 from weightstream.sparse.driving import drivable
 from weightstream.sparse.kernels import KERNELS, Kernel, supports
 from weightstream.worker.expanding import Driven
+
+_ENTRY_BYTES = 64  # eight indices
 
 
 def driven(
@@ -60,4 +63,14 @@ def driven(
         found[name] = Driven(modules[name], kernel, group.block, nonzeros)
     for pattern in kernels.keys() - taken:
         raise ConfigError(f"kernels: '{pattern}' matches no sparse parameter; correct it or remove it")
+    return found
+
+
+def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven]) -> dict[int, int]:
+    """By block, what the structures of its weights take while it is in a slab: row, column, and the orders in which products
+    go through the weights' own blocks."""
+    found: dict[int, int] = {}
+    for block in blocks:
+        own = [driven[parameter.name] for parameter in block.parameters if parameter.name in driven]
+        found[block.index] = sum(_ENTRY_BYTES * each.nonzeros // prod(each.block) for each in own)
     return found
