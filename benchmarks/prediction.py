@@ -2,13 +2,15 @@
 
     python benchmarks/prediction.py --json
 
-The machine is calibrated first (or `--profile` given); then every run of the grid is predicted from its model, its plan
-and the profile, and only then measured: some runs at a time, in turn, each the median of five steps after warm-up. Some
-are measured twice, by processes of their own: what they differ by is noise that no prediction can meet.
+Some runs at a time: the machine is calibrated (or `--profile` given), each of them is predicted from its model, its plan
+and the profile, and only then they are measured, their steps in turn, each the median of five after warm-up. A shared
+machine is not as fast in one quarter of an hour as in the next, so that a calibration holds for its own runs. Some are
+measured twice, by processes of their own, in turn with the others: what they differ by is noise that no prediction can
+meet.
 
 Keys: `runs` (how many), `step_error_median`, `step_error_p90` (of |predicted / measured - 1|), `memory_error_max`,
 `memory_under` (runs that used more than was predicted), `bytes_exact` (whether all predicted bytes are those moved),
-`noise_median`, `noise_max` (a run against itself), `calibrate_s`; `table` has each run with its figures.
+`noise_median`, `noise_max` (a run against itself), `calibrate_s` (of each calibration); `table` has each run with its figures.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,15 +75,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with scratch(arguments.scratch, "prediction") as folder:
-        started = time.perf_counter()
-        profile = load_profile(arguments.profile, say) if arguments.profile else calibrate(folder, step=told)
-        calibrate_s = 0.0 if arguments.profile else time.perf_counter() - started
-        wanted = chosen(arguments)
-        idle = idle_bytes()
-        predicted = [predicted_of(run, profile, folder / "plan", idle) for run in wanted]
-        table = measured_beside(wanted, predicted, arguments, folder)
-    result = {"benchmark": "prediction"} | figures(table) | {"calibrate_s": calibrate_s, "table": table}
-    write("prediction", result | provenance(arguments.steps), as_json=arguments.json, record=not arguments.no_record)
+        given = load_profile(arguments.profile, say) if arguments.profile else None
+        found = held_against(chosen(arguments), given, arguments, folder)
+    result = {"benchmark": "prediction"} | provenance(arguments.steps) | figures(found.table)
+    result |= {"calibrate_s": found.calibrate_s, "table": found.table}
+    write("prediction", result, as_json=arguments.json, record=not arguments.no_record)
 
 
 def say(text: str) -> None:
@@ -122,36 +120,63 @@ def predicted_of(run: dict[str, Any], profile: Profile, store: Path, idle: int) 
     }  # fmt: skip
 
 
-def measured_beside(
-    wanted: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]], arguments: argparse.Namespace, folder: Path
-) -> list[dict[str, Any]]:
-    """The table: every run as it was predicted and as it was; some runs at a time, their steps in turn."""
-    runs = list(enumerate(wanted))
-    rows: list[dict[str, Any]] = []
+@dataclass
+class Held:
+    """The table: every run as it was predicted and as it was; and the seconds of each calibration."""
+
+    table: list[dict[str, Any]]
+    calibrate_s: list[float]
+
+
+def held_against(
+    wanted: Sequence[dict[str, Any]], given: Profile | None, arguments: argparse.Namespace, folder: Path
+) -> Held:
+    """Some runs at a time: the machine is calibrated, they are predicted, and then measured, their steps in turn."""
+    idle = idle_bytes()
+    held = Held([], [])
     again: dict[int, float] = {}
-    remaining = iter([(number, run, False) for number, run in runs] + [(n, run, True) for n, run in runs[::AGAIN]])
-    while batch := list(islice(remaining, AT_ONCE)):
-        for number, repeated, side, closed in measure([(n, run, r) for n, run, r in batch], arguments, folder):
+    for first in range(0, len(wanted), AT_ONCE):
+        profile = given or calibrated(folder, held)
+        batch = list(enumerate(wanted))[first : first + AT_ONCE]
+        predicted = {number: predicted_of(run, profile, folder / "plan", idle) for number, run in batch}
+        repeated = [(number, run, True) for number, run in batch if number % AGAIN == 0]
+        for number, repeats, side, closed in measure(
+            [(n, run, False) for n, run in batch] + repeated, arguments, folder
+        ):
             taken = median(side.turns)
-            if repeated:
+            if repeats:
                 again[number] = taken
                 continue
-            facts = side.facts[-1]
-            bytes_of_steps = (median(fact[key] for fact in side.facts) for key in ("read", "written"))
-            read, written = closed.pop("whole_step", None) or bytes_of_steps
-            row = wanted[number] | predicted[number] | {
-                "measured_s": taken, "measured_s_spread": [min(side.turns), max(side.turns)],
-                "error": predicted[number]["predicted_s"] / taken - 1, "measured_read": read,
-                "measured_written": written, "measured_memory_bytes": side.peak.nbytes,
-                "memory_error": predicted[number]["predicted_memory_bytes"] / side.peak.nbytes - 1,
-                "measured_seconds": facts["seconds"], "stalled_s": facts["stalled_s"], **closed,
-            }  # fmt: skip
-            rows.append(row)
+            held.table.append(row_of(wanted[number] | predicted[number], side, closed))
+            row = held.table[-1]
             say(f"run {number}: predicted {row['predicted_s']:.3f} s, measured {taken:.3f} s ({row['error']:+.1%})")
     for number, taken in again.items():
-        rows[number]["again_s"] = taken
-        rows[number]["noise"] = abs(taken / rows[number]["measured_s"] - 1)
-    return rows
+        row = held.table[number]
+        row["again_s"] = taken
+        row["noise"] = abs(taken / row["measured_s"] - 1)
+    return held
+
+
+def calibrated(folder: Path, held: Held) -> Profile:
+    """A profile of the machine as it is now."""
+    started = time.perf_counter()
+    profile = calibrate(folder, step=told)
+    held.calibrate_s.append(time.perf_counter() - started)
+    return profile
+
+
+def row_of(predicted: dict[str, Any], side: Side, closed: dict[str, Any]) -> dict[str, Any]:
+    """One run beside its prediction."""
+    taken, facts = median(side.turns), side.facts[-1]
+    bytes_of_steps = (median(fact[key] for fact in side.facts) for key in ("read", "written"))
+    read, written = closed.pop("whole_step", None) or bytes_of_steps
+    return predicted | {
+        "measured_s": taken, "measured_s_spread": [min(side.turns), max(side.turns)],
+        "error": predicted["predicted_s"] / taken - 1, "measured_read": read,
+        "measured_written": written, "measured_memory_bytes": side.peak.nbytes,
+        "memory_error": predicted["predicted_memory_bytes"] / side.peak.nbytes - 1,
+        "measured_seconds": facts["seconds"], "stalled_s": facts["stalled_s"], **closed,
+    }  # fmt: skip
 
 
 def measure(

@@ -3,7 +3,7 @@
 `--update-golden` writes golden schedules and simulations anew, so that a change of the planner shows as a diff of them.
 
 `make test` runs two at a time (pytest-xdist). Those of one file stay together, as some keep processes or counts between
-them; parity, the longest file, has neither.
+them; the files that take longest have neither, and their tests go wherever there is time.
 """
 
 import os
@@ -17,6 +17,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # beside another one, threads that wait
 # Where a folder or file is not named, it runs after those that are and before the last ones.
 _FIRST = ("test_layers.py", "test_units.py", "test_blocks.py", "test_config.py", "schedule", "store", "data", "worker")
 _LAST = ("parity", "test_training.py", "test_hub.py", "test_cli.py", "test_demo.py", "benchmarks")
+# Their tests need not run in one process.
+_APART = (
+    "parity",
+    "benchmarks",
+    "faults",
+    "hub",
+    "test_cli.py",
+    "test_demo.py",
+    "test_fit.py",
+    "test_launcher.py",
+    "test_outcomes.py",
+)
 
 
 def _rank(item: pytest.Item) -> tuple[bool, int]:
@@ -41,6 +53,6 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent.name != "parity":
+        if item.path.name not in _APART and item.path.parent.name not in _APART:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
     items.sort(key=_rank)  # stable: within a file the order stays as written

@@ -206,7 +206,7 @@ class Costs:
 
     def _run(self, tables: Tables, kernels: Kernels, direction: str) -> float:
         own = tables.seconds(kernels) + self.executor.kernel_s.get(direction, 0.0) * sum(kernels.values())
-        return own * self.slowdown
+        return own * self.executor.in_a_step.get(direction, 1.0) * self.slowdown
 
     def _sums_at_reduce(self, facts: Facts, allotment: Allotment) -> bool:
         """Whether all gradients of a block are held until its sum is closed."""

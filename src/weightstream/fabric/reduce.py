@@ -75,7 +75,7 @@ class _Job:
     sums: Sums
     targets: Mapping[int, Tensor]
     began_s: float = 0.0
-    nbytes: tuple[int, int] = (0, 0)  # of sums, sent and received
+    nbytes: tuple[int, int] = (0, 0)  # sent and received
     total: Total = field(default_factory=lambda: Total(found=False))
     sends: list[Handle] = field(default_factory=list)
     out: "Future[Total]" = field(default_factory=new_future)
@@ -223,7 +223,7 @@ class _UnitSum:
         root: Node,
     ) -> None:
         self.unit = unit
-        self.sent = self.received = 0  # bytes of sums, heads left out
+        self.sent = self.received = 0  # bytes
         start, stop = unit.span
         self.chunks: list[Range] = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
         self._channel, self._target, self._sends, self._root = channel, target, sends, root
@@ -252,6 +252,7 @@ class _UnitSum:
             if isinstance(step, Merge | Take):
                 data = torch.empty(head_bytes(len(self.unit.pieces)), dtype=torch.uint8)
                 handle = self._channel.receive(data, step.source, self._tag(_HEAD_CHUNK, _HEAD_LAYER), self._what)
+                self.received += data.nbytes
                 self._coming_heads[number] = data, handle
         for number, step in enumerate(self._steps):
             if isinstance(step, Hand) and step.node in self._heads:
@@ -322,6 +323,7 @@ class _UnitSum:
 
     def _hand_head(self, step: Hand) -> None:
         data = self._heads[step.node].packed(len(self.unit.pieces))
+        self.sent += data.nbytes
         where = self._tag(_HEAD_CHUNK, _HEAD_LAYER)
         self._sends.append(self._channel.send(data, step.to, where, self._what))
 

@@ -1,13 +1,14 @@
 """What the runtime needs for itself: two toy models whose kernels hardly take time are streamed from a toy store.
 
 One has a single product in each block, the other as many kernels as a decoder layer; what their operations take, less the
-kernels by themselves, is an overhead per operation and one per kernel or tensor.
+kernels by themselves, is an overhead per operation and one per kernel or tensor. A third one, of ordinary width, says how
+much longer kernels take in a step than one by one.
 """
 
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,7 @@ from weightstream.training.memory import peak_rss_bytes, rss_bytes
 
 _WIDTH, _TOKENS, _LAYERS, _MICRO_BATCHES = 32, 16, 4, 4
 _LARGE = 256
+_ORDINARY_WIDTH, _ORDINARY_TOKENS, _ORDINARY_STEPS = 448, 320, 7
 HOLES, HOLES_KEPT = 3.5, 2.0
 """Room that the heap leaves between what is in use, in units of what one block computes in (the plan's `workspace`); less
 where activations are kept. Seen on this project's runs of 2 to 6 layers: 1.3 to 2.8 with recomputation, 1.3 without."""
@@ -110,11 +112,19 @@ def _micro_batches(tokens: int, width: int) -> list[Tensor]:
     return [torch.randn(1, tokens, width).to(torch.bfloat16) for _ in range(_MICRO_BATCHES)]
 
 
-def _measure(layer: Callable[[int], nn.Module], folder: Path, steps: int, threads: int) -> _Toy:
-    micro_batches = _micro_batches(_TOKENS, _WIDTH)
+def _measure(
+    layer: Callable[[int], nn.Module],
+    folder: Path,
+    steps: int,
+    threads: int,
+    *,
+    width: int = _WIDTH,
+    tokens: int = _TOKENS,
+) -> _Toy:
+    micro_batches = _micro_batches(tokens, width)
     found: dict[str, list[float]] = {}
     begins, betweens = [], []
-    with _engine(layer, folder, threads, _WIDTH) as engine:
+    with _engine(layer, folder, threads, width) as engine:
         for number in range(steps + 3):
             result = engine.step(micro_batches, _loss)
             counts = engine.runtime.outcome.counts
@@ -156,12 +166,39 @@ def executor(folder: Path, kernel_seconds: KernelSeconds, *, steps: int = 15, th
         tensor_s[kind] = max(0.0, each)
         operation_s[kind] = max(0.0, bare.operation_s[kind] - tensor_s[kind] * bare.tensors)
     operation_s["begin"] = bare.begin_s
+    ordinary = _measure(
+        _Layer,
+        folder / "ordinary",
+        min(steps, _ORDINARY_STEPS),
+        threads,
+        width=_ORDINARY_WIDTH,
+        tokens=_ORDINARY_TOKENS,
+    )
+    in_a_step = _in_a_step(ordinary, kernel_seconds, operation_s, kernel_s)
     return Executor(
         operation_s={kind: significant(value) for kind, value in sorted(operation_s.items())},
         kernel_s={kind: significant(value) for kind, value in kernel_s.items()},
         tensor_s={kind: significant(value) for kind, value in tensor_s.items()},
+        in_a_step={kind: significant(value) for kind, value in in_a_step.items()},
         between_steps_s=significant(bare.between_s), process_bytes=_in_a_process(folder / "large", threads),
     )  # fmt: skip
+
+
+def _in_a_step(
+    toy: _Toy, kernel_seconds: KernelSeconds, operation_s: Mapping[str, float], kernel_s: Mapping[str, float]
+) -> dict[str, float]:
+    """How many times longer kernels take in a step of this toy than one by one; at least once."""
+
+    def alone_s(runs: Sequence[Kernels], direction: str) -> float:
+        own = sum(kernel_seconds(run) + kernel_s[direction] * sum(run.values()) for run in runs)
+        return own / len(toy.census.visits)
+
+    visits = toy.census.visits
+    first = (toy.operation_s["forward"] - operation_s["forward"]) / alone_s([v.forward for v in visits], "forward")
+    forward = max(1.0, first)
+    again_s = forward * alone_s([visit.recompute for visit in visits[:-1]], "forward")
+    left_s = toy.operation_s["backward"] - operation_s["backward"] - again_s
+    return {"forward": forward, "backward": max(1.0, left_s / alone_s([v.backward for v in visits], "backward"))}
 
 
 def _in_a_process(folder: Path, threads: int) -> int:
