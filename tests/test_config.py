@@ -6,6 +6,7 @@ import pytest
 
 from weightstream.config import RunConfig, check_config, load_config
 from weightstream.errors import ConfigError
+from weightstream.run import engine_settings
 from weightstream.store.optimizers import AdamW, Optimizer, Torch
 
 TEXT = """
@@ -150,3 +151,14 @@ def test_unknown_optimizers_and_settings_are_refused() -> None:
         _config(name="adamm").optimizer.to_json(10)
     with pytest.raises(ConfigError, match="beta"):
         Optimizer.from_json(_config(settings={"beta": 1}).optimizer.to_json(10))
+
+
+def test_sparsity_reaches_the_engine(file: Path) -> None:
+    settings = engine_settings(load_config(Path(__file__).parents[1] / "configs" / "sparse-60m.yaml"))
+    (group,) = settings["sparsity"].groups
+    assert (group.algorithm, group.sparsity, group.every, group.end) == ("rigl", 0.9, 5, 52)
+    assert engine_settings(load_config(file))["sparsity"].groups == ()
+    overrides = ["sparsity.groups=[{patterns: ['*.mlp.*'], algorithm: set}]", "sparsity.kernels={'*.mlp.*': gathered}"]
+    settings = engine_settings(load_config(file, overrides))
+    assert settings["sparsity"].groups[0].end == 7  # three quarters of 10 steps
+    assert settings["kernels"] == {"*.mlp.*": "gathered"}

@@ -24,13 +24,22 @@ from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
+from weightstream.multiplying import driven, structure_bytes
 from weightstream.opening import Wanted, contract_of, opened
-from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
+from weightstream.planning import (
+    Budgets,
+    Division,
+    Measured,
+    divide,
+    facts_of,
+    same_buffers,
+)
 from weightstream.runtime import Runtime, StepOutcome
-from weightstream.schedule.cost import StepBytes, lower_bound
+from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
+from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.interval import Interval
@@ -146,6 +155,8 @@ class Engine:
             calls of an engine. The result has the same bits for any number of ranks.
         links: this rank's connections to the others (`fabric.distributed.connect`).
         sparsity: which parameters are sparse, and how; fixed when the store is made.
+        kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; fixed when the store is
+            made, since it decides the order of sums.
 
     Raises:
         PlanError: a budget is too small; the message names the smallest that works.
@@ -181,6 +192,7 @@ class Engine:
         cluster: Cluster | None = None,
         links: Links | None = None,
         sparsity: Sparsity | None = None,
+        kernels: Mapping[str, Kernel] | None = None,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -198,6 +210,7 @@ class Engine:
         self._interval = Interval(commit_every)
         self._log = log or (lambda text: None)
         self._closed = False
+        self._kernels = dict(kernels or {})
         self.device = torch.device(device)
         self.threads = threads_per_worker or torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -224,6 +237,7 @@ class Engine:
             self.model, optimizer=optimizer, device=self.device, precision=precision, seed=seed,
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
             **({"sparsity": sparsity.to_json()} if sparsity and sparsity.groups else {}),
+            **({"kernels": dict(kernels)} if kernels else {}),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
@@ -236,7 +250,11 @@ class Engine:
             self._start()
 
     def _start(self) -> None:
-        self.parameters = Parameters(self.model, self.store.blocks, self.device, DTYPES[self.precision])
+        self.masking = self._wanted.masking(self.store.units)
+        dtype = DTYPES[self.precision]
+        self._driven = driven(self.model, self.store.blocks, self.masking, self._kernels, dtype, self.device)
+        nonzeros = {name: each.nonzeros for name, each in self._driven.items()}
+        self.parameters = Parameters(self.model, self.store.blocks, self.device, dtype, nonzeros)
         self.model.to(self.device)
         self.worker = self._make_worker()
         self._restore_cache = without_cache(self.model)
@@ -253,10 +271,10 @@ class Engine:
         self._used_in: tuple[tuple[Visit, ...], dict[str, list[int]]] = ((), {})
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
+        self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
         cluster = self.ranks.cluster
         self.owner = self._owners(cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
-        self.masking = self._wanted.masking(self.store.units)
         now = self._sparsity_now(owned)
         self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
         self.holding = Holding(self.store, owned, self._largest if self.masking else None, now)
@@ -281,7 +299,9 @@ class Engine:
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
         side_outputs: SideOutputs | None = find_side_outputs(self.model)
-        return Worker(self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs)
+        return Worker(
+            self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs, self._driven
+        )
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
@@ -311,7 +331,7 @@ class Engine:
             )  # fmt: skip
         return Runtime(
             keeper, self.worker, self.parameters, facts, allotment, self._ceiling,
-            scratch=store, peers=peers, computing=self.ranks.computing, recorder=self.recorder,
+            scratch=store, peers=peers, computing=self.ranks.computing, recorder=self.recorder, driven=self._driven,
         )  # fmt: skip
 
     def _uses(self, block: int, name: str) -> list[int]:
@@ -345,7 +365,7 @@ class Engine:
         return facts_of(
             self.store.blocks, division.records, self._budgets, visits=self._visits,
             uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=division,
+            division=division, structures=structure_bytes(self.store.blocks, self._driven),
         )  # fmt: skip
 
     def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:
@@ -575,13 +595,18 @@ class Engine:
         as it is now."""
         facts = self.runtime.facts
         if self.masking is not None:
-            now = {unit: (found,) for unit, found in self.holding.sparsity.items()}
-            groups = self._budgets.reduction_groups
-            division = divide(
-                self.store, self.ranks.cluster, self.owner, groups, sparse=Largest(now, self.holding.sparsity)
-            )
-            facts = replace(facts, blocks=self._facts(facts.micro_batches, division).blocks)
+            facts = replace(facts, blocks=self._blocks_now(facts))
         return self.bytes_bound_of(facts, self.runtime.allotment)
+
+    def _blocks_now(self, facts: Facts) -> tuple[BlockFacts, ...]:
+        """The bytes of blocks as sparse as they are now; reckoned anew only when that has changed."""
+        sparsity = self.holding.sparsity
+        if self._reckoned is None or self._reckoned[0] != sparsity:
+            largest = Largest({unit: (found,) for unit, found in sparsity.items()}, sparsity)
+            groups = self._budgets.reduction_groups
+            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest)
+            self._reckoned = dict(sparsity), self._facts(facts.micro_batches, division).blocks
+        return self._reckoned[1]
 
     def bytes_bound_of(self, facts: Facts, allotment: Allotment) -> StepBytes:
         """The same under any allotment for this engine's store."""
@@ -637,7 +662,7 @@ class Engine:
             return
         streamed = StreamedModel(
             self.holding, self.runtime.peers, self.worker, self.parameters,
-            self.runtime.slabs, self.runtime.allotment.slabs,
+            self.runtime.slabs, self.runtime.allotment.slabs, self._driven,
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()

@@ -148,6 +148,13 @@ class Masking:
         """Whether versions of a unit have other layouts than the one before."""
         return any(len(_counts(piece)) > 1 for piece in self.of_unit.get(unit, ()))
 
+    def constant(self, name: str) -> int | None:
+        """How many non-zeros a parameter has in every version; None where that changes."""
+        pieces = [piece for (own, _), piece in self.pieces.items() if own == name]
+        if any(len(_counts(piece)) > 1 or piece.count(0) == piece.grid.cells for piece in pieces):
+            return None
+        return sum(piece.nonzeros(0) or 0 for piece in pieces)
+
     def update_bytes(self, unit: int) -> int:
         """Host memory that the mask update of a unit needs, at most: keys, random numbers and places of one piece's cells,
         and of those whose size changes the numbers while they move."""

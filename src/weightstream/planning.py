@@ -128,6 +128,7 @@ def facts_of(
     measured: Measured | None = None,
     division: Division | None = None,
     masks: Sequence[int] = (),
+    structures: Mapping[int, int] | None = None,
 ) -> Facts:
     """The facts of a step; before the calls of the model are known every block is visited once, in order.
 
@@ -136,16 +137,21 @@ def facts_of(
         measured: left out of account where it is of other visits.
         division: with several ranks, who does what.
         masks: where there is no division, what changes of masks need, by block.
+        structures: by block, what kernels need to know of the weights that they multiply by.
     """
     counts = {name: len(visits) for name, visits in (uses or {}).items()}
     gradients = division.gradients if division else [record.gradients for record in records]
+
+    def places(block: Block, record: BlockBytes) -> int:
+        return record.nonzeros * PLACE_BYTES + (structures or {}).get(block.index, 0)
+
     masks = (division.masks if division else masks) or (0,) * len(records)
     block_facts = tuple(
         BlockFacts(
             block.index, block.name, record.streamed, record.loaded, record.written, whole,
             block.trainable, block.resident,
             sum(4 * p.numel * counts[p.name] for p in block.parameters if p.trainable and counts.get(p.name, 0) > 1),
-            record.gradients, record.fetched if record.sparse else 0, record.nonzeros * PLACE_BYTES, changes,
+            record.gradients, record.fetched if record.sparse else 0, places(block, record), changes,
         )
         for block, record, whole, changes in zip(blocks, records, gradients, masks, strict=True)
     )  # fmt: skip

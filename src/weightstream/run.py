@@ -204,6 +204,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "commit_every": settings.commit_every,
         "allow_other_numerics": settings.allow_other_numerics,
         "sparsity": config.sparsity.settings(config.training.steps),
+        "kernels": config.sparsity.kernels,
     }
 
 

@@ -43,7 +43,7 @@ from weightstream.store.futures import chain, done
 from weightstream.trace.recorder import Recorder
 from weightstream.worker.activations import Activations, Scratch
 from weightstream.worker.allocator import Ceiling
-from weightstream.worker.expanding import Expansion
+from weightstream.worker.expanding import Driven, Expansion
 from weightstream.worker.slabs import Parameters, Slab, Slabs
 from weightstream.worker.worker import LossFunction, Worker
 
@@ -83,6 +83,7 @@ class Runtime:
         peers: this rank's part in what all ranks do together.
         computing: entered while this rank computes; ranks that share a process take turns.
         recorder: told of each operation.
+        driven: by name the parameters that are multiplied by kernels.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Runtime:
         peers: Peers,
         computing: Callable[[], AbstractContextManager[object]] = nullcontext,
         recorder: Recorder | None = None,
+        driven: Mapping[str, Driven] | None = None,
     ) -> None:
         self.keeper, self.holding, self.worker, self.parameters = keeper, keeper.holding, worker, parameters
         self.facts, self.allotment, self.peers = facts, allotment, peers
@@ -108,7 +110,7 @@ class Runtime:
             [facts.blocks[index].streamed_bytes for index in self.residents],
             (allotment.compressed_bytes, [facts.blocks[index].compressed_bytes for index in self.residents]),
         )
-        self.expansion = Expansion(keeper.holding)
+        self.expansion = Expansion(keeper.holding, driven, worker.device)
         self.activations = Activations(scratch, worker.device)
         worker.slabs, worker.activations = self.slabs, self.activations
         self.outcome = StepOutcome()

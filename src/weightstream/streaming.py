@@ -4,7 +4,7 @@ With several ranks all that compute make the same calls, and each fetch is annou
 can follow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from weightstream.errors import AuditError
 from weightstream.fabric.peers import Arrival, Peers
 from weightstream.store.owned import Holding
-from weightstream.worker.expanding import Expansion
+from weightstream.worker.expanding import Driven, Expansion
 from weightstream.worker.slabs import Parameters, Slabs
 from weightstream.worker.worker import Worker
 
@@ -24,9 +24,17 @@ class StreamedModel:
     """
 
     def __init__(
-        self, holding: Holding, peers: Peers, worker: Worker, parameters: Parameters, slabs: Slabs, streaming: int
+        self,
+        holding: Holding,
+        peers: Peers,
+        worker: Worker,
+        parameters: Parameters,
+        slabs: Slabs,
+        streaming: int,
+        driven: Mapping[str, Driven] | None = None,
     ) -> None:
-        self._holding, self._peers, self._expansion = holding, peers, Expansion(holding)
+        self._holding, self._peers = holding, peers
+        self._expansion = Expansion(holding, driven, worker.device)
         self._worker, self._parameters, self._slabs = worker, parameters, slabs
         self._free = list(range(streaming))
         self._arrivals: dict[int, Arrival] = {}

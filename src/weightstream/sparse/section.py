@@ -86,6 +86,8 @@ class SparsityConfig(Section):
     """`sparsity`: groups of sparse parameters; without any the model is dense."""
 
     groups: tuple[SparsityGroupConfig, ...] = ()
+    kernels: dict[str, Literal["gathered", "bsr", "csr"]] = Field(default_factory=dict)
+    """By pattern of names, the first that matches, which of these parameters are not expanded but multiplied by a kernel."""
 
     def settings(self, training_steps: int) -> Sparsity:
         """

@@ -6,7 +6,8 @@ the others watch the first pass of every visit.
 
 import gc
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from weightstream.errors import AuditError
+from weightstream.sparse.driving import Watch
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, type)
 
@@ -91,17 +93,23 @@ def changed_by_block(module: str, error: RuntimeError) -> AuditError:
 class FirstPass:
     """Watches the first pass of a module: buffers that change, tensors that escape, foreign parameters."""
 
-    def __init__(self, name: str, module: nn.Module, foreign: "ForeignParameters") -> None:
+    def __init__(
+        self, name: str, module: nn.Module, foreign: "ForeignParameters", weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """`weights` are the parameters that kernels multiply by, by name: nothing else may use them."""
         self._name, self._module = name, module
+        self._driven = Watch(weights) if weights else nullcontext()
         self._watch = _Watch(foreign)
         self._buffers: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> "FirstPass":
         self._buffers = self._state()
         self._watch.__enter__()
+        self._driven.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._driven.__exit__(*exception)
         self._watch.__exit__(*exception)
 
     def _state(self) -> dict[str, tuple[int, int]]:

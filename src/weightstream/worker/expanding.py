@@ -4,14 +4,18 @@ A block without sparse parameters lands in its slab. Of another one the places o
 in a slab, so that gradients, which autograd forms densely, are gathered there before they are summed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightstream.sparse.codec import Places, decode_mask, expand, gather
+from weightstream.sparse.driving import drive
+from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.masks import Mask
+from weightstream.sparse.structure import Structure
 from weightstream.store.layout import MASK, RecordLayout, TensorSpec
 from weightstream.store.masks import grid_of
 from weightstream.store.owned import Holding
@@ -33,11 +37,30 @@ class _Panel:
         return self.stop - self.start if self.places is None else self.places.nonzeros
 
 
-class Expansion:
-    """Where blocks land, and where their non-zeros are while they are in slabs."""
+@dataclass(frozen=True, slots=True)
+class Driven:
+    """A parameter that is not expanded: `module` multiplies by its non-zeros, `nonzeros` at all times."""
 
-    def __init__(self, holding: Holding) -> None:
-        self._holding = holding
+    module: nn.Linear
+    kernel: Kernel
+    block: tuple[int, int]
+    nonzeros: int
+
+
+class Expansion:
+    """Where blocks land, and where their non-zeros are while they are in slabs.
+
+    Args:
+        driven: by name the parameters that kernels multiply by: of these a slab has the non-zeros, where else the dense
+            tensor would begin.
+        device: where products are computed.
+    """
+
+    def __init__(
+        self, holding: Holding, driven: Mapping[str, Driven] | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self._holding, self._driven, self._device = holding, driven or {}, device
+        self._undo: dict[int, list[Callable[[], None]]] = {}
         self._landed: dict[int, tuple[RecordLayout, ...]] = {}
         self._panels: dict[int, dict[str, list[_Panel]]] = {}
 
@@ -54,6 +77,8 @@ class Expansion:
         if layouts is None:
             return False
         panels: dict[str, list[_Panel]] = {}
+        masks_of: dict[str, list[Mask]] = {}
+        offsets: dict[str, int] = {}
         targets = iter(self._holding.slabs[block].pieces)
         start = 0
         for layout in layouts:
@@ -66,7 +91,13 @@ class Expansion:
             for spec in streamed.tensors:
                 target = next(targets)
                 assert (target.name, target.row) == (spec.name, spec.row), "a slab has what is streamed, in its order"
-                places = None if spec.piece is None else _places(spec, masks)
+                if spec.name in self._driven:
+                    at = offsets.get(spec.name, target.offset)
+                    _copy(slab, spec, values[spec.name], at)
+                    offsets[spec.name] = at + spec.nbytes
+                    masks_of.setdefault(spec.name, []).append(_mask(spec, masks))
+                    continue
+                places = None if spec.piece is None else Places.of(_mask(spec, masks))
                 _fill(slab, target, values[spec.name], places)
                 first = spec.first_element
                 stop = first + target.nbytes // target.dtype.itemsize
@@ -74,12 +105,20 @@ class Expansion:
         self._panels[block] = {
             name: found for name, found in panels.items() if any(panel.places is not None for panel in found)
         }
+        self._undo[block] = [self._drive(self._driven[name], found) for name, found in masks_of.items()]
         return True
+
+    def _drive(self, driven: Driven, masks: Sequence[Mask]) -> Callable[[], None]:
+        """The module of a parameter multiplies by what its slab has, until this is undone."""
+        kept = torch.from_numpy(np.concatenate([mask.cells.reshape(-1, mask.grid.across) for mask in masks]))
+        return drive(driven.module, Structure(kept, driven.block, self._device), driven.kernel)
 
     def forget(self, block: int) -> None:
         """The block leaves its slab."""
         self._landed.pop(block, None)
         self._panels.pop(block, None)
+        for undo in self._undo.pop(block, ()):
+            undo()
 
     def gathered(self, block: int, name: str, grad: Tensor) -> Tensor:
         """A dense gradient at the non-zeros that are summed, (non-zeros, 1); itself where all of it is."""
@@ -107,9 +146,14 @@ def _whole(panel: _Panel) -> _Panel:
     return _Panel(panel.row, panel.start, panel.stop, None)
 
 
-def _places(spec: TensorSpec, masks: Mapping[str, Tensor]) -> Places:
-    grid, ones = grid_of(spec), spec.sparse[0].ones
-    return Places.of(decode_mask(grid, ones, masks[spec.name].numpy()) if ones < grid.cells else Mask.full(grid))
+def _mask(spec: TensorSpec, masks: Mapping[str, Tensor]) -> Mask:
+    return decode_mask(grid_of(spec), spec.sparse[0].ones, masks[spec.name].numpy())
+
+
+def _copy(slab: Slab, spec: TensorSpec, values: Tensor, offset: int) -> None:
+    """Writes non-zeros as they are to a place in a slab's host memory."""
+    count = spec.nbytes // spec.dtype.itemsize
+    torch.frombuffer(slab.landing, dtype=spec.dtype, count=count, offset=offset).copy_(values.view(-1))
 
 
 def _fill(slab: Slab, target: TensorSpec, values: Tensor, places: Places | None) -> None:

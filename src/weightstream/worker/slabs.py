@@ -5,7 +5,7 @@ copy stream takes it to the device; compute waits for that copy by an event, and
 the compute that used it before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -166,9 +166,19 @@ class Parameters:
     """The model's parameters: views of a slab while their block is present, NaN otherwise.
 
     A placeholder is one NaN expanded to the parameter's shape, so that a use outside the block cannot pass unseen.
+
+    Args:
+        nonzeros: of the parameters that are multiplied by kernels: they are (non-zeros, 1) instead of dense.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        device: torch.device,
+        dtype: torch.dtype,
+        nonzeros: Mapping[str, int] | None = None,
+    ) -> None:
         self.blocks = blocks
         self._bound: dict[int, list[_Bound]] = {}
         self.block_of: dict[int, int] = {}
@@ -179,7 +189,9 @@ class Parameters:
         for block in blocks:
             bound = []
             for spec in block.parameters:
-                placeholder = nan.expand(spec.shape) if spec.shape else nan[0]
+                count = (nonzeros or {}).get(spec.name)
+                shape = spec.shape if count is None else (count, 1)
+                placeholder = nan.expand(shape) if shape else nan[0]
                 parameter = nn.Parameter(placeholder, requires_grad=spec.trainable)
                 replaced[id(originals[spec.name])] = parameter
                 self.block_of[id(parameter)] = block.index
@@ -206,7 +218,8 @@ class Parameters:
         places = {spec.name: spec for spec in image.tensors}
         for bound in self._bound[block]:
             spec = places[bound.name]
-            bound.parameter.data = slab.view(spec.offset, spec.dtype, spec.shape, _contiguous(spec.shape))
+            shape = bound.placeholder.shape
+            bound.parameter.data = slab.view(spec.offset, spec.dtype, shape, _contiguous(shape))
         self._present.add(block)
 
     def unbind(self, block: int) -> None:

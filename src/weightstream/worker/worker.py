@@ -5,7 +5,7 @@ and where gradients go is decided outside.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class Worker:
 
     Args:
         sink: called with `(block, parameter name, use, micro-batch, gradient)` as soon as a gradient is complete.
+        kernels: the parameters that are multiplied by kernels.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Worker:
         device: torch.device,
         sink: GradientSink,
         side_outputs: tape.SideOutputs | None = None,
+        kernels: Collection[str] = (),
     ) -> None:
+        self.kernels = kernels
         self.model, self.blocks, self.parameters, self.device = model, blocks, parameters, device
         self.generators = Generators(device)
         self.activations: Activations | None = None
@@ -125,6 +128,11 @@ class Worker:
     def position(self, module: str) -> int:
         """A module's place in order of registration."""
         return self._order[module]
+
+    def _multiplied_in(self, module: nn.Module) -> dict[str, Tensor]:
+        """The parameters of a module that kernels multiply by."""
+        own = ((self.parameters.name(p), p) for p in module.parameters() if id(p) in self.parameters.block_of)
+        return {name: parameter for name, parameter in own if name in self.kernels}
 
     def own_forward(self, module: str) -> Callable[..., Any]:
         """The module's forward as the model wrote it."""
@@ -199,7 +207,8 @@ class Worker:
         first_pass = None
         if call.module not in self._audited:
             self._audited.add(call.module)
-            first_pass = audit.FirstPass(call.module, self._modules[call.module], self._foreign)
+            module = self._modules[call.module]
+            first_pass = audit.FirstPass(call.module, module, self._foreign, self._multiplied_in(module))
         keep = keep and first_pass is None  # a kept graph keeps alive what the audit looks for
         if call.modes.grad:
             route.way.cut_in_place(call.tensors)

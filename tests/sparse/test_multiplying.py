@@ -1,0 +1,138 @@
+"""Sparse layers that are multiplied by kernels while the engine trains them: the same training but for the order of sums."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.sparse.masked import SEED, Model, digest, group, initial_values, loss_fn, micro_batches
+from torch import Tensor, nn
+
+import weightstream as ws
+from weightstream.cluster import Cluster
+from weightstream.errors import AuditError, ConfigError, StoreMismatchError
+from weightstream.fabric.links import Links
+from weightstream.fabric.local import run_ranks
+
+GATHERED = {"*.up.weight": "gathered", "*.down.weight": "gathered"}
+SETTINGS = {"algorithm": "set", "block": (8, 8), "begin": 0, "end": 9, "every": 3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def open_engine(store: Path, kernels: dict[str, str] | None, build: Any = Model, **settings: Any) -> ws.Engine:
+    chosen = {
+        "clip_norm": 0.5,
+        "threads_per_worker": 1,
+        "panel_elements": 2048,
+        "sparsity": group(**SETTINGS),
+    } | settings
+    return ws.Engine(
+        build, store, ws.SGD(lr=0.1, momentum=0.9), kernels=kernels, initial=initial_values(), seed=SEED, **chosen
+    )
+
+
+def train(
+    store: Path, kernels: dict[str, str] | None, pieces: list[int], count: int = 3, **settings: Any
+) -> list[float]:
+    losses = []
+    for steps in pieces:
+        with open_engine(store, kernels, **settings) as engine:
+            for _ in range(steps):
+                losses.append(engine.step(micro_batches(engine.step_count + 1, count), loss_fn).loss)
+    return losses
+
+
+def values(store: Path) -> dict[str, dict[str, Tensor]]:
+    with ws.Store.open(store, writable=False) as found:
+        return dict(found.items())
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_the_same_training_up_to_the_order_of_sums(activations: str, tmp_path: Path) -> None:
+    """Over two mask updates; `up` is cut into panels. The bound is that of a few dozen fp32 roundings."""
+    settings = {"activations": activations}
+    expanded = train(tmp_path / "expanded", None, [7], **settings)
+    assert train(tmp_path / "kernel", GATHERED, [7], **settings) == pytest.approx(expanded, abs=2e-6)
+    found, expected = values(tmp_path / "kernel"), values(tmp_path / "expanded")
+    for name, parts in expected.items():
+        for part, tensor in parts.items():
+            assert torch.allclose(found[name][part].double(), tensor.double(), rtol=1e-4, atol=2e-6), (name, part)
+    assert digest(tmp_path / "kernel") != digest(tmp_path / "expanded")  # the kernel was used
+
+
+def test_in_pieces_and_on_several_ranks_as_in_one_go(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", GATHERED, [6], 8, precision="bf16")
+    assert train(tmp_path / "pieces", GATHERED, [2, 4], 8, precision="bf16", ram_tier=False) == whole
+
+    def work(links: Links) -> list[float]:
+        settings = {"cluster": Cluster(2), "links": links, "precision": "bf16"}
+        return train(tmp_path / "ranks", GATHERED, [6], 8, **settings)
+
+    assert all(found == whole for found in run_ranks(Cluster(2), work, timeout_s=60))
+    assert digest(tmp_path / "whole") == digest(tmp_path / "pieces") == digest(tmp_path / "ranks")
+
+
+def test_evaluation_is_by_kernels_too(tmp_path: Path) -> None:
+    with open_engine(tmp_path / "store", GATHERED) as engine:
+        engine.step(micro_batches(1), loss_fn)
+        with engine.module() as model:
+            found = float(model(micro_batches(9)[0]))
+    resident = Model()
+    for name, parts in values(tmp_path / "store").items():
+        resident.get_parameter(name).data = parts["param"]
+    with torch.no_grad():
+        assert found == pytest.approx(float(resident(micro_batches(9)[0])), abs=2e-6)
+
+
+class Penalised(Model):
+    """One of its layers uses a weight beside its product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = self.layers[1]
+        inner = layer.forward
+        layer.forward = lambda x: inner(x) + layer.down.weight.square().mean()  # type: ignore[method-assign]
+
+
+class TestRefused:
+    def test_a_use_beside_the_product(self, tmp_path: Path) -> None:
+        with (
+            open_engine(tmp_path / "store", GATHERED, Penalised) as engine,
+            pytest.raises(AuditError, match=r"layers\.1\.down\.weight.*outside its linear layer"),
+        ):
+            engine.step(micro_batches(1), loss_fn)
+
+    def test_other_kernels_than_the_store_was_made_with(self, tmp_path: Path) -> None:
+        train(tmp_path / "store", GATHERED, [1])
+        with pytest.raises(StoreMismatchError, match="kernels: the store has .*gathered.*this run has nothing"):
+            open_engine(tmp_path / "store", None)
+
+    @pytest.mark.parametrize(
+        ("kernels", "settings", "said"),
+        [
+            ({"*.up.weight": "gathered"}, {"block": (1, 1)}, "'gathered' has no product of .* blocks of 1×1"),
+            ({"*.up.weight": "gathered"}, {"algorithm": "rigl"}, "rigl needs its dense gradient"),
+            ({"*.up.weight": "gathered"}, {"algorithm": "gmp"}, "the number of its non-zeros changes"),
+            ({"*.gate.weight": "gathered"}, {}, r"'\*\.gate\.weight' matches no sparse parameter"),
+            ({"head.*": "gathered"}, {"patterns": ("head.weight",), "include_all": True}, "no weight of an nn.Linear within"),
+        ],
+    )  # fmt: skip
+    def test_what_no_kernel_can_do(self, kernels: Any, settings: Any, said: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=said):
+            open_engine(tmp_path / "store", kernels, sparsity=group(**(SETTINGS | settings)))
+
+
+def test_models_are_as_they_were_when_nothing_is_present(tmp_path: Path) -> None:
+    """Between steps no module of the model multiplies by a slab that has something else now."""
+    with open_engine(tmp_path / "store", GATHERED) as engine:
+        engine.step(micro_batches(1), loss_fn)
+        linear = [module for module in engine.model.modules() if isinstance(module, nn.Linear)]
+        assert sum("forward" in vars(module) for module in linear) == 1  # the head, which is a block of its own
