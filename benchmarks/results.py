@@ -27,7 +27,7 @@ def summary(key: str, samples: Sequence[float]) -> dict[str, Any]:
 def provenance(runs: int) -> dict[str, Any]:
     """Where a figure comes from; `runs` is how many counted turns each side had."""
     return {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], TREE), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], TREE), *_without_scratch(sys.argv[1:])]),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "runs": runs,
@@ -35,6 +35,16 @@ def provenance(runs: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
     }
+
+
+def _without_scratch(arguments: Sequence[str]) -> list[str]:
+    """Where a machine keeps its files is nobody else's concern."""
+    kept, skipped = [], False
+    for argument in arguments:
+        if not skipped and argument != "--scratch" and not argument.startswith("--scratch="):
+            kept.append(argument)
+        skipped = argument == "--scratch"
+    return kept
 
 
 def write(name: str, result: dict[str, Any], *, as_json: bool, record: bool) -> None:
