@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import weightstream
@@ -37,14 +36,6 @@ def fenced(page: Path, *languages: str) -> Iterator[tuple[int, str]]:
                 yield start, "\n".join(lines) + "\n"
             language = None
     assert language is None, f"{page.name}: the block at line {start} does not end"
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(fenced(page, "python"))], ids=lambda page: page.name)

@@ -26,14 +26,7 @@ from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
 from weightstream.multiplying import driven, structure_bytes
 from weightstream.opening import Wanted, contract_of, opened
-from weightstream.planning import (
-    Budgets,
-    Division,
-    Measured,
-    divide,
-    facts_of,
-    same_buffers,
-)
+from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
 from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
@@ -202,7 +195,8 @@ class Engine:
             raise ConfigError(f"reduction_groups={reduction_groups}, prefetch={prefetch}: expected at least 1 each")
         if panel_elements is not None and panel_elements < 1:
             raise ConfigError(f"panel_elements: expected at least 1 element or None, found {panel_elements!r}")
-        if sparsity is not None and sparsity.groups and not optimizer.elementwise:
+        sparsity = sparsity if sparsity is not None and sparsity.groups else None
+        if sparsity is not None and not optimizer.elementwise:
             raise ConfigError(
                 f"sparsity: expected an optimizer that treats elements one by one, such as AdamW, SGD or Lion, found "
                 f"{type(optimizer).__name__}; give one of them, or leave sparsity out"
@@ -236,15 +230,15 @@ class Engine:
         contract = contract_of(
             self.model, optimizer=optimizer, device=self.device, precision=precision, seed=seed,
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
-            **({"sparsity": sparsity.to_json()} if sparsity and sparsity.groups else {}),
-            **({"kernels": dict(kernels)} if kernels else {}),
+            **({"sparsity": sparsity.to_json()} if sparsity else {}),
+            **({"kernels": self._kernels} if self._kernels else {}),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
             element_bytes=DTYPES[precision].itemsize,
             max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
-            sparsity=sparsity if sparsity and sparsity.groups else None, dense=dense_by_default(self.model),
+            sparsity=sparsity, dense=dense_by_default(self.model),
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             self._start()
@@ -632,7 +626,7 @@ class Engine:
         for found in self.gather(self.masking.take_grown()):
             for name, cells in found.items():
                 grown[name] = grown.get(name, 0) + cells
-        densities = self.densities()
+        densities = self.densities() if grown else {}
         return {
             name: MaskFacts(densities[name][0] / densities[name][1], grown[name] / densities[name][0])
             for name in sorted(grown)

@@ -15,14 +15,14 @@ from torch import Tensor
 from weightstream.blocks import Parameter, Unit
 from weightstream.errors import ConfigError
 from weightstream.sparse.algorithms import Turn, Updated, initial_mask, turn, update
-from weightstream.sparse.codec import decode_mask, encode_mask
+from weightstream.sparse.codec import encode_mask
 from weightstream.sparse.grid import Grid
 from weightstream.sparse.masks import Mask, given_mask
 from weightstream.sparse.pieces import SparsePiece, sparse_pieces
 from weightstream.sparse.settings import Sparsity
+from weightstream.store import masks
 from weightstream.store import sparsity as kept
 from weightstream.store.layout import TensorSpec
-from weightstream.store.masks import grid_of
 from weightstream.store.optimizer import Optimizer
 from weightstream.store.owned import Holding, Largest, Piece, WorkingBuffer
 from weightstream.store.sparsity import InitialMask
@@ -129,15 +129,10 @@ class Masking:
                 for chosen in product(*map(_extremes, _by_group(pieces)))
             ]
             records[unit] = [self._ordered(unit, option) for option in dict.fromkeys(options)]
-            always = {piece.name: piece for option in options for piece in option}
-            for option in options:
-                for name in [name for name in always if name not in {piece.name for piece in option}]:
-                    del always[name]
-                for piece in option:
-                    if piece.name in always and piece.nonzeros > always[piece.name].nonzeros:
-                        always[piece.name] = piece
             moving = {p.parameter.name for p in pieces if p.group.algorithm == "rigl"}
-            gradients[unit] = self._ordered(unit, [p for name, p in always.items() if name not in moving])
+            always = set.intersection(*({piece.name for piece in option} for option in options)) - moving
+            found = [piece for option in options for piece in option if piece.name in always]
+            gradients[unit] = self._ordered(unit, sorted(found, key=lambda piece: piece.nonzeros))  # the largest stays
         return Largest(records, gradients)
 
     def _ordered(self, unit: int, pieces: Iterable[kept.SparsePiece]) -> kept.Sparsity:
@@ -222,21 +217,18 @@ class Masking:
 
 def mask_of(piece: Piece, facts: SparsePiece) -> Mask:
     """The mask of a piece in a working buffer."""
-    return Mask.full(facts.grid) if piece.mask is None else _decoded(piece)
+    return Mask.full(facts.grid) if piece.mask is None else _kept_mask(piece)
 
 
 def _as_it_is(piece: Piece) -> _Renewed:
     states = {name: state.clone() for name, state in piece.states.items()}
-    mask = None
-    if piece.mask is not None:
-        mask = _decoded(piece)
-    return _Renewed(piece.master.clone(), states, mask)
+    return _Renewed(piece.master.clone(), states, None if piece.mask is None else _kept_mask(piece))
 
 
-def _decoded(piece: Piece) -> Mask:
+def _kept_mask(piece: Piece) -> Mask:
     assert piece.mask is not None
     assert piece.spec is not None
-    return decode_mask(grid_of(piece.spec), piece.spec.sparse[0].ones, piece.mask.numpy())
+    return masks.mask_of(piece.spec, piece.mask)
 
 
 def _put(piece: Piece, found: _Renewed) -> None:

@@ -83,12 +83,12 @@ def divide(
     """
     owned = [{unit for unit, rank in enumerate(owner) if rank == memory} for memory in cluster.memory_ranks]
     records, gradients, largest_unit = [], [], 0
+
+    def layout_of(unit: Unit, sparsity: Sparsity) -> RecordLayout:
+        return catalogue.layout_of(unit.index, sparsity)
+
     for block in catalogue.blocks:
         units = [catalogue.units[index] for index in catalogue.units_of(block.index)]
-
-        def layout_of(unit: Unit, sparsity: Sparsity) -> RecordLayout:
-            return catalogue.layout_of(unit.index, sparsity)
-
         records.append(largest([block_bytes(units, layout_of, own, sparse) for own in owned]))
         image = gradient_image(units, sparse.gradients)
         gradients.append(image.nbytes)
@@ -98,20 +98,16 @@ def divide(
         return Division(cluster, tuple(records), tuple(gradients), masks=masks)
     images = max(len(subtrees(groups, cluster.groups_of(rank, groups))) for rank in cluster.compute_ranks)
     return Division(
-        cluster,
-        tuple(records),
-        tuple(gradients),
-        SUMS_TRAVELLING * images,
-        fabric_bytes(cluster, largest_unit),
-        masks,
+        cluster, tuple(records), tuple(gradients), SUMS_TRAVELLING * images, fabric_bytes(cluster, largest_unit), masks
     )
 
 
 def masks_bytes(units: Sequence[Unit], records: Sequence[BlockBytes], masking: Masking | None) -> tuple[int, ...]:
     """By block, the host memory that a change of its masks needs: where counts change, also its records while they move."""
     found = [0] * len(records)
-    for unit in units if masking is not None else ():
-        assert masking is not None
+    if masking is None:
+        return tuple(found)
+    for unit in units:
         moved = records[unit.block].written if masking.resizes(unit.index) else 0
         found[unit.block] = max(found[unit.block], masking.update_bytes(unit.index) + moved)
     return tuple(found)

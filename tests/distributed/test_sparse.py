@@ -1,23 +1,15 @@
 """Sparse training on several ranks has the digest of one: compressed blocks go down, gradients at non-zeros come up."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tests.sparse.masked import CASES, digest, train
 
 from weightstream.cluster import Cluster
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CLUSTERS = [Cluster(2), Cluster(3, 1), Cluster(3, 2)]

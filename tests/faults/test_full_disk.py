@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from tests.faults.device import Filling, Statements, Unreadable
 from tests.faults.run import (
     BLOCKS,
@@ -39,14 +38,6 @@ from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.store import Store
 
 FULL = ("No space left on device", "database or disk is full", "disk I/O error")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -11,15 +11,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA st
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def kernels_that_repeat(request: pytest.FixtureRequest) -> Iterator[None]:
+def kernels_that_repeat(request: pytest.FixtureRequest, one_thread: None) -> Iterator[None]:
     """On an accelerator bits can only be compared where a kernel gives the same ones twice."""
     if request.node.get_closest_marker("gpu") is None:
         yield

@@ -1,6 +1,5 @@
 """Sparse layers that are multiplied by kernels while the engine trains them: the same training but for the order of sums."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,7 @@ GATHERED = {"*.up.weight": "gathered", "*.down.weight": "gathered"}
 SETTINGS = {"algorithm": "set", "block": (8, 8), "begin": 0, "end": 9, "every": 3}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def open_engine(store: Path, kernels: dict[str, str] | None, build: Any = Model, **settings: Any) -> ws.Engine:

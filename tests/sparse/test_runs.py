@@ -1,6 +1,5 @@
 """What interrupts, divides or looks at sparse training changes nothing; what it costs; what is refused."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,7 @@ from tests.sparse.masked import (
 import weightstream as ws
 from weightstream.errors import ConfigError, StoreMismatchError
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,19 +1,12 @@
 """Sparse training from end to end equals masked dense training in memory, in every bit."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tests.sparse.masked import CASES, Reference, assert_equal_to, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

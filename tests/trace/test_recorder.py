@@ -1,7 +1,6 @@
 """What a real step leaves as spans: the schedule's operations in order, every byte once, nothing on two places at once."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,12 +23,7 @@ from weightstream.trace.spans import Span, shares, totals
 WIDTH, ROWS = 64, 64
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Model(nn.Module):

@@ -134,6 +134,13 @@ def magnitude_mask(grid: Grid, count: int, dense: Tensor) -> Mask:
     return Mask(grid, largest(magnitude_keys(grid, dense), count))
 
 
+def some_and_every(grid: Grid, dense: Tensor) -> tuple[Bools, Bools]:
+    """Of which cells any element is set in a dense bool tensor of the piece's shape, and of which all are: two dimensions."""
+    height, width = grid.block
+    blocks = dense.detach().reshape(grid.rows // height, height, grid.across, width).numpy()
+    return np.ascontiguousarray(blocks.any(axis=(1, 3))), np.ascontiguousarray(blocks.all(axis=(1, 3)))
+
+
 def given_mask(grid: Grid, mask: Tensor, shape: tuple[int, ...], *, name: str) -> Mask:
     """The mask that a tensor of the piece's `shape` holds: what is not zero exists.
 
@@ -144,10 +151,8 @@ def given_mask(grid: Grid, mask: Tensor, shape: tuple[int, ...], *, name: str) -
         raise ConfigError(
             f"mask of {name!r}: expected shape {shape}, found {tuple(mask.shape)}; give masks of the same model"
         )
-    found = (mask != 0).reshape(grid.rows, grid.columns).numpy()
     height, width = grid.block
-    blocks = found.reshape(grid.rows // height, height, grid.across, width)
-    some, every = blocks.any(axis=(1, 3)), blocks.all(axis=(1, 3))
+    some, every = some_and_every(grid, mask != 0)
     if (some != every).any():
         row, column = (int(place[0]) for place in np.nonzero(some != every))
         raise ConfigError(
@@ -156,4 +161,4 @@ def given_mask(grid: Grid, mask: Tensor, shape: tuple[int, ...], *, name: str) -
         )
     if not some.any():
         raise ConfigError(f"mask of {name!r}: expected at least one element that exists, found none; leave it out")
-    return Mask(grid, np.ascontiguousarray(some).reshape(-1))
+    return Mask(grid, some.reshape(-1))

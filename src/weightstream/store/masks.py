@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weightstream.sparse.codec import decode_mask, encode_mask
 from weightstream.sparse.grid import Grid
-from weightstream.sparse.masks import Bools, Mask, random_mask
+from weightstream.sparse.masks import Bools, Mask, random_mask, some_and_every
 from weightstream.store.layout import TensorSpec
 
 _SELECTIONS_KEPT = 16
@@ -31,7 +31,16 @@ def bits_of(spec: TensorSpec, mask: Tensor) -> Bools:
     Raises:
         DamagedRecordError: it is no mask with the number of ones that its version has.
     """
-    return decode_mask(grid_of(spec), spec.sparse[0].ones, mask.numpy()).cells
+    return mask_of(spec, mask).cells
+
+
+def mask_of(spec: TensorSpec, mask: Tensor) -> Mask:
+    """The mask that a record has, from its tensor there.
+
+    Raises:
+        DamagedRecordError: it is no mask with the number of ones that its version has.
+    """
+    return decode_mask(grid_of(spec), spec.sparse[0].ones, mask.numpy())
 
 
 def put_bits(spec: TensorSpec, bits: Bools, mask: Tensor) -> None:
@@ -52,10 +61,8 @@ def dense_of(spec: TensorSpec, bits: Bools) -> Tensor:
 
 def touched_bits(spec: TensorSpec, dense: Tensor) -> Bools:
     """The cells of which any position is set in a dense bool tensor of the piece's shape."""
-    grid = grid_of(spec)
-    high, wide = grid.block
-    cells = dense.detach().reshape(grid.rows // high, high, grid.across, wide).numpy()
-    return np.ascontiguousarray(np.any(cells, axis=(1, 3))).reshape(-1)
+    some, _ = some_and_every(grid_of(spec), dense)
+    return some.reshape(-1)
 
 
 def bits_from(spec: TensorSpec, dense: Tensor) -> Bools:
@@ -64,13 +71,13 @@ def bits_from(spec: TensorSpec, dense: Tensor) -> Bools:
     Raises:
         ValueError: a block is kept in part.
     """
-    bits = touched_bits(spec, dense)
-    if not torch.equal(dense_of(spec, bits), dense):
+    some, every = some_and_every(grid_of(spec), dense)
+    if (some != every).any():
         high, wide = spec.sparse[0].block
         raise ValueError(
             f"mask of {spec.name!r}: expected blocks of {high} x {wide} kept or dropped whole, found one in part"
         )
-    return bits
+    return some.reshape(-1)
 
 
 def expanded(values: Tensor, dense_mask: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weightstream.sparse.codec import Places, decode_mask, expand, gather
+from weightstream.sparse.codec import Places, expand, gather
 from weightstream.sparse.driving import drive
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.masks import Mask
 from weightstream.sparse.structure import Structure
 from weightstream.store.layout import MASK, RecordLayout, TensorSpec
-from weightstream.store.masks import grid_of
+from weightstream.store.masks import mask_of
 from weightstream.store.owned import Holding
 from weightstream.store.segments import part_tensors
 from weightstream.worker.slabs import Slab
@@ -95,9 +95,9 @@ class Expansion:
                     at = offsets.get(spec.name, target.offset)
                     _copy(slab, spec, values[spec.name], at)
                     offsets[spec.name] = at + spec.nbytes
-                    masks_of.setdefault(spec.name, []).append(_mask(spec, masks))
+                    masks_of.setdefault(spec.name, []).append(mask_of(spec, masks[spec.name]))
                     continue
-                places = None if spec.piece is None else Places.of(_mask(spec, masks))
+                places = None if spec.piece is None else Places.of(mask_of(spec, masks[spec.name]))
                 _fill(slab, target, values[spec.name], places)
                 first = spec.first_element
                 stop = first + target.nbytes // target.dtype.itemsize
@@ -144,10 +144,6 @@ class Expansion:
 
 def _whole(panel: _Panel) -> _Panel:
     return _Panel(panel.row, panel.start, panel.stop, None)
-
-
-def _mask(spec: TensorSpec, masks: Mapping[str, Tensor]) -> Mask:
-    return decode_mask(grid_of(spec), spec.sparse[0].ones, masks[spec.name].numpy())
 
 
 def _copy(slab: Slab, spec: TensorSpec, values: Tensor, offset: int) -> None:
