@@ -23,9 +23,6 @@ from weightstream.store.sparsity import Sparsity
 from weightstream.store.store import Store
 from weightstream.units import format_bytes
 
-PLACE_BYTES = 8
-"""Of a non-zero in a slab: its number in the dense tensor, in the widest form."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
@@ -138,16 +135,14 @@ def facts_of(
     counts = {name: len(visits) for name, visits in (uses or {}).items()}
     gradients = division.gradients if division else [record.gradients for record in records]
 
-    def places(block: Block, record: BlockBytes) -> int:
-        return record.nonzeros * PLACE_BYTES + (structures or {}).get(block.index, 0)
-
     masks = (division.masks if division else masks) or (0,) * len(records)
     block_facts = tuple(
         BlockFacts(
             block.index, block.name, record.streamed, record.loaded, record.written, whole,
             block.trainable, block.resident,
             sum(4 * p.numel * counts[p.name] for p in block.parameters if p.trainable and counts.get(p.name, 0) > 1),
-            record.gradients, record.fetched if record.sparse else 0, places(block, record), changes,
+            record.gradients, record.fetched if record.sparse else 0,
+            record.places + (structures or {}).get(block.index, 0), changes, record.places, record.decoding,
         )
         for block, record, whole, changes in zip(blocks, records, gradients, masks, strict=True)
     )  # fmt: skip

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from weightstream.blocks import Block, Unit, cut
+from weightstream.sparse.codec import Places, decoding_steps
+from weightstream.sparse.grid import Grid
 from weightstream.store.futures import done, gather
 from weightstream.store.images import Image, gradient_image, owned_gradients, slab_image
 from weightstream.store.layout import MASK, Precision, RecordLayout, TensorSpec, record_layout
+from weightstream.store.masks import grid_of
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.sparsity import DENSE, Sparsity
@@ -33,7 +36,8 @@ class BlockBytes:
 
     `loaded` and `written` are what an update reads and writes, `gradients` what it is given: only units with trained
     parameters have updates. `stored` are the images of all, `fetched` what is moved of the whole block for a slab: less
-    than it where it is sparse. `nonzeros` are those of its sparse tensors, and `sparse` says whether it has any.
+    than it where it is sparse. `places` is what the numbers of the non-zeros of its sparse tensors take, `decoding` how many
+    steps it takes to find them from their masks, and `sparse` says whether it has any.
     """
 
     streamed: int
@@ -42,7 +46,8 @@ class BlockBytes:
     gradients: int
     stored: int
     fetched: int
-    nonzeros: int = 0
+    places: int = 0
+    decoding: int = 0
     sparse: bool = False
 
 
@@ -90,9 +95,21 @@ def block_bytes(
         gradients=owned_gradients([unit for unit, _ in held], largest.gradients).nbytes,
         stored=sum(max(layout.image_nbytes for layout in found) for _, found in held),
         fetched=sum(max(layout.fetched_nbytes for layout in found) for found in choices),
-        nonzeros=sum(max(sum(p.nonzeros for p in layout.sparsity) for layout in found) for found in choices),
+        places=sum(
+            max(sum(Places.nbytes_of(*mask) for mask in _masks(layout)) for layout in found) for found in choices
+        ),
+        decoding=sum(
+            max(sum(decoding_steps(grid.cells, count) for grid, count in _masks(layout)) for layout in found)
+            for found in choices
+        ),
         sparse=any(layout.sparsity for found in choices for layout in found),
     )
+
+
+def _masks(layout: RecordLayout) -> Iterator[tuple[Grid, int]]:
+    """The masks of a record: their cells, and how many exist."""
+    for spec in layout.part(MASK).tensors if layout.has(MASK) else ():
+        yield grid_of(spec), spec.sparse[0].ones
 
 
 def bytes_of_blocks(
