@@ -288,7 +288,9 @@ class Engine:
 
     def _divide(self, cluster: Cluster, owner: Sequence[int]) -> Division:
         groups = self._budgets.reduction_groups
-        return divide(self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking)
+        return divide(
+            self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking, driven=self._driven
+        )
 
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
@@ -598,7 +600,7 @@ class Engine:
         if self._reckoned is None or self._reckoned[0] != sparsity:
             largest = Largest({unit: (found,) for unit, found in sparsity.items()}, sparsity)
             groups = self._budgets.reduction_groups
-            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest)
+            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest, driven=self._driven)
             self._reckoned = dict(sparsity), self._facts(facts.micro_batches, division).blocks
         return self._reckoned[1]
 

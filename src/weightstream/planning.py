@@ -1,7 +1,7 @@
 """From a model and its budgets to the facts of a plan: how it is split, what a step moves, whether the disk will hold it."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,12 +71,14 @@ def divide(
     *,
     sparse: Largest = NEVER_SPARSE,
     masking: Masking | None = None,
+    driven: Collection[str] = (),
 ) -> Division:
     """The division of a store's records among the memory ranks that own them (`owner`, by unit).
 
     Args:
         sparse: how sparse versions may be: there is room for all of them.
         masking: of the sparse parameters, if their masks change.
+        driven: those that kernels multiply by.
     """
     owned = [{unit for unit, rank in enumerate(owner) if rank == memory} for memory in cluster.memory_ranks]
     records, gradients, largest_unit = [], [], 0
@@ -86,7 +88,7 @@ def divide(
 
     for block in catalogue.blocks:
         units = [catalogue.units[index] for index in catalogue.units_of(block.index)]
-        records.append(largest([block_bytes(units, layout_of, own, sparse) for own in owned]))
+        records.append(largest([block_bytes(units, layout_of, own, sparse, driven) for own in owned]))
         image = gradient_image(units, sparse.gradients)
         gradients.append(image.nbytes)
         largest_unit = max([largest_unit, *(stop - start for start, stop in image.spans)])

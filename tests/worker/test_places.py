@@ -80,3 +80,17 @@ def test_same_bits_with_places_kept_and_without(clip_norm: float | None, found: 
     pieces = 3 * (3 + 1)  # of three layers: `up` in 3 panels, `down` whole
     assert searches["kept"] == 2 * pieces
     assert searches["without"] > 6 * pieces
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_no_room_is_planned_for_what_kernels_multiply_by(found: list[str], tmp_path: Path) -> None:
+    sparsity = group(block=(4, 4))
+    with open_engine(tmp_path / "store", sparsity, kernels={"*.up.weight": "gathered"}) as engine:
+        for step in (1, 2):
+            engine.step(micro_batches(step), loss_fn)
+        down = round(0.2 * 192 * 32 / 16) * 4 * 4  # 4x4 elements are four segments, each of which takes four bytes
+        assert [block.kept_places_bytes for block in engine.runtime.facts.blocks if "layers" in block.name] == [
+            down
+        ] * 3
+        assert engine.runtime.places.nbytes == 3 * down
+    assert {name.rpartition("down")[1] for name in found} == {"down"}

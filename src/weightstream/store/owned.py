@@ -76,18 +76,21 @@ def block_bytes(
     layout_of: Callable[[Unit, Sparsity], RecordLayout],
     owned: Collection[int] | None = None,
     largest: Largest = NEVER_SPARSE,
+    driven: Collection[str] = (),
 ) -> BlockBytes:
     """Of a block that has these units; of a frozen one, as if it were updated as a whole.
 
     Args:
         owned: indices of units; all by default.
         largest: how sparse they may be; there is room for each version.
+        driven: parameters that are not expanded, so that nobody asks for the places of their non-zeros.
     """
     trainable = any(unit.trainable for unit in units)
     dense = [layout_of(unit, DENSE) for unit in units]
     choices = [[layout_of(unit, sparsity) for sparsity in largest.records.get(unit.index, (DENSE,))] for unit in units]
     held = [(u, found) for u, found in zip(units, choices, strict=True) if owned is None or u.index in owned]
     updated = [found for unit, found in held if unit.trainable or not trainable]
+    masks = [[_masks(layout, driven) for layout in found] for found in choices]
     return BlockBytes(
         streamed=sum(layout.streamed.nbytes for layout in dense),
         loaded=sum(max(sum(part.nbytes for part in layout.states) for layout in found) for found in updated),
@@ -95,21 +98,18 @@ def block_bytes(
         gradients=owned_gradients([unit for unit, _ in held], largest.gradients).nbytes,
         stored=sum(max(layout.image_nbytes for layout in found) for _, found in held),
         fetched=sum(max(layout.fetched_nbytes for layout in found) for found in choices),
-        places=sum(
-            max(sum(Places.nbytes_of(*mask) for mask in _masks(layout)) for layout in found) for found in choices
-        ),
+        places=sum(max(sum(Places.nbytes_of(*mask) for mask in each) for each in found) for found in masks),
         decoding=sum(
-            max(sum(decoding_steps(grid.cells, count) for grid, count in _masks(layout)) for layout in found)
-            for found in choices
+            max(sum(decoding_steps(g.cells, count) for g, count in each) for each in found) for found in masks
         ),
         sparse=any(layout.sparsity for found in choices for layout in found),
     )
 
 
-def _masks(layout: RecordLayout) -> Iterator[tuple[Grid, int]]:
-    """The masks of a record: their cells, and how many exist."""
-    for spec in layout.part(MASK).tensors if layout.has(MASK) else ():
-        yield grid_of(spec), spec.sparse[0].ones
+def _masks(layout: RecordLayout, driven: Collection[str]) -> list[tuple[Grid, int]]:
+    """The masks of a record that are expanded: their cells, and how many exist."""
+    tensors = layout.part(MASK).tensors if layout.has(MASK) else ()
+    return [(grid_of(spec), spec.sparse[0].ones) for spec in tensors if spec.name not in driven]
 
 
 def bytes_of_blocks(

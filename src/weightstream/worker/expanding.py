@@ -164,13 +164,14 @@ class Expansion:
         self, block: int, slab: Slab, spec: TensorSpec, target: TensorSpec, values: Tensor, mask: Tensor | None
     ) -> tuple[str, _Panel]:
         """Writes a piece to its place in a slab's host memory, of which no graph knows."""
-        places = None if spec.piece is None or mask is None else self._places.of(block, spec, mask)
         count, first = target.nbytes // target.dtype.itemsize, spec.first_element
-        if places is None:
+        if spec.piece is None:
             _copy(slab, target.offset, values)
-        elif count:
-            dense = torch.frombuffer(slab.landing, dtype=target.dtype, count=count, offset=target.offset)
-            expand(values, places, dense)
+            return spec.name, _Panel(spec.row, first, first + count, None)
+        assert mask is not None, "a sparse piece has a mask"
+        places = self._places.of(block, spec, mask)
+        dense = torch.frombuffer(slab.landing, dtype=target.dtype, count=count, offset=target.offset)
+        expand(values, places, dense)
         return spec.name, _Panel(spec.row, first, first + count, places)
 
     def _drive(self, driven: Driven, masks: Sequence[Mask]) -> Callable[[], None]:
