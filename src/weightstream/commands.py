@@ -56,7 +56,12 @@ def fit_as_rank(place: Place, read: Callable[[], RunConfig], launched: Path | No
 
 
 def _set_imports_aside() -> None:
-    """Modules are never garbage: collections, of which every engine does one, need not look through them each time."""
+    """Modules are never garbage: collections, of which every engine does one, need not look through them each time.
+
+    Once in a process, and not where somebody else has done it: what is garbage already would stay.
+    """
+    if gc.get_freeze_count():
+        return
     import transformers.modeling_utils  # brings along most of what a model will import  # noqa: F401
 
     gc.freeze()
