@@ -13,15 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from weightstream.apportioning import FirstMasks
 from weightstream.blocks import PANEL_ELEMENTS, Rule, Unit, cut
 from weightstream.errors import StoreMismatchError
 from weightstream.fabric.ranks import Ranks
-from weightstream.masking import Masking, first_mask, given_counts
+from weightstream.masking import Masking, given_counts
 from weightstream.planning import Budgets, check_blocks, check_disk, split_within
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
-from weightstream.store.given import fill
+from weightstream.store.given import fill, first_values
 from weightstream.store.glance import committed_step
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision
@@ -165,22 +166,28 @@ def _memory(
 
 def _fill(wanted: Wanted, store: Store, initial: Mapping[str, Tensor]) -> None:
     masking = wanted.masking(store.units)
-    fill(store, initial, None if masking is None else partial(first_mask, masking))
+    fill(
+        store,
+        initial,
+        None if masking is None else FirstMasks(masking, lambda names: first_values(store, initial, names)),
+    )
 
 
 def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> Store:
     panel_elements = PANEL_ELEMENTS if wanted.panel_elements is None else wanted.panel_elements
 
-    def largest_of(units: Sequence[Unit]) -> Largest:
+    def largest_of(units: Sequence[Unit], *, in_sum: bool = False) -> Largest:
         masking = wanted.masking(units)
-        return NEVER_SPARSE if masking is None else masking.largest()
+        if masking is None:
+            return NEVER_SPARSE
+        return masking.largest(masking.in_proportion() if in_sum else None)
 
     sizes = partial(
-        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements,
-        largest_of=largest_of,
-    )  # fmt: skip
-    blocks = split_within(model, wanted.budgets, sizes, **wanted.splitting)
-    check_disk(wanted.path, sizes(blocks), deferred=wanted.budgets.deferred)
+        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements
+    )
+    blocks = split_within(model, wanted.budgets, partial(sizes, largest_of=largest_of), **wanted.splitting)
+    in_sum = partial(largest_of, in_sum=True)
+    check_disk(wanted.path, sizes(blocks, largest_of=in_sum), deferred=wanted.budgets.deferred)
     masking = wanted.masking(cut(blocks, panel_elements=panel_elements, panels=wanted.optimizer.elementwise))
     return Store.create(
         wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,

@@ -95,10 +95,12 @@ def first_by(keys: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How the reference's masks change; `kept(step, cells)` is how many cells a piece has after a step."""
+    """How the reference's masks change; `kept(step, cells)` is how many cells a piece has after a step, `together` how
+    many all pieces have, where the largest of all of them stay."""
 
     algorithm: str = "static"
     kept: Callable[[int, int], int] = lambda step, cells: cells - round(0.8 * cells)
+    together: Callable[[int, int], int] | None = None
     begin: int = 0
     end: int = 0
     every: int = 1
@@ -131,6 +133,7 @@ class Reference:
             first = 0
             for row, piece in self.rows(name, value):
                 count = self.rules.kept(0, piece.numel()) if is_sparse(name) else piece.numel()
+                count = count if self.rules.together is None else piece.numel()
                 chosen = torch.ones(piece.numel(), dtype=torch.bool)
                 if count < piece.numel():
                     chosen.zero_()
@@ -138,7 +141,29 @@ class Reference:
                 first += piece.numel()
                 self.masks[name, row] = chosen.view(piece.shape)
                 self.begin((name, row), piece[self.masks[name, row]])
+        for key, mask in self.pruned(0).items():
+            self.move(key, mask)
         self.write_back()
+
+    def pruned(self, step: int) -> dict[Key, Tensor]:
+        """The masks in which the largest of all pieces' cells are left, and the largest of each; none if there are no more."""
+        if self.rules.together is None:
+            return {}
+        keys = [key for key in self.masks if is_sparse(key[0])]
+        wanted = self.rules.together(step, sum(self.masks[key].numel() for key in keys))
+        sizes = [self.vectors[key].detach().abs().view(-1).numpy().copy() for key in keys]
+        if wanted >= sum(size.size for size in sizes):
+            return {}
+        for size in sizes:
+            size[size.argmax()] = np.inf
+        stays = np.zeros(sum(size.size for size in sizes), np.bool_)
+        stays[first_by(-np.concatenate(sizes), max(wanted, len(keys)))] = True
+        found, start = {}, 0
+        for key, size in zip(keys, sizes, strict=True):
+            found[key] = self.masks[key].clone()
+            found[key][self.masks[key]] = torch.from_numpy(stays[start : start + size.size])
+            start += size.size
+        return found
 
     @staticmethod
     def rows(name: str, value: Tensor) -> list[tuple[int, Tensor]]:
@@ -202,6 +227,7 @@ class Reference:
             squares += square_sum(gradients[key])
         norm = math.sqrt(squares)
         coefficient = 1.0 if self.clip_norm is None else min(1.0, self.clip_norm / (norm + 1e-6))
+        pruned = self.pruned(step)  # by the weights that the step began with
         for key, gradient in gradients.items():
             scaled = gradient * coefficient if coefficient < 1.0 else gradient
             self.counts[key] += 1
@@ -211,8 +237,11 @@ class Reference:
                 self.optimizers[key].step()
             if is_sparse(key[0]):
                 cells = self.masks[key].numel()
-                target = self.rules.kept(step, cells)
-                if target != int(self.masks[key].sum()):
+                present = int(self.masks[key].sum())
+                target = self.rules.kept(step, cells) if self.rules.together is None else present
+                if key in pruned:
+                    self.move(key, pruned[key])
+                elif target != present:
                     self.move(key, self.resized(key, target, step))
                 elif moves:
                     self.move(key, self.moved(key, scaled, step))
@@ -365,4 +394,12 @@ CASES: dict[str, tuple[ws.Sparsity, Rules]] = {
         Rules(algorithm="gmp", kept=gmp, begin=4, end=24, every=4),
     ),
     "phases": (group(dense_until=6, dense_from=20), Rules(kept=phases)),
+    "global_gmp": (
+        group(algorithm="gmp", distribution="global", sparsity=0.9, begin=4, end=24, every=4),
+        Rules(algorithm="gmp", together=gmp, begin=4, end=24, every=4),
+    ),
+    "global_rigl": (
+        group(algorithm="rigl", distribution="global", init="magnitude", sparsity=0.8, **MOVING),
+        Rules(algorithm="rigl", together=KEPT, **MOVING),  # type: ignore[arg-type]
+    ),
 }

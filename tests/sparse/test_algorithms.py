@@ -1,6 +1,9 @@
 """Each algorithm against dense tensors with masks, and schedules against their definitions."""
 
+import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,11 +15,11 @@ from weightstream.blocks import Parameter
 from weightstream.errors import ConfigError
 from weightstream.sparse.algorithms import initial_mask, turn, update
 from weightstream.sparse.codec import Places, gather
-from weightstream.sparse.masks import Mask, magnitude_keys, random_keys
+from weightstream.sparse.masks import Keys, Mask, largest, magnitude_keys, random_keys
 from weightstream.sparse.pieces import SparsePiece, erdos_renyi, sparse_pieces
 from weightstream.sparse.section import SparsityConfig
 from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
-from weightstream.sparse.threshold import Search, above, shared_ties, ties
+from weightstream.sparse.threshold import kept_counts
 
 SHAPE, STEPS, SEED, NAME = (24, 20), 30, 11, "layers.0.weight"
 CASES: dict[str, dict[str, Any]] = {
@@ -221,14 +224,37 @@ def test_a_global_threshold_is_that_of_one_sort_over_all_pieces() -> None:
             magnitude_keys(piece.grid, torch.randint(-3, 4, piece.parameter.shape, generator=generator).float())
             for piece in pieces
         ]
-        search = Search(bits=keys[0].dtype.itemsize * 8, wanted=400)
-        while not search.done:
-            search = search.narrowed(np.sum([search.counts(each) for each in keys], axis=0))
-        kept = shared_ties([ties(each, search) for each in keys], search)
-        found = np.concatenate([above(each, search, share) for each, share in zip(keys, kept, strict=True)])
+        keys.append(np.zeros_like(keys[0]))  # nothing of it is above the threshold: its first cell stays
         together = np.concatenate(keys)
         order = sorted(range(together.size), key=lambda index: (-int(together[index]), index))
-        assert set(np.flatnonzero(found)) == set(order[:400])
+        owned = [[(0, keys[0]), (3, keys[3])], [], [(2, keys[2]), (1, keys[1])]]
+        for wanted in (4, 400, together.size):
+            counts = owners_counts(owned, wanted)
+            assert counts[0] == counts[1] == counts[2]
+            found = np.concatenate([largest(each, count) for each, count in zip(keys, counts[0], strict=True)])
+            assert np.count_nonzero(found) == wanted
+            least = np.concatenate([largest(each, 1) for each in keys])
+            others = [index for index in order if not least[index]][: wanted - 4]
+            assert set(np.flatnonzero(found)) == {*np.flatnonzero(least), *others}
+
+
+def owners_counts(owned: list[list[tuple[int, Keys]]], wanted: int) -> list[list[int]]:
+    """What each of several owners finds, which are threads that wait for each other."""
+    barrier, said = threading.Barrier(len(owned)), [None] * len(owned)
+
+    def work(rank: int) -> list[int]:
+        def gather(value: Any) -> list[Any]:
+            said[rank] = value
+            barrier.wait(5)
+            found = json.loads(json.dumps(said))
+            barrier.wait(5)
+            return list(found)
+
+        bits = owned[0][0][1].dtype.itemsize * 8
+        return kept_counts(4, wanted, bits, lambda: owned[rank], gather)
+
+    with ThreadPoolExecutor(len(owned)) as threads:
+        return list(threads.map(work, range(len(owned))))
 
 
 def test_erdos_renyi_meets_its_budget_with_dense_layers_capped() -> None:
@@ -271,9 +297,18 @@ def test_first_match_wins_and_what_is_dense_stays_so() -> None:
     [
         ({"sparsity": 1.0}, "at least 0 and below 1; found 1.0"),
         ({"algorithm": "rigl", "end": 5, "sparsity": Ramp("cubic", 0.0, 0.9)}, "algorithm: gmp"),
-        ({"algorithm": "rigl", "end": 5, "distribution": "global"}, "global goes with gmp"),
+        ({"sparsity": -0.1}, "at least 0 and below 1; found -0.1"),
+        (
+            {"algorithm": "gmp", "end": 5, "distribution": "global", "sparsity": Ramp("linear", 0.8, 0.2)},
+            "a schedule that rises with distribution: global",
+        ),
+        (
+            {"algorithm": "gmp", "end": 5, "distribution": "global", "sparsity": Ramp("linear", 0.2, 0.8)},
+            "magnitude with distribution: global",
+        ),
         ({"algorithm": "set"}, "the step at which set ends"),
         ({"dense_until": 5, "dense_from": 5}, "a step after dense_until"),
+        ({"dense_until": 5, "init": "masks.safetensors"}, "magnitude after a dense phase"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:

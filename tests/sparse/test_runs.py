@@ -1,6 +1,7 @@
 """What interrupts, divides or looks at sparse training changes nothing; what it costs; what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from safetensors.torch import save_file
 from tests.sparse.masked import (
     CASES,
     INITIAL,
+    KEPT,
+    PANEL,
     SEED,
     Model,
     digest,
@@ -31,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_interrupted_in_little_memory_as_in_one_go(case: str, tmp_path: Path) -> None:
     """Once it is closed, once it goes down before what it did is committed; mask updates are at steps 4 to 8."""
     sparsity, _ = CASES[case]
-    clip_norm = 0.5 if case in ("rigl", "gmp") else None
+    clip_norm = 0.5 if case in ("rigl", "gmp", "global_rigl") else None
     whole = train(tmp_path / "whole", sparsity, [9], clip_norm=clip_norm)
     path, settings = tmp_path / "pieces", {"ram_tier": False, "commit_every": 4, "clip_norm": clip_norm}
     pieces = train(path, sparsity, [3], **settings)
@@ -126,11 +129,59 @@ def test_masks_by_magnitude_and_from_a_file(tmp_path: Path) -> None:
         open_engine(tmp_path / "none", group(init=sparsity.groups[0].init, patterns=("*",), include_all=True))
 
 
+def test_blocks_of_all_pieces_compete_where_a_dense_phase_ends(tmp_path: Path) -> None:
+    """Weights that do not move: those blocks stay whose sums of magnitudes are largest in the whole group."""
+    sparsity = group(
+        algorithm="set", distribution="global", init="magnitude", block=(2, 4), dense_until=2, begin=0, end=9, every=4
+    )
+    values = initial_values()
+    for scale, name in enumerate(name for name in values if is_sparse(name)):
+        values[name] *= (1.0 + scale / 20) / values[name].std()
+    sums = {}
+    with ws.Engine(Model, tmp_path, ws.SGD(lr=0.0), sparsity=sparsity, initial=values, panel_elements=PANEL) as engine:
+        for step in range(1, 4):
+            engine.step(micro_batches(step), loss_fn)
+            engine.commit()
+            assert engine.nonzeros()[0] == engine.nonzeros()[1] or step >= 2
+        masks = {name: parts["mask"] for name, parts in engine.store.items() if is_sparse(name)}
+        for name, mask in masks.items():
+            sums[name] = values[name].double().abs().view(values[name].shape[0] // 2, 2, -1, 4).sum((1, 3))
+            masks[name] = mask.view(sums[name].shape[0], 2, -1, 4).float().mean((1, 3))
+    together, chosen = (torch.cat([each.flatten() for each in found.values()]) for found in (sums, masks))
+    assert set(chosen.unique().tolist()) == {0.0, 1.0}
+    assert int(chosen.sum()) == KEPT(0, chosen.numel())
+    assert together[chosen == 1].min() > together[chosen == 0].max()
+    assert len({float(mask.mean()) for mask in masks.values()}) > 3  # each has its own density
+
+
+@pytest.mark.parametrize("algorithm", ["static", "gmp"])
+def test_a_piece_may_stay_whole_or_keep_one_cell(algorithm: Any, tmp_path: Path) -> None:
+    """Under a global threshold, with buffers that have no byte more than a plan says; and opened again."""
+    sparsity = group(algorithm=algorithm, distribution="global", init="magnitude", sparsity=0.5, end=3, every=1)
+    values = initial_values()
+    values["layers.1.down.weight"] *= 1e6
+    values["layers.2.down.weight"] *= 1e-6
+    settings = {"sparsity": sparsity, "initial": values, "panel_elements": PANEL, "ram_tier": False}
+    found = []
+    for _ in range(2):
+        with ws.Engine(Model, tmp_path, ws.SGD(lr=0.0, momentum=0.9), **settings) as engine:
+            for _ in range(2):
+                engine.step(micro_batches(engine.step_count + 1), loss_fn)
+            engine.commit()
+            found.append(engine.densities())
+    nonzeros, elements = zip(*found[1].values(), strict=True)
+    assert sum(nonzeros) == sum(elements) // 2
+    assert found[1]["layers.1.down.weight"] == (elements[3], elements[3])
+    assert found[1]["layers.2.down.weight"] == (1, elements[5])
+    assert (found[0] == found[1]) == (algorithm == "static")
+
+
 @pytest.mark.parametrize("clip_norm", [None, 0.5], ids=["no clip", "clip"])
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
 def test_a_skipped_step_skips_its_mask_update_and_counts_are_made_up_for(
-    clip_norm: float | None, tmp_path: Path
+    distribution: Any, clip_norm: float | None, tmp_path: Path
 ) -> None:
-    sparsity = group(algorithm="gmp", sparsity=0.9, begin=2, end=6, every=2)
+    sparsity = group(algorithm="gmp", distribution=distribution, sparsity=0.9, begin=2, end=6, every=2)
     found = {}
     with open_engine(tmp_path / "store", sparsity, clip_norm=clip_norm) as engine:
         for step in range(1, 8):

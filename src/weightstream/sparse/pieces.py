@@ -84,19 +84,17 @@ class SparsePiece:
         return self.parameter.row * (self.parameter.numel // self.parameter.shape[0]) // self.grid.cell_elements
 
     def count(self, version: int) -> int | None:
-        """How many cells exist in `version`; None where only a search over all pieces of the group tells (`global`)."""
+        """How many cells exist in `version`; None where only a search over all pieces of the group tells."""
         sparsity = self.group.sparsity_at(version)
         if (sparsity == 0.0 and self.given_count is None) or not self.group.sparse_at(version):
             return self.grid.cells
         if self.given_count is not None:
             return self.given_count
-        match self.group.distribution:
-            case "uniform":
-                return kept_cells(self.grid.cells, sparsity)
-            case "erdos_renyi":
-                return kept_cells(self.grid.cells, 1.0 - erdos_renyi(self.family, sparsity)[self.member])
-            case "global":
-                return None
+        if self.group.searched:
+            return None
+        if self.group.distribution == "erdos_renyi":
+            return kept_cells(self.grid.cells, 1.0 - erdos_renyi(self.family, sparsity)[self.member])
+        return kept_cells(self.grid.cells, sparsity)
 
     def nonzeros(self, version: int) -> int | None:
         """How many elements exist in `version`."""
@@ -104,10 +102,13 @@ class SparsePiece:
         return None if count is None else count * self.grid.cell_elements
 
 
-def global_count(pieces: Iterable[SparsePiece], version: int) -> int:
-    """How many cells the pieces of one group have together in `version`, where its distribution is `global`."""
-    members = list(pieces)
-    return kept_cells(sum(piece.grid.cells for piece in members), members[0].group.sparsity_at(version))
+def global_count(pieces: Collection[SparsePiece], version: int) -> int:
+    """How many cells the pieces of one group have together in `version`, where its distribution is `global`: each has at
+    least one."""
+    cells, group = sum(piece.grid.cells for piece in pieces), next(iter(pieces)).group
+    if not group.sparse_at(version):
+        return cells
+    return max(len(pieces), kept_cells(cells, group.sparsity_at(version)))
 
 
 def sparse_pieces(

@@ -95,9 +95,14 @@ class SparsityGroup:
             self.algorithm == "gmp" or not isinstance(self.sparsity, Ramp),
             "sparsity", f"a number with {self.algorithm}; schedules of sparsity go with algorithm: gmp",
         )  # fmt: skip
+        ramp = self.sparsity if isinstance(self.sparsity, Ramp) and self.distribution == "global" else None
         self._require(
-            self.distribution != "global" or self.algorithm == "gmp" or (self.algorithm, self.init) == ("static", "magnitude"),
-            "distribution", "uniform or erdos_renyi; global goes with gmp, or with static and init: magnitude",
+            ramp is None or ramp.curve == "constant" or ramp.initial <= ramp.final,
+            "sparsity", "a schedule that rises with distribution: global, which only prunes",
+        )  # fmt: skip
+        self._require(
+            ramp is None or ramp.initial == 0 or self.init == "magnitude",
+            "init", "magnitude with distribution: global and gmp that begins sparse",
         )  # fmt: skip
         self._require(
             self.dense_until >= 0 and (self.dense_from is None or self.dense_from > self.dense_until),
@@ -107,6 +112,11 @@ class SparsityGroup:
             self.given is None or self.algorithm != "gmp",
             "init",
             "random or magnitude with gmp, which prunes by itself",
+        )
+        self._require(
+            self.given is None or not self.dense_until,
+            "init",
+            "random or magnitude after a dense phase, since a given mask is that of the beginning",
         )
 
     def _require(self, holds: bool, field: str, expected: str) -> None:
@@ -120,6 +130,18 @@ class SparsityGroup:
     def given(self) -> str | None:
         """The file of given masks."""
         return None if self.init in ("random", "magnitude") else self.init
+
+    @property
+    def searched(self) -> bool:
+        """Whether only a search over all pieces of the group tells how many cells each keeps: what is pruned by magnitude
+        under `distribution: global`. What is chosen at random has its share of each piece, as with `uniform`."""
+        by_magnitude = self.algorithm == "gmp" or self.init == "magnitude"
+        return self.distribution == "global" and self.given is None and by_magnitude
+
+    @property
+    def settled(self) -> bool:
+        """Whether counts of cells stay as they are in version 0."""
+        return self.algorithm != "gmp" and self.dense_until == 0 and self.dense_from is None
 
     @property
     def last(self) -> int:
