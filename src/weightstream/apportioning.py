@@ -5,6 +5,7 @@ at which every owner of records has all that it needs, and from then on the coun
 They need not be kept: a step that is done again finds them again, and records say how many cells they have.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -12,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from weightstream.errors import ConfigError
 from weightstream.masking import Key, Masking, read_mask
 from weightstream.sparse.algorithms import existing_keys, initial_mask
-from weightstream.sparse.masks import Keys, Mask, magnitude_keys
+from weightstream.sparse.masks import Keys, Mask, magnitude_keys, some_and_every
 from weightstream.sparse.pieces import SparsePiece, global_count
 from weightstream.sparse.threshold import Gather, Own, kept_counts
 from weightstream.store.layout import MASK, TensorSpec
@@ -35,6 +37,8 @@ class FirstMasks:
 
     def __init__(self, masking: Masking, values: Values) -> None:
         self._masking, self._values, self._searched = masking, values, False
+        self._unlike = Counter(piece.group.patterns for piece in masking.pieces.values() if piece.group.init == "zeros")
+        """By group, how many of its pieces have not been seen while none had a zero."""
 
     def __call__(self, spec: TensorSpec, values: Tensor) -> Tensor | None:
         piece = self._masking.pieces.get((spec.name, spec.row))
@@ -42,10 +46,30 @@ class FirstMasks:
             return None
         if piece.group.given is not None:
             return read_mask(piece.group.given, piece.parameter, piece.grid.block).dense(piece.parameter.shape)
+        if piece.group.init == "zeros":
+            return self._nonzeros(piece, values)
         if piece.count(0) is None and not self._searched:
             self._search()
         found = self._masking.found(piece, 0)
         return initial_mask(piece, values, seed=self._masking.seed, found=found).dense(piece.parameter.shape)
+
+    def _nonzeros(self, piece: SparsePiece, values: Tensor) -> Tensor:
+        """Where a masked checkpoint has weights; of a piece that has none its first cell."""
+        some, _ = some_and_every(piece.grid, values != 0)
+        cells = some.reshape(-1)
+        if not cells.any():
+            cells[0] = True
+        patterns = piece.group.patterns
+        if not cells.all():
+            self._unlike.pop(patterns, None)
+        elif patterns in self._unlike:
+            self._unlike[patterns] -= 1
+            if not self._unlike[patterns]:
+                raise ConfigError(
+                    f"sparsity group {', '.join(patterns)}: init: expected given weights of which some are zero, found none "
+                    "that is; give the weights of a masked model, or init: magnitude to prune these"
+                )
+        return Mask(piece.grid, cells).dense(piece.parameter.shape)
 
     def _search(self) -> None:
         def own(pieces: Sequence[SparsePiece]) -> Iterator[tuple[int, Keys]]:

@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightstream.blocks import Parameter, Unit
 from weightstream.errors import ConfigError
@@ -46,7 +46,8 @@ class Masking:
     """The sparse pieces of a store under one run's settings.
 
     Args:
-        given: cells of given masks, by piece, where a group has these.
+        given: cells of pieces, by their names, where the settings do not say how many: known once a store is there, and
+            of masks in files before.
     """
 
     settings: Sparsity
@@ -139,14 +140,14 @@ class Masking:
             options = [own] if own is not None else []
             options += [
                 tuple(piece for found in chosen for piece in found)
-                for chosen in product(*(_extremes(each, own) for each in _by_group(pieces)))
+                for chosen in product(*map(_extremes, _by_group(pieces)))
             ]
             records[unit] = [self._ordered(unit, option) for option in dict.fromkeys(options)]
             moving = {p.parameter.name for p in pieces if p.group.algorithm == "rigl"}
             always = set.intersection(*({piece.name for piece in option} for option in options)) - moving
             found = [piece for option in options for piece in option if piece.name in always]
             gradients[unit] = self._ordered(unit, sorted(found, key=lambda piece: piece.nonzeros))  # the largest stays
-            if any(p.group.searched and (own is None or not p.group.settled) for p in pieces):
+            if any(map(_unknown, pieces)):
                 mixed.append(unit)
         return Largest(records, gradients, frozenset(mixed))
 
@@ -286,7 +287,10 @@ def _kept(piece: SparsePiece, cells: int) -> kept.SparsePiece:
 
 
 def _in_proportion(piece: SparsePiece) -> list[kept.SparsePiece]:
-    cells = piece.count(0) or kept_cells(piece.grid.cells, piece.group.sparsity_at(0))
+    cells = piece.count(0)
+    if cells is None:  # of zeros that nobody has looked at nothing is known
+        searched = piece.group.searched
+        cells = kept_cells(piece.grid.cells, piece.group.sparsity_at(0)) if searched else piece.grid.cells
     return [] if cells == piece.grid.cells else [_kept(piece, cells)]
 
 
@@ -296,7 +300,7 @@ def _initial(pieces: Sequence[SparsePiece]) -> InitialMask:
     counts = [piece.count(0) for piece in pieces]
     if all(count == piece.grid.cells for count, piece in zip(counts, pieces, strict=True)):
         return InitialMask("dense", first.grid.block)
-    if first.group.init != "random":
+    if not first.group.by_chance:
         return InitialMask("given", first.grid.block)
     return InitialMask("random", first.grid.block, tuple(piece.nonzeros(0) or 0 for piece in pieces))
 
@@ -327,16 +331,18 @@ def _by_group(pieces: Iterable[SparsePiece]) -> list[list[SparsePiece]]:
 
 def _changes(piece: SparsePiece) -> bool:
     """Whether a piece has other counts in some versions than in others."""
-    return not piece.group.settled if piece.group.searched else len(_counts(piece)) > 1
+    return not piece.group.settled if _unknown(piece) else len(_counts(piece)) > 1
 
 
-def _extremes(pieces: Sequence[SparsePiece], now: kept.Sparsity | None) -> list[list[kept.SparsePiece]]:
-    """Of pieces of one group: all at their largest partial counts, and dense if some version is; `now` are the unit's."""
+def _unknown(piece: SparsePiece) -> bool:
+    """Whether nothing but a bound is known of its counts."""
+    return not piece.group.counted and piece.given_count is None
+
+
+def _extremes(pieces: Sequence[SparsePiece]) -> list[list[kept.SparsePiece]]:
+    """Of pieces of one group: all at their largest partial counts, and dense if some version is."""
     partial, full = [], False
-    if pieces[0].group.searched:
-        if now is not None and pieces[0].group.settled:
-            names = {piece.parameter.name for piece in pieces}
-            return [[found for found in now if found.name in names]]
+    if any(map(_unknown, pieces)):
         most = [_at_most(piece) for piece in pieces]
         whole = any(found.ones >= piece.grid.cells - 1 for found, piece in zip(most, pieces, strict=True))
         return [most, []] if whole else [most]
@@ -350,12 +356,53 @@ def _extremes(pieces: Sequence[SparsePiece], now: kept.Sparsity | None) -> list[
 
 
 def _at_most(piece: SparsePiece) -> kept.SparsePiece:
-    """The most that a search may leave of a piece that it does not leave whole: all that the group keeps."""
+    """The most that a piece may keep if it is not left whole: all that the group keeps."""
     most = piece.grid.cells - 1
-    if piece.group.settled:
+    if piece.group.searched and piece.group.settled:
         together = sum(prod(shape) for shape in piece.family) // piece.grid.cell_elements
         most = min(most, kept_cells(together, piece.group.sparsity_at(0)))
     return _kept(piece, max(1, most))
+
+
+def counts_now(settings: Sparsity, units: Sequence[Unit], now: Mapping[int, kept.Sparsity]) -> dict[str, int]:
+    """Cells of the pieces of which the settings do not say how many, and which stay as they are in a store.
+
+    Args:
+        now: how sparse units are.
+    """
+    counts: dict[str, int] = {}
+    for unit in units:
+        own = {piece.name: piece.ones for piece in now.get(unit.index, ())}
+        for parameter in unit.parameters:
+            group = settings.group_of(parameter.name)
+            if group is not None and group.settled and not group.counted:
+                counts[str(parameter)] = own.get(parameter.name, parameter.numel // prod(group.block))
+    return counts
+
+
+def require_said(
+    settings: Sparsity, model: nn.Module, dense: Collection[str], given: Collection[str], path: object
+) -> None:
+    """Refuse to drop given weights unasked.
+
+    Args:
+        given: names of parameters whose first values are given.
+        path: of the store that is to be made.
+
+    Raises:
+        ConfigError: with what to say.
+    """
+    for name, parameter in model.named_parameters():
+        group = settings.group_of(name)
+        if group is None or group.init is not None or not parameter.requires_grad or parameter.dim() < 2:
+            continue
+        if name in given and group.sparsity_at(0) and (name not in dense or group.include_all):
+            raise ConfigError(
+                f"store '{path}': weights are given for '{name}', which is to be sparse by group "
+                f"{', '.join(group.patterns)}: expected init to say which of them exist, found nothing; give init: magnitude "
+                "for the largest, zeros for those that are not zero, random, or a file of masks (`weightstream store import` "
+                "takes the same by --masks)"
+            )
 
 
 def given_counts(settings: Sparsity, units: Sequence[Unit], dense: Collection[str]) -> dict[str, int]:
@@ -390,6 +437,9 @@ def read_mask(path: str, parameter: Parameter, block: tuple[int, int]) -> Mask:
                 )
             rows = found[parameter.row : parameter.row + parameter.shape[0]]
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"sparsity: cannot read masks from {path}: {error}; give a safetensors file") from None
+        raise ConfigError(
+            f"sparsity: cannot read masks from {path}: {error}; give a safetensors file, or one of "
+            "random, magnitude, zeros"
+        ) from None
     grid = Grid.of(parameter.shape, block, name=str(parameter))
     return given_mask(grid, rows, parameter.shape, name=str(parameter))

@@ -329,7 +329,7 @@ class Reference:
 
 
 def group(**settings: Any) -> ws.Sparsity:
-    chosen = {"patterns": ("*.up.weight", "*.down.weight"), "sparsity": 0.8} | settings
+    chosen = {"patterns": ("*.up.weight", "*.down.weight"), "sparsity": 0.8, "init": "random"} | settings
     return ws.Sparsity((ws.SparsityGroup(**chosen),))
 
 

@@ -122,7 +122,7 @@ def resized(piece: SparsePiece, values: Tensor, mask: Mask, target: int, *, step
     if target > mask.count:
         numbers = random_keys(seed, piece.parameter.name, step, piece.first_cell, mask.grid.cells)
         return _replaced(mask, np.ones(mask.count, np.bool_), ~numbers, target - mask.count)
-    by_chance = piece.group.algorithm != "gmp" and piece.group.init == "random"
+    by_chance = piece.group.algorithm != "gmp" and piece.group.by_chance
     if by_chance and mask.count == mask.grid.cells:
         numbers = random_keys(seed, piece.parameter.name, step, piece.first_cell, mask.grid.cells)
         return Mask(mask.grid, smallest(numbers, target))
@@ -199,7 +199,7 @@ def initial_mask(piece: SparsePiece, dense: Tensor | None, *, seed: int, found: 
     """
     count = _target(piece, 0, found)
     assert count is not None, "it is searched for before"
-    assert piece.given_count is None, "a given mask is read from its file"
+    assert not piece.group.masks_given, "it is given"
     if count == piece.grid.cells:
         return Mask.full(piece.grid)
     if piece.group.init == "magnitude":
