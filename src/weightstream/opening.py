@@ -172,14 +172,9 @@ def _memory(
 
 
 def _fill(wanted: Wanted, store: Store, initial: Mapping[str, Tensor]) -> None:
-    if not unfilled(store):
-        return
-    masking = wanted.masking(store.units)
-    fill(
-        store,
-        initial,
-        None if masking is None else FirstMasks(masking, lambda names: first_values(store, initial, names)),
-    )
+    masking = wanted.masking(store.units) if unfilled(store) else None  # files of masks are read once
+    masks = None if masking is None else FirstMasks(masking, partial(first_values, store, initial))
+    fill(store, initial, masks)
 
 
 def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], initial: Mapping[str, Tensor]) -> Store:
