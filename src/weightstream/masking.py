@@ -66,11 +66,12 @@ class Masking:
             if own:
                 self.of_unit[unit.index] = own
         self.searched: tuple[tuple[SparsePiece, ...], ...] = tuple(
-            pieces
+            tuple(sorted(pieces, key=lambda piece: (piece.parameter.name, piece.parameter.row)))
             for group in self.settings.groups
-            if group.searched and (pieces := tuple(piece for piece in found if piece.group is group))
+            if group.searched and (pieces := [piece for piece in found if piece.group is group])
         )
-        """The pieces of each group in which only a search over all of them tells how many cells each keeps."""
+        """The pieces of each group in which only a search over all of them tells how many cells each keeps; in order of name,
+        as that of records changes with the blocks that a model is cut into."""
         self._found: tuple[int, Mapping[Key, int]] = 0, {}
         self._grown: dict[str, int] = {}
 

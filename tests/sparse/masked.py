@@ -122,9 +122,12 @@ class Reference:
     clip_norm: float | None
     dtype: torch.dtype
     masters: dict[str, Tensor] = field(default_factory=initial_values)
+    build: Callable[[], nn.Module] = Model
+    sparse: Callable[[str], bool] = is_sparse
+    cut: Callable[[str, Tensor], list[Tensor]] = pieces_of
 
     def __post_init__(self) -> None:
-        self.model = Model().to(self.dtype)
+        self.model = self.build().to(self.dtype)
         self.masks: dict[Key, Tensor] = {}
         self.vectors: dict[Key, nn.Parameter] = {}
         self.optimizers: dict[Key, torch.optim.AdamW] = {}
@@ -132,7 +135,7 @@ class Reference:
         for name, value in self.masters.items():
             first = 0
             for row, piece in self.rows(name, value):
-                count = self.rules.kept(0, piece.numel()) if is_sparse(name) else piece.numel()
+                count = self.rules.kept(0, piece.numel()) if self.sparse(name) else piece.numel()
                 count = count if self.rules.together is None else piece.numel()
                 chosen = torch.ones(piece.numel(), dtype=torch.bool)
                 if count < piece.numel():
@@ -149,7 +152,7 @@ class Reference:
         """The masks in which the largest of all pieces' cells are left, and the largest of each; none if there are no more."""
         if self.rules.together is None:
             return {}
-        keys = [key for key in self.masks if is_sparse(key[0])]
+        keys = sorted(key for key in self.masks if self.sparse(key[0]))
         wanted = self.rules.together(step, sum(self.masks[key].numel() for key in keys))
         sizes = [self.vectors[key].detach().abs().view(-1).numpy().copy() for key in keys]
         if wanted >= sum(size.size for size in sizes):
@@ -165,9 +168,8 @@ class Reference:
             start += size.size
         return found
 
-    @staticmethod
-    def rows(name: str, value: Tensor) -> list[tuple[int, Tensor]]:
-        pieces, found, row = pieces_of(name, value), [], 0
+    def rows(self, name: str, value: Tensor) -> list[tuple[int, Tensor]]:
+        pieces, found, row = self.cut(name, value), [], 0
         for piece in pieces:
             found.append((row, piece))
             row += piece.shape[0]
@@ -208,7 +210,8 @@ class Reference:
                 (value * weight).backward()
                 loss += weight * value.item()
                 for name, parameter in self.model.named_parameters():
-                    assert parameter.grad is not None
+                    if parameter.grad is None:  # an expert that no token of this micro-batch went to
+                        continue
                     gradient, parameter.grad = parameter.grad.float(), None
                     sums[group][name] = sums[group][name] + gradient if name in sums[group] else gradient
         total = {name: tree_sum([found.get(name) for found in sums]) for name in self.masters}
@@ -216,7 +219,7 @@ class Reference:
         for name, value in total.items():
             assert value is not None
             for row, piece in self.rows(name, value):
-                whole = is_sparse(name) and self.rules.moves(step) and self.rules.algorithm == "rigl"
+                whole = self.sparse(name) and self.rules.moves(step) and self.rules.algorithm == "rigl"
                 found[name, row] = piece if whole else piece[self.masks[name, row]]
         return loss, found
 
@@ -231,11 +234,11 @@ class Reference:
         for key, gradient in gradients.items():
             scaled = gradient * coefficient if coefficient < 1.0 else gradient
             self.counts[key] += 1
-            moves = is_sparse(key[0]) and self.rules.moves(step)
+            moves = self.sparse(key[0]) and self.rules.moves(step)
             if not (moves and self.rules.algorithm == "rigl"):
                 self.vectors[key].grad = scaled.view(self.vectors[key].shape)
                 self.optimizers[key].step()
-            if is_sparse(key[0]):
+            if self.sparse(key[0]):
                 cells = self.masks[key].numel()
                 present = int(self.masks[key].sum())
                 target = self.rules.kept(step, cells) if self.rules.together is None else present

@@ -131,9 +131,8 @@ def test_masks_by_magnitude_and_from_a_file(tmp_path: Path) -> None:
 
 def test_blocks_of_all_pieces_compete_where_a_dense_phase_ends(tmp_path: Path) -> None:
     """Weights that do not move: those blocks stay whose sums of magnitudes are largest in the whole group."""
-    sparsity = group(
-        algorithm="set", distribution="global", init="magnitude", block=(2, 4), dense_until=2, begin=0, end=9, every=4
-    )
+    moving = {"algorithm": "set", "distribution": "global", "init": "magnitude", "end": 9, "every": 4}
+    sparsity = group(**moving, block=(2, 4), dense_until=2)
     values = initial_values()
     for scale, name in enumerate(name for name in values if is_sparse(name)):
         values[name] *= (1.0 + scale / 20) / values[name].std()
@@ -152,6 +151,31 @@ def test_blocks_of_all_pieces_compete_where_a_dense_phase_ends(tmp_path: Path) -
     assert int(chosen.sum()) == KEPT(0, chosen.numel())
     assert together[chosen == 1].min() > together[chosen == 0].max()
     assert len({float(mask.mean()) for mask in masks.values()}) > 3  # each has its own density
+
+
+def test_of_equal_weights_the_same_stay_however_the_model_is_cut(tmp_path: Path) -> None:
+    """A threshold among many equal weights; blocks of layers, and of their parts, whose records come in another order."""
+    values = {
+        name: (4 * value / value.std()).round() / 4 if is_sparse(name) else value
+        for name, value in initial_values().items()
+    }
+    sparsity, digests = group(distribution="global", init="magnitude"), []
+    for blocks in (None, 20_000):
+        path = tmp_path / str(blocks)
+        with ws.Engine(
+            Model, path, ws.AdamW(), sparsity=sparsity, initial=values, panel_elements=PANEL, max_block_bytes=blocks
+        ) as engine:
+            names = [parameter.name for unit in engine.store.units for parameter in unit.parameters]
+        digests.append((digest(path), tuple(names)))
+    assert digests[0][1] != digests[1][1]
+    assert digests[0][0] == digests[1][0]
+    with ws.Store.open(path, writable=False) as store:
+        found = {name: parts["mask"] for name, parts in store.items() if is_sparse(name)}
+    sizes, kept = (torch.cat([each[name].flatten() for name in sorted(found)]) for each in (values, found))
+    edge = sizes.abs()[kept].min()
+    assert sizes.abs()[~kept].max() == edge
+    ties = kept[sizes.abs() == edge]
+    assert torch.equal(ties, torch.arange(ties.numel()) < ties.sum())
 
 
 @pytest.mark.parametrize("algorithm", ["static", "gmp"])

@@ -152,6 +152,8 @@ def sparse_pieces(
     for piece, group in chosen:
         whole = piece.shape if piece.rows is None else (piece.rows, *piece.shape[1:])
         families.setdefault(id(group), {})[piece.name] = whole
+    for number, family in families.items():  # in order of name: that of pieces changes with the blocks of a model
+        families[number] = dict(sorted(family.items()))
     return tuple(_sparse_piece(piece, group, families[id(group)], given_counts or {}) for piece, group in chosen)
 
 
