@@ -1,6 +1,5 @@
 """Each algorithm against dense tensors with masks, and schedules against their definitions."""
 
-import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightstream.blocks import Parameter
 from weightstream.errors import ConfigError
 from weightstream.sparse.algorithms import initial_mask, turn, update
 from weightstream.sparse.codec import Places, gather
 from weightstream.sparse.masks import Keys, Mask, largest, magnitude_keys, random_keys
-from weightstream.sparse.pieces import SparsePiece, erdos_renyi, sparse_pieces
+from weightstream.sparse.pieces import SparsePiece, dense_by_default, erdos_renyi, sparse_pieces
 from weightstream.sparse.section import SparsityConfig
 from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
 from weightstream.sparse.threshold import kept_counts
@@ -212,6 +211,32 @@ def test_blocks_move_as_wholes_and_keep_their_numbers(algorithm: Any) -> None:
         assert float(sums[torch.from_numpy(grown)].min()) >= float(sums[torch.from_numpy(missing)].max())
 
 
+@pytest.mark.parametrize("block", [(1, 1), (4, 8)])
+@pytest.mark.parametrize("algorithm", ["gmp", "set", "rigl"])
+def test_decisions_do_not_depend_on_threads(algorithm: Any, block: tuple[int, int]) -> None:
+    """Of a piece that is large enough for torch to divide it between threads."""
+    group = SparsityGroup(
+        patterns=("*",), algorithm=algorithm, sparsity=0.5, end=8, every=2, block=block, init="magnitude"
+    )
+    piece = sparse_pieces(Sparsity((group,)), [Parameter(NAME, (512, 256))])[0]
+    generator = torch.Generator().manual_seed(9)
+    dense, gradient = (torch.randn(512, 256, generator=generator) for _ in range(2))
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            first = initial_mask(piece, dense, seed=SEED)
+            values = gathered(dense, first).view(-1, 1)
+            found.append((first, update(piece, values, {"m": values * 2}, first, gradient, step=4, seed=SEED)))
+        finally:
+            torch.set_num_threads(before)
+    (one, after_one), (two, after_two) = found
+    assert one == two
+    assert after_one.mask == after_two.mask != one
+    assert torch.equal(after_one.values, after_two.values)
+    assert torch.equal(after_one.states["m"], after_two.states["m"])
+
+
 def test_a_global_threshold_is_that_of_one_sort_over_all_pieces() -> None:
     generator = torch.Generator().manual_seed(4)
     for block in ((1, 1), (2, 2)):
@@ -246,9 +271,9 @@ def owners_counts(owned: list[list[tuple[int, Keys]]], wanted: int) -> list[list
         def gather(value: Any) -> list[Any]:
             said[rank] = value
             barrier.wait(5)
-            found = json.loads(json.dumps(said))
+            found = list(said)
             barrier.wait(5)
-            return list(found)
+            return found
 
         bits = owned[0][0][1].dtype.itemsize * 8
         return kept_counts(4, wanted, bits, lambda: owned[rank], gather)
@@ -272,6 +297,67 @@ def test_erdos_renyi_meets_its_budget_with_dense_layers_capped() -> None:
     pieces = sparse_pieces(Sparsity((group,)), [Parameter(str(n), shape) for n, shape in enumerate(shapes)])
     kept = sum(piece.count(0) or 0 for piece in pieces)
     assert abs(kept - 0.2 * sum(sizes)) <= len(pieces) / 2
+
+
+def test_a_ramp_shares_out_each_of_its_steps() -> None:
+    """Gradual pruning under Erdős–Rényi: layers are capped while there is much to keep, and the budget holds at each step."""
+    shapes = {"large": (512, 256), "small": (16, 8), "middle": (64, 64)}
+    group = SparsityGroup(
+        patterns=("*",), algorithm="gmp", distribution="erdos_renyi", sparsity=0.98, begin=2, end=22, every=5
+    )
+    cut = [Parameter("large", (256, 256), row=row, rows=512) for row in (0, 256)]
+    pieces = sparse_pieces(Sparsity((group,)), [*cut, *(Parameter(name, shapes[name]) for name in ("small", "middle"))])
+    before = [piece.grid.cells for piece in pieces]
+    for version in range(26):
+        counts = [piece.count(version) or 0 for piece in pieces]
+        last = min(version - (version - 2) % 5, 22) if version >= 2 else 2
+        sparsity = 0.98 * (1 - (1 - (last - 2) / 20) ** 3)
+        assert sum(counts) == pytest.approx((1 - sparsity) * sum(math.prod(shape) for shape in shapes.values()), abs=2)
+        assert all(now <= then for now, then in zip(counts, before, strict=True))
+        assert counts[0] == counts[1]
+        if counts[2] < 128 and counts[3] < 4096:  # nobody is capped: in the proportion of the formula
+            assert counts[3] / counts[0] == pytest.approx(2 * 128 / 768, rel=1e-2)
+            assert counts[2] / counts[3] == pytest.approx(24 / 128, rel=1e-2)
+        before = counts
+    assert [piece.count(3) for piece in pieces] == [65536, 65536, 128, 4096]
+    assert pieces[2].count(12) == 128 > (pieces[2].count(25) or 0)
+
+
+def test_embeddings_norms_heads_and_vectors_stay_dense() -> None:
+    class ScaleNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 8))
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.bag = nn.Embedding(10, 8), nn.EmbeddingBag(10, 8)
+            self.norm, self.own_norm = nn.LayerNorm([4, 8]), ScaleNorm()
+            self.body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            self.body[1].requires_grad_(False)
+            self.lm_head, self.out = nn.Linear(8, 10, bias=False), nn.Linear(8, 10)
+            self.lm_head.weight = self.words.weight
+            self.attention = nn.Module()
+            self.attention.classifier = nn.Linear(8, 3)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.out
+
+    model = Whole()
+    dense = dense_by_default(model)
+    assert dense == {
+        "words.weight", "bag.weight", "norm.weight", "norm.bias", "own_norm.weight", "out.weight", "out.bias",
+        "attention.classifier.weight", "attention.classifier.bias",
+    }  # fmt: skip
+    parameters = [Parameter(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+    for include_all, expected in (
+        (False, {"body.0.weight"}),
+        (True, {"body.0.weight"} | {name for name in dense if model.get_parameter(name).dim() > 1}),
+    ):
+        group = SparsityGroup(patterns=("*",), include_all=include_all)
+        found = sparse_pieces(Sparsity((group,)), parameters, dense=dense)
+        assert {piece.parameter.name for piece in found} == expected
 
 
 def test_first_match_wins_and_what_is_dense_stays_so() -> None:

@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from tests.sparse.masked import (
     CASES,
     INITIAL,
+    INNER,
     KEPT,
     PANEL,
     SEED,
+    WIDTH,
     Model,
     digest,
     group,
@@ -68,6 +70,40 @@ class TestRefused:
         with pytest.raises(ConfigError, match="do not divide"):
             open_engine(tmp_path / "store", group(block=(5, 1)))
         assert not (tmp_path / "store").exists()
+
+    def test_masks_of_another_model(self, tmp_path: Path) -> None:
+        masks = {name: torch.ones(value.shape, dtype=torch.bool) for name, value in INITIAL.items() if is_sparse(name)}
+        path = tmp_path / "masks.safetensors"
+        for changed, message in (
+            (
+                torch.ones(WIDTH, INNER + 1),
+                r"expected shape \(32, 192\), found \(32, 193\); give masks of the same model",
+            ),
+            (torch.zeros(WIDTH, INNER), "expected at least one element that exists, found none; leave it out"),
+            (None, "has no mask of 'layers.2.down.weight'; add it, or give another init"),
+        ):
+            given = {name: mask for name, mask in masks.items() if name != "layers.2.down.weight"}
+            save_file(given if changed is None else {**given, "layers.2.down.weight": changed}, path)
+            with pytest.raises(ConfigError, match=message):
+                open_engine(tmp_path / "store", group(init=str(path)))
+        save_file(masks | {"layers.2.down.weight": torch.eye(WIDTH, INNER)}, path)
+        with pytest.raises(ConfigError, match="is kept in part; expected whole blocks"):
+            open_engine(tmp_path / "store", group(init=str(path), block=(2, 2)))
+        assert not (tmp_path / "store").exists()
+
+    def test_given_weights_without_a_word(self, tmp_path: Path) -> None:
+        """Not where they stay dense, nor where the store is there already."""
+        with pytest.raises(ConfigError, match=r"'layers\.0\.up\.weight', which is to be sparse .*give init: magnitude"):
+            open_engine(tmp_path / "store", group(init=None))
+        assert not (tmp_path / "store").exists()
+        with pytest.raises(ConfigError, match="some are zero, found none that is"):
+            open_engine(tmp_path / "store", group(init="zeros"))
+        assert not (tmp_path / "store").exists()
+        train(tmp_path / "store", group(init="magnitude"), [1])
+        train(tmp_path / "store", group(init=None), [1])
+        with pytest.raises(StoreMismatchError, match="sparsity: the store has .*magnitude.*this run has .*random"):
+            open_engine(tmp_path / "store", group(init="random"))
+        train(tmp_path / "pruned", group(init=None, algorithm="gmp", end=3), [1])
 
 
 class Tied(Model):
