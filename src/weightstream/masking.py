@@ -153,7 +153,7 @@ class Masking:
         return Largest(records, gradients, frozenset(mixed))
 
     def in_proportion(self) -> dict[int, kept.Sparsity]:
-        """How sparse units are at version 0, with what only a search tells shared out by size: right in sum."""
+        """How sparse units are at version 0 if what only a search tells is shared out by size: right in sum."""
         return {
             unit: self._ordered(unit, (found for piece in pieces for found in _in_proportion(piece)))
             for unit, pieces in self.of_unit.items()

@@ -184,9 +184,9 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], ini
 
     def largest_of(units: Sequence[Unit], *, in_sum: bool = False) -> Largest:
         masking = wanted.masking(units)
-        if masking is None:
-            return NEVER_SPARSE
-        return masking.largest(masking.in_proportion() if in_sum else None)
+        if masking is not None and in_sum:  # as if a search had found this
+            masking = wanted.masking(units, masking.in_proportion())
+        return NEVER_SPARSE if masking is None else masking.largest()
 
     sizes = partial(
         bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements

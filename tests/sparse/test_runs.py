@@ -28,6 +28,7 @@ from tests.sparse.masked import (
 
 import weightstream as ws
 from weightstream.errors import ConfigError, StoreMismatchError
+from weightstream.masking import Masking, counts_now
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,6 +188,27 @@ def test_blocks_of_all_pieces_compete_where_a_dense_phase_ends(tmp_path: Path) -
     assert int(chosen.sum()) == KEPT(0, chosen.numel())
     assert together[chosen == 1].min() > together[chosen == 0].max()
     assert len({float(mask.mean()) for mask in masks.values()}) > 3  # each has its own density
+
+
+def test_room_before_a_search_and_kernels_after_it(tmp_path: Path) -> None:
+    """Nobody knows the counts yet: each record has room for what it comes to, all together for what the group keeps."""
+    sparsity = group(distribution="global", init="magnitude", block=(8, 8))
+    settings = {"kernels": {"*.up.weight": "gathered"}, "panel_elements": 1 << 20}
+    whole = train(tmp_path / "whole", sparsity, [4], **settings)
+    assert train(tmp_path / "pieces", sparsity, [1, 3], **settings) == whole
+    with open_engine(tmp_path / "whole", sparsity, **settings) as engine:
+        assert engine.masking is not None
+        units, dense, now = engine.store.units, engine.masking.dense, engine.holding.sparsity
+    before = Masking(sparsity, units, dense, SEED)
+    for unit, records in before.largest().records.items():
+        most = {piece.name: piece.nonzeros for piece in records[0]}
+        assert all(piece.nonzeros <= most[piece.name] for piece in now[unit])
+        assert unit in before.largest().mixed
+    shared = Masking(sparsity, units, dense, SEED, counts_now(sparsity, units, before.in_proportion())).largest()
+    assert not shared.mixed
+    nonzeros = sum(piece.nonzeros for (found,) in shared.records.values() for piece in found)
+    kept = sum(piece.nonzeros for found in now.values() for piece in found)
+    assert nonzeros == pytest.approx(kept, abs=64 * len(INITIAL))
 
 
 def test_of_equal_weights_the_same_stay_however_the_model_is_cut(tmp_path: Path) -> None:
