@@ -346,7 +346,8 @@ def _extremes(pieces: Sequence[SparsePiece]) -> list[list[kept.SparsePiece]]:
     if any(map(_unknown, pieces)):
         most = [_at_most(piece) for piece in pieces]
         whole = any(found.ones >= piece.grid.cells - 1 for found, piece in zip(most, pieces, strict=True))
-        return [most, []] if whole else [most]
+        options = [most, [_kept(piece, piece.grid.cells) for piece in pieces], []]  # the first masks may be whole, too
+        return options if whole else options[:1]
     for piece in pieces:
         counts = _counts(piece)
         below = [count for count in counts if count < piece.grid.cells]
