@@ -297,11 +297,11 @@ class Engine:
         ]
         return {unit: sparsity_from_json(found) for each in self.gather(own) for unit, found in each}
 
-    def _divide(self, cluster: Cluster, owner: Sequence[int]) -> Division:
+    def _divide(self, cluster: Cluster, owner: Sequence[int], of: int | None = None) -> Division:
         groups = self._budgets.reduction_groups
         return divide(
-            self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking, driven=self._driven
-        )
+            self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking, driven=self._driven, of=of,
+        )  # fmt: skip
 
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
@@ -384,6 +384,10 @@ class Engine:
         cluster.check(micro_batches, self._budgets.reduction_groups)
         facts = self._facts(micro_batches, self._divide(cluster, self._owners(cluster)))
         return facts, allot(facts)
+
+    def facts_of_rank(self, rank: int, cluster: Cluster, micro_batches: int) -> Facts:
+        """The facts of such steps with the bytes that this rank owns, where a plan has the most that any does."""
+        return self._facts(micro_batches, self._divide(cluster, self._owners(cluster), rank))
 
     def whole_facts(self, micro_batches: int) -> Facts:
         """The facts of a step with the bytes of whole blocks, whoever owns them."""

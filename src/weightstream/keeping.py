@@ -17,7 +17,7 @@ from weightstream.errors import StoreError
 from weightstream.fabric.staging import Pool, Staging
 from weightstream.masking import Masking
 from weightstream.schedule.operations import Load, Operation, Update, Write
-from weightstream.schedule.planner import Allotment, Facts
+from weightstream.schedule.planner import Allotment, Facts, sharing_records
 from weightstream.store.futures import chain
 from weightstream.store.interval import Interval
 from weightstream.store.owned import Checksums, Holding, WorkingBuffer
@@ -55,7 +55,11 @@ class Keeper:
         self.deferred = facts.deferred
         self._record_buffers = allotment.record_buffers
         own = [block for block in facts.blocks if block.resident and block.trainable]
-        self._shared = Pool([WorkingBuffer(allotment.record_bytes) for _ in range(allotment.record_buffers)])
+        sharing = sharing_records(facts.blocks)
+        if allotment.record_buffers < len(sharing):
+            self._shared = Pool([WorkingBuffer(allotment.record_bytes) for _ in range(allotment.record_buffers)])
+        else:  # each as large as its block's record
+            self._shared, own = Pool([]), own + sharing
         self._own = {block.index: Pool([WorkingBuffer(block.record_bytes)]) for block in own}
         for index in allotment.pinned_copies:
             holding.pin_copies(index)
@@ -201,7 +205,7 @@ class Keeper:
             self.release(sharing[0])
 
     def _records_of(self, block: int) -> Pool[WorkingBuffer]:
-        """Where a block's working buffer comes from: a resident block's is its own."""
+        """Where a block's working buffer comes from: a resident block has its own, as all have where there are enough."""
         return self._own.get(block, self._shared)
 
     # steps

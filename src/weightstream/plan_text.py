@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from weightstream.planning import disk_bytes
+from weightstream.schedule.planner import Allotment, Facts, records_room, sharing_records
 from weightstream.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def plan_text(engine: "Engine") -> str:
         f"{format_bytes(allotment.resident_bytes)}, {allotment.partial_sums} partial gradient sums of "
         f"{format_bytes(allotment.partial_bytes)}, {allotment.held_gradients} gradients of a block held at once",
         f"host memory       {format_bytes(allotment.host_bytes)} of {format_bytes(facts.host_memory)}: "
-        f"{allotment.record_buffers} record buffers of {format_bytes(allotment.record_bytes)}, staged gradients of "
+        f"{_record_buffers(facts, allotment)}, staged gradients of "
         f"{staged}",
         f"RAM tier          copies of {len(allotment.pinned_copies)} blocks, states of {len(allotment.pinned_states)}",
         f"activations kept  {kept}",
@@ -60,6 +61,13 @@ def plan_text(engine: "Engine") -> str:
             f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch"
         )
     return "\n".join(lines)
+
+
+def _record_buffers(facts: Facts, allotment: Allotment) -> str:
+    if allotment.record_buffers < len(sharing_records(facts.blocks)):
+        return f"{allotment.record_buffers} record buffers of {format_bytes(allotment.record_bytes)}"
+    room = records_room(facts.blocks, allotment.record_buffers)
+    return f"a record buffer for each of {allotment.record_buffers} blocks, {format_bytes(room)}"
 
 
 def _beside(nbytes: int) -> str:

@@ -71,16 +71,19 @@ def divide(
     *,
     sparse: Largest = NEVER_SPARSE,
     masking: Masking | None = None,
+    of: int | None = None,
     driven: Collection[str] = (),
 ) -> Division:
     """The division of a store's records among the memory ranks that own them (`owner`, by unit).
 
     Args:
+        of: count what this rank owns, not the most that any does.
         sparse: how sparse versions may be: there is room for all of them.
         masking: of the sparse parameters, if their masks change.
         driven: those that kernels multiply by.
     """
-    owned = [{unit for unit, rank in enumerate(owner) if rank == memory} for memory in cluster.memory_ranks]
+    counted = cluster.memory_ranks if of is None else (of,)
+    owned = [{unit for unit, rank in enumerate(owner) if rank == one} for one in counted]
     records, gradients, largest_unit = [], [], 0
 
     def layout_of(unit: Unit, sparsity: Sparsity) -> RecordLayout:

@@ -15,13 +15,12 @@ from weightstream.census import Census, take
 from weightstream.cluster import Cluster
 from weightstream.costing import Costs, hardware_of, slowdown_of
 from weightstream.engine import DTYPES, Engine, default_loss
-from weightstream.machine.executing import HOLES, HOLES_KEPT
 from weightstream.machine.profile import Profile
-from weightstream.schedule.planner import Allotment, Facts
+from weightstream.schedule.planner import Allotment, Facts, buffers_bytes
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Hardware
 from weightstream.simulator.simulator import Simulation, simulate
-from weightstream.units import format_bytes, format_count, format_seconds
+from weightstream.units import MIB, format_bytes, format_count, format_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,8 @@ class Inputs:
 class Prediction:
     """A steady step: its length, and how long each resource works for it if it never waits, in seconds.
 
-    Bytes are of all ranks together; `memory_bytes` of one rank, beyond what an idle process has.
+    Bytes are of all ranks together; `memory_bytes` of the rank that holds most and `all_memory_bytes` of all together, beyond
+    what idle processes have.
     """
 
     inputs: Inputs
@@ -51,6 +51,7 @@ class Prediction:
     read_bytes: int
     written_bytes: int
     memory_bytes: int
+    all_memory_bytes: int
 
     @property
     def binds(self) -> str:
@@ -122,17 +123,43 @@ def _prediction_of(inputs: Inputs, engine: Engine, profile: Profile, *, keep_spa
     if size > 1:  # of all ranks together; the simulation tells of the one that moves most
         bound = engine.bytes_bound_of(engine.whole_facts(facts.micro_batches), allotment)
         read, written = bound.read, bound.written
-    # what is allotted, what a process needs besides, and the holes that the heap leaves around what one block works in
-    memory_bytes = allotment.device_bytes + allotment.host_bytes + profile.executor.process_bytes
-    kept = len(allotment.keep) >= len(facts.visits) - 1
-    memory_bytes += round((HOLES_KEPT if kept else HOLES) * facts.workspace_bytes) if facts.host_is_device else 0
+    memory = _memory_by_rank(inputs, engine, profile)
     return Prediction(
         inputs=inputs, simulation=simulation, seconds_per_step=simulation.step_s,
         compute_s=crowded * sum(_computed(inputs, kind) for kind in ("forward", "backward", "turn", "reduce")),
         optimizer_s=crowded * _computed(inputs, "update"), disk_s=busy.get("disk", 0.0),
         link_s=max(busy.get("down", 0.0), busy.get("up", 0.0)), read_bytes=read,
-        written_bytes=written, memory_bytes=memory_bytes,
+        written_bytes=written, memory_bytes=max(memory), all_memory_bytes=sum(memory),
     )  # fmt: skip
+
+
+def _memory_by_rank(inputs: Inputs, engine: Engine, profile: Profile) -> list[int]:
+    """What is allotted, what a process needs besides, and the holes of the heap.
+
+    All ranks have the same plan; of buffers for records only that fills which a rank owns.
+    """
+    facts, allotment, cluster = inputs.facts, inputs.allotment, inputs.hardware.cluster
+    besides = allotment.device_bytes + profile.executor.process_bytes + _holes_bytes(facts, allotment)
+    besides += allotment.host_bytes - buffers_bytes(facts, allotment)
+    every = [facts] * cluster.size
+    if cluster.size > 1:
+        every = [engine.facts_of_rank(rank, cluster, facts.micro_batches) for rank in range(cluster.size)]
+    return [besides + buffers_bytes(own, allotment) for own in every]
+
+
+def _holes_bytes(facts: Facts, allotment: Allotment) -> int:
+    """What the heap leaves free between what is in use, where activations lie in it: a bound, not a mean.
+
+    Its parts are always there, around what one block works in, around kept activations, and around what each passage of a
+    micro-batch through a block leaves until its way back. Pages are given back where they exceed the budgets by 2%.
+    """
+    if not facts.host_is_device:
+        return 0
+    kept = facts.present * sum((facts.kept_bytes or (0,) * len(facts.visits))[visit] for visit in allotment.keep)
+    passages = facts.present * len(facts.visits)
+    holes = 16 * MIB + 2 * facts.workspace_bytes + kept // 4 + passages * MIB // 2
+    unused = facts.device_memory - allotment.device_bytes + facts.host_memory - allotment.host_bytes
+    return min(holes, max(0, unused) + (facts.device_memory + facts.host_memory) // 20)
 
 
 def _computed(inputs: Inputs, kind: str) -> float:
