@@ -18,7 +18,7 @@ from weightstream.sparse.algorithms import Turn, Updated, initial_mask, turn, up
 from weightstream.sparse.codec import encode_mask
 from weightstream.sparse.grid import Grid
 from weightstream.sparse.masks import Mask, given_mask
-from weightstream.sparse.pieces import SparsePiece, sparse_pieces
+from weightstream.sparse.pieces import SparsePiece, kept_cells, sparse_pieces
 from weightstream.sparse.settings import Sparsity
 from weightstream.store import masks
 from weightstream.store import sparsity as kept
@@ -96,6 +96,29 @@ class Masking:
                 if target == piece.grid.cells:
                     del found[name]
         return tuple(found[p.name] for p in self.units[unit].parameters if p.name in found)
+
+    def expected(self, version: int) -> dict[int, kept.Sparsity]:
+        """How sparse units are in a version, from the settings alone; where counts are searched for, in proportion."""
+        found: dict[int, kept.Sparsity] = {}
+        for unit, pieces in self.of_unit.items():
+            own = []
+            for piece in pieces:
+                cells = piece.count(version)
+                if cells is None:
+                    cells = kept_cells(piece.grid.cells, piece.group.sparsity_at(version))
+                own += [] if cells == piece.grid.cells else [_kept(piece, cells)]
+            found[unit] = self._ordered(unit, own)
+        return found
+
+    def alike(self, steps: int) -> list[tuple[int, int]]:
+        """Training steps that differ in how many non-zeros there are or in which gradients are dense, in order: the last of
+        those that are alike, and how many there are from 1 to `steps`."""
+        groups = {id(piece.group): piece for piece in self.pieces.values()}.values()
+        found: dict[tuple[tuple[float, bool], ...], tuple[int, int]] = {}
+        for step in range(1, steps + 1):
+            key = tuple((piece.group.sparsity_at(step - 1), turn(piece, step, 0).dense_gradient) for piece in groups)
+            found[key] = step, found.get(key, (0, 0))[1] + 1
+        return sorted(found.values())
 
     def turn(self, piece: SparsePiece, before: kept.Sparsity, step: int) -> Turn:
         """What the update of a piece consists of."""

@@ -15,7 +15,7 @@ class Memory:
         self._boundary = facts.boundary_bytes or (0,) * len(facts.visits)
         self._kept = facts.kept_bytes or (0,) * len(facts.visits)
         self._device = (
-            allotment.slabs * allotment.slab_bytes + allotment.resident_bytes
+            allotment.slabs * (allotment.slab_bytes + allotment.beside_bytes) + allotment.resident_bytes
             + allotment.partial_sums * allotment.partial_bytes + allotment.tied_bytes + allotment.held_bytes
             + facts.workspace_bytes + present * facts.lasting_bytes
         )  # fmt: skip
@@ -36,6 +36,7 @@ class Memory:
             + sum(blocks[index].fetched_bytes for index in allotment.pinned_copies)
             + sum(blocks[index].load_bytes for index in allotment.pinned_states)
             + facts.sum_buffers * allotment.gradient_bytes + facts.fabric_bytes
+            + max((block.masks_bytes for block in trained), default=0)
             + 2 * max(self._boundary, default=0)
         )  # fmt: skip
 
