@@ -83,7 +83,7 @@ def test_a_sparse_step_moves_the_bytes_that_were_predicted(
     tmp_path: Path, algorithm: str, clip_norm: float | None
 ) -> None:
     """Exactly: between two commits, after which nothing is under way, steps read and write what was said of each of them."""
-    with sparse_engine(tmp_path / "store", algorithm, clip_norm=clip_norm, host_memory="560KiB") as engine:
+    with sparse_engine(tmp_path / "store", algorithm, clip_norm=clip_norm, host_memory="640KiB") as engine:
         batches = micro_batches(1)
         engine.step(batches, loss_fn)
         engine.step(batches, loss_fn)
