@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from weightstream.census import Census, Kernel, Kernels, VisitCensus
 from weightstream.cluster import Cluster
+from weightstream.errors import PlanError
 from weightstream.machine.profile import CodecRates, Compute, Executor, Profile
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.planner import Allotment, Facts
@@ -361,6 +362,11 @@ def hardware_of(
         PlanError: a cluster of several ranks, and the profile has no link.
     """
     disk, link = profile.disk, profile.link
+    if link is None and cluster.size > 1:
+        raise PlanError(
+            f"the profile has no link between processes, and {cluster.size} ranks need one: run `weightstream calibrate` "
+            "anew, or take one rank"
+        )
     return Hardware(
         cluster=cluster, hosts=tuple(hosts) if hosts is not None else (0,) * cluster.size,
         cores_per_host=profile.machine.cores, cores_per_rank=threads,

@@ -110,6 +110,10 @@ def sparse_shape(asked: Asked, config: RunConfig | None, cluster: ClusterPreset,
     """
     if asked.sparsity is not None and not 0 <= asked.sparsity < 1:
         raise ConfigError(f"--sparsity {asked.sparsity:g}: expected at least 0 and below 1, the part that is zero")
+    if asked.sparsity is None and (asked.block != (1, 1) or (asked.multiply == "nonzeros" and config is None)):
+        raise ConfigError(
+            "--block and --multiply say how a model is sparse, and nothing says that it is; give --sparsity 0.9"
+        )
     found: SparseShape | None = None
     if asked.sparsity is not None:
         found = SparseShape(
@@ -314,8 +318,20 @@ def _rests_on(job: Job, found: Outcome) -> list[str]:
     lines = [job.cluster.describe(), f"model: {job.model.source}"]
     lines += [f"source: {source}" for source in job.cluster.sources]
     if found.layers < job.model.layers:
+        spilled = found.prepared.spilled
+        how = (
+            "exact, since all of them are alike"
+            if spilled in (0.0, 1.0)
+            else f"to about 1%, since {spilled:.0%} of activations leave the device, in whole layers"
+        )
         lines.append(
-            f"{found.layers} of {job.model.layers} layers were simulated, and half of that; the rest costs the same again"
+            f"{found.layers} of {job.model.layers} layers were simulated, and half of that; each further one adds as much: "
+            f"{how}"
+        )
+    if found.prepared.layers < job.model.layers:
+        lines.append(
+            f"{found.prepared.blocks} blocks were planned from {found.prepared.layers} of {job.model.layers} layers, with "
+            "memory divided for all of them: it may spill a little more than a plan of every block would"
         )
     if job.sparse is not None:
         lines.append(f"sparse: {job.sparse.says}; expanding them on the device takes no time")

@@ -213,7 +213,9 @@ def load_profile(path: Path | None = None, warn: Callable[[str], None] = lambda 
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise ConfigError(f"profile {path}: {where}: {first['msg']}; run `weightstream calibrate` anew") from None
+        said = first["msg"].replace("Input should be", "expected")
+        found = f", found {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
+        raise ConfigError(f"profile {path}: {where}: {said}{found}; run `weightstream calibrate` anew") from None
     differing = differences(profile.machine, this_machine())
     if differing:
         warn(f"profile {path} is of another machine ({'; '.join(differing)}): what it predicts may be far off here")
