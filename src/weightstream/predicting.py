@@ -97,11 +97,11 @@ def sparse_of(engine: Engine, profile: Profile, step: int | None, *, tokens: int
         products = []
         for parameter in parameters:
             if (driven := engine.multiplied.get(parameter.name)) is not None:
-                piece = Piece(
+                seen = Piece(
                     block=driven.block, density=driven.nonzeros / parameter.numel, dtype=_dtype_of(engine), tokens=tokens,
                     threads=threads, device=engine.device.type,
                 )  # fmt: skip
-                products.append(_product(parameter.shape, driven, piece, profile.sparse))
+                products.append(_product(parameter.shape, driven, seen, profile.sparse))
         found[index] = Sparse(
             nonzeros=dict(own.nonzeros), elements=own.elements, decoding_steps=own.steps,
             parameters=sum(p.numel for p in parameters), products=products,

@@ -22,7 +22,8 @@ from weightstream.simulator.jobs import Job
 from weightstream.simulator.models import ModelShape, SparseShape, model_named
 from weightstream.simulator.outcomes import Failures, Outcome, curve, run, stragglers
 from weightstream.simulator.validation import Row, calibrate_efficiency, validate
-from weightstream.sparse.choosing import DENSE, Piece, choose, speedup_of
+from weightstream.sparse.choosing import Piece, choose, speedup_of
+from weightstream.sparse.kernels import KERNELS
 from weightstream.sparse.pieces import dense_by_default, kept_cells, sparse_pieces
 from weightstream.trace.perfetto import export
 from weightstream.units import format_bytes, format_count, format_seconds
@@ -171,8 +172,9 @@ def _multiplied(found: SparseShape, cluster: ClusterPreset, asked: Asked, say: S
         )  # fmt: skip
     curves = load_profile(asked.profile, lambda text: None).sparse
     piece = Piece(block=found.block, density=found.density, dtype="bfloat16", tokens=512, threads=1)
-    kernel = choose(curves, piece)
-    if kernel == DENSE:
+    chosen = choose(curves, piece)
+    kernel = next((kernel for kernel in KERNELS if kernel == chosen), None)
+    if kernel is None:
         say("no kernel was measured to be faster at this density and block: products are dense")
         return found
     speedup = speedup_of(curves, kernel, piece) or 1.0
