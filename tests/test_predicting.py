@@ -126,7 +126,7 @@ def test_sparse_parameters_cost_less_to_move_and_update_and_more_to_expand(tmp_p
     assert found["static"].disk_s < found[None].disk_s
     layer = next(block.index for block in sparse.facts.blocks if block.compressed_bytes)
     assert not dense.durations.expand
-    # two matrices of 32×192: zeros of two bytes, a gap for each non-zero (and now and then one more), each of these to its place
+    # two matrices of 32×192: zeros of two bytes, a gap for each non-zero (at times one more), and that to its place
     elements, nonzeros = 2 * 32 * 192, round(0.1 * 2 * 32 * 192)
     assert sparse.durations.expand[layer] == pytest.approx((2 * elements + 2 * nonzeros) * 1e-9, rel=0.03)
     visit = next(number for number, visit in enumerate(sparse.facts.visits) if visit.block == layer)

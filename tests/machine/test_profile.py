@@ -35,7 +35,7 @@ def test_rows_are_lines(tmp_path: Path) -> None:
     profile().save(tmp_path / "p.toml")
     text = (tmp_path / "p.toml").read_text()
     assert '"nt bfloat16" = [1000000000.0, 1000000000.0,' in text
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 160
 
 
 def test_another_machine_is_warned_of(tmp_path: Path) -> None:

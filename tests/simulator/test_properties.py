@@ -29,6 +29,8 @@ def test_a_step_ends_within_its_memory_and_takes_as_long_as_what_it_does(case: C
     found = run(case)
     assert found.peak_device_bytes <= case.allotment.device_bytes
     assert found.peak_host_bytes <= case.allotment.host_bytes
+    flows = flows_of(case.facts, case.allotment, ranks=case.hardware.cluster.size)
+    assert (flows.down.planned, flows.up.planned) == (found.down_bytes, found.up_bytes)
     for name, seconds in found.busy_s.items():
         assert seconds <= found.step_s * NEARLY, name
     assert isclose(sum(found.path_s.values()), found.step_s, rel_tol=1e-9, abs_tol=1e-9)
