@@ -78,6 +78,11 @@ def plan_text(
             f"{len(engine.densities())} parameters; figures above are of their largest versions, "
             f"bytes per step {'of the present ones' if step is None else f'of those of step {step}'}"
         )
+        places = [facts.blocks[index].kept_places_bytes for index in allotment.kept_places]
+        lines.append(
+            f"places kept       where the non-zeros of {len(places)} of {sum(b.kept_places_bytes > 0 for b in facts.blocks)} "
+            f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch"
+        )
     lines.append(_room(*reach_of(engine)))
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ and the allotment that the run itself would have.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Any
@@ -24,7 +24,7 @@ from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Hardware
 from weightstream.simulator.simulator import Simulation, simulate
 from weightstream.sparse.choosing import Curve, Piece, speedup_of
-from weightstream.sparse.codec import mask_form
+from weightstream.sparse.codec import decoding_steps
 from weightstream.units import format_bytes, format_count, format_seconds
 from weightstream.worker.expanding import Driven
 
@@ -76,8 +76,15 @@ class Prediction:
         return max(1, ceil(max(self.optimizer_s, self.disk_s, self.link_s) / each))
 
 
-def sparse_of(engine: Engine, profile: Profile, step: int | None, *, tokens: int, threads: int) -> dict[int, Sparse]:
-    """By block what is sparse of an engine's model in a step, and how it is multiplied."""
+def sparse_of(
+    engine: Engine, profile: Profile, step: int | None, *, kept_places: Collection[int], tokens: int, threads: int
+) -> dict[int, Sparse]:
+    """By block what is sparse of an engine's model in a step, and how it is multiplied.
+
+    Args:
+        kept_places: blocks of which it is known where their non-zeros are, so that masks are not gone through.
+        tokens: of one micro-batch.
+    """
     blocks: dict[int, _Counted] = {}
     for unit, pieces in engine.sparsity_at(step).items():
         block = engine.store.units[unit].block
@@ -87,10 +94,9 @@ def sparse_of(engine: Engine, profile: Profile, step: int | None, *, tokens: int
             if piece.name in engine.multiplied:
                 continue
             cells = shapes[piece.name] // prod(piece.block)
-            form, nbytes = mask_form(cells, piece.ones)
             own.nonzeros[piece.block[1]] += piece.nonzeros
             own.elements += shapes[piece.name]
-            own.steps += cells if form == "bitmap" else nbytes // (2 if form == "gaps16" else 1)
+            own.steps += 0 if block in kept_places else decoding_steps(cells, piece.ones)
     found = {}
     for index, own in blocks.items():
         parameters = [p for p in engine.store.blocks[index].parameters if p.trainable]
@@ -167,7 +173,7 @@ def predict(
         census or census_of(engine, micro_batch, loss_fn), facts, allotment,
         tensors=[sum(parameter.trainable for parameter in block.parameters) for block in engine.store.blocks],
         clipped=engine.clip_norm is not None, dtype=_dtype_of(engine), owners=len(cluster.memory_ranks),
-        sparse=sparse_of(engine, profile, step, tokens=_tokens_of(micro_batch), threads=threads),
+        sparse=sparse_of(engine, profile, step, kept_places=allotment.kept_places, tokens=_tokens_of(micro_batch), threads=threads),
     )  # fmt: skip
     inputs = Inputs(facts, allotment, durations, hardware_of(profile, cluster, threads=threads))
     whole = engine.facts_at(cluster, micro_batches, step, whole=True)

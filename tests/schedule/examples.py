@@ -23,7 +23,7 @@ def block(index: int, numel: int = 1024, **settings: Any) -> BlockFacts:
     )  # fmt: skip
 
 
-def sparse(dense: BlockFacts, tenths: int) -> BlockFacts:
+def sparse(dense: BlockFacts, tenths: int, decoding_steps: int) -> BlockFacts:
     """The same with so many tenths of its parameters, and what it needs beside its slab."""
     fewer = {
         name: -(-getattr(dense, name) * tenths // 10)
@@ -32,7 +32,8 @@ def sparse(dense: BlockFacts, tenths: int) -> BlockFacts:
     numel = dense.streamed_bytes // 4
     return replace(
         dense, **fewer, compressed_bytes=-(-dense.streamed_bytes * tenths // 10) + -(-numel // 8),
-        places_bytes=8 * numel * tenths // 10, masks_bytes=64 * numel if dense.trainable else 0,
+        places_bytes=4 * numel * tenths // 10, kept_places_bytes=4 * numel * tenths // 10, decoding_steps=decoding_steps,
+        masks_bytes=64 * numel if dense.trainable else 0,
     )  # fmt: skip
 
 
@@ -73,7 +74,8 @@ def facts(draw: st.DrawFn) -> Facts:
         numel = draw(st.integers(1, 4096))
         tied = 8 * numel if draw(st.integers(0, 4)) == 0 else 0
         some = block(index, numel, resident=resident, trainable=draw(st.integers(0, 4)) > 0, tied_bytes=tied)
-        blocks.append(sparse(some, draw(st.integers(1, 9))) if draw(st.integers(0, 2)) == 0 else some)
+        tenths, steps = draw(st.integers(1, 9)), draw(st.integers(0, 8 * numel))
+        blocks.append(sparse(some, tenths, steps) if draw(st.booleans()) else some)
     streaming = [b.index for b in blocks if not b.resident]
     order = draw(st.lists(st.sampled_from(streaming), min_size=1, max_size=9))
     visits = tuple(Visit(index, f"b{index}.{position}") for position, index in enumerate(order))

@@ -6,7 +6,7 @@ import torch
 
 from weightstream.machine.kernels import Call, in_turn, seconds, significant
 from weightstream.machine.profile import CodecRates
-from weightstream.sparse.codec import Places, decode_mask, encode_mask, expand, gather
+from weightstream.sparse.codec import Places, decoding_steps, encode_mask, expand, gather
 from weightstream.sparse.grid import Grid
 from weightstream.sparse.masks import Mask
 
@@ -35,10 +35,10 @@ def codec_rates(elements: int) -> CodecRates:
         gathering[width] = significant(seconds(in_turn(calls, 1)) / nonzeros)
     mask = _mask(rows, 1, 0)
     data = encode_mask(mask)
-    found = seconds(lambda: Places.of(decode_mask(mask.grid, mask.count, data)))
+    found = seconds(lambda: Places.decoded(mask.grid, mask.count, data))
     return CodecRates(
         clear_bytes_per_s=significant(2 * rows * _COLUMNS / clear_s), expand_s=expanding, gather_s=gathering,
-        decode_s=significant(found / data.size),
+        decode_s=significant(found / decoding_steps(mask.grid.cells, mask.count)),
     )  # fmt: skip
 
 
