@@ -126,9 +126,10 @@ def test_sparse_parameters_cost_less_to_move_and_update_and_more_to_expand(tmp_p
     assert found["static"].disk_s < found[None].disk_s
     layer = next(block.index for block in sparse.facts.blocks if block.compressed_bytes)
     assert not dense.durations.expand
-    # two matrices of 32×192: zeros of two bytes, a gap for each non-zero (at times one more), and that to its place
+    # two matrices of 32×192: zeros of two bytes, and each non-zero to its place, which is kept: masks are not gone through
+    assert layer in found["static"].inputs.allotment.kept_places
     elements, nonzeros = 2 * 32 * 192, round(0.1 * 2 * 32 * 192)
-    assert sparse.durations.expand[layer] == pytest.approx((2 * elements + 2 * nonzeros) * 1e-9, rel=0.03)
+    assert sparse.durations.expand[layer] == pytest.approx((2 * elements + nonzeros) * 1e-9, rel=1e-3)
     visit = next(number for number, visit in enumerate(sparse.facts.visits) if visit.block == layer)
     assert sparse.durations.forward[visit] == pytest.approx(
         dense.durations.forward[visit], rel=0.05

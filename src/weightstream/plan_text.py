@@ -45,7 +45,7 @@ def plan_text(
     images, most = disk_bytes(engine.holding.bytes, deferred=facts.deferred)
     staged = f"{len(allotment.staged_in_ram)} of {sum(b.trainable for b in facts.blocks)} blocks in RAM"
     kept = "not measured yet" if facts.kept_bytes is None else f"{len(allotment.keep)} of {len(facts.visits)} visits"
-    places = ", ".join(
+    waiting = ", ".join(
         f"{allotment.boundaries.count(tier)} {where}"
         for tier, where in (("device", "on the device"), ("host", "in host memory"), ("disk", "on disk"))
         if tier in allotment.boundaries
@@ -66,7 +66,7 @@ def plan_text(
         f"{allotment.record_buffers} record buffers of {format_bytes(allotment.record_bytes)}, staged gradients of "
         f"{staged}",
         f"RAM tier          copies of {len(allotment.pinned_copies)} blocks, states of {len(allotment.pinned_states)}",
-        f"activations kept  {kept}" + ("" if facts.kept_bytes is None else f"; inputs of visits wait {places}"),
+        f"activations kept  {kept}" + ("" if facts.kept_bytes is None else f"; inputs of visits wait {waiting}"),
         *_moved(flows_now(engine, cluster, micro_batches, step), several),
         f"disk              {format_bytes(images)} once all is written, up to {format_bytes(most)} (three versions, and "
         f"{format_bytes(most - 3 * images)} of staged gradients); each snapshot up to {format_bytes(images)} more",

@@ -173,7 +173,9 @@ def predict(
         census or census_of(engine, micro_batch, loss_fn), facts, allotment,
         tensors=[sum(parameter.trainable for parameter in block.parameters) for block in engine.store.blocks],
         clipped=engine.clip_norm is not None, dtype=_dtype_of(engine), owners=len(cluster.memory_ranks),
-        sparse=sparse_of(engine, profile, step, kept_places=allotment.kept_places, tokens=_tokens_of(micro_batch), threads=threads),
+        sparse=sparse_of(
+            engine, profile, step, kept_places=allotment.kept_places, tokens=_tokens_of(micro_batch), threads=threads
+        ),
     )  # fmt: skip
     inputs = Inputs(facts, allotment, durations, hardware_of(profile, cluster, threads=threads))
     whole = engine.facts_at(cluster, micro_batches, step, whole=True)
