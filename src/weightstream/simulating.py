@@ -144,11 +144,14 @@ def _configured(config: RunConfig) -> SparseShape | None:
         return None
 
     def kept(version: int) -> int:
-        counts = [piece.count(version) for piece in pieces]
-        return sum(
-            (kept_cells(p.grid.cells, p.group.sparsity_at(version)) if n is None else n) * p.grid.cell_elements
-            for p, n in zip(pieces, counts, strict=True)
-        )
+        found = 0
+        for piece in pieces:
+            cells = piece.count(version)
+            if cells is None:  # of zeros that nobody has looked at nothing is known
+                likely = kept_cells(piece.grid.cells, piece.group.sparsity_at(version))
+                cells = likely if piece.group.searched else piece.grid.cells
+            found += cells * piece.grid.cell_elements
+        return found
 
     marks = {0, steps} | {v for p in pieces for v in (p.group.dense_until, p.group.last, (p.group.dense_from or 1) - 1)}
     sparsest = min((version for version in marks if 0 <= version <= steps), key=kept)
