@@ -49,6 +49,7 @@ from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
 from weightstream.worker.allocator import Ceiling, give_back, keep_memory
 from weightstream.worker.audit import check_model
+from weightstream.worker.expanding import Driven
 from weightstream.worker.slabs import Parameters
 from weightstream.worker.worker import LossFunction, Worker
 
@@ -389,9 +390,44 @@ class Engine:
         """The facts of such steps with the bytes that this rank owns, where a plan has the most that any does."""
         return self._facts(micro_batches, self._divide(cluster, self._owners(cluster), rank))
 
-    def whole_facts(self, micro_batches: int) -> Facts:
-        """The facts of a step with the bytes of whole blocks, whoever owns them."""
-        return self._facts(micro_batches, self._divide(Cluster(), [0] * len(self.store.units)))
+    def sparsity_at(self, step: int | None = None) -> dict[int, StoredSparsity]:
+        """How sparse each unit is that may be, when a training step begins; by default as they are now."""
+        if self.masking is None:
+            return {}
+        return dict(self.holding.sparsity) if step is None else self.masking.expected(step - 1)
+
+    def facts_at(self, cluster: Cluster, micro_batches: int, step: int | None = None, *, whole: bool = False) -> Facts:
+        """The facts of one training step on a cluster, with the bytes that blocks and gradients have then; those of
+        `planned_for` have room for every step.
+
+        Args:
+            step: by default any one with what is sparse as it is now, in which no dense gradient is summed.
+            whole: the bytes of whole blocks, whoever owns them.
+        """
+        if whole:
+            cluster, owner = Cluster(), (0,) * len(self.store.units)
+        else:
+            owner = self._owners(cluster)
+        largest = NEVER_SPARSE
+        if self.masking is not None:
+            now = self.sparsity_at(step)
+            dense = frozenset() if step is None else self.masking.whole(step)
+            rows = {(unit, p.name): p.row for unit in now for p in self.store.units[unit].parameters}
+            gradients = {
+                unit: tuple(piece for piece in found if (piece.name, rows[unit, piece.name]) not in dense)
+                for unit, found in now.items()
+            }
+            largest = Largest({unit: (found,) for unit, found in now.items()}, gradients)
+        groups = self._budgets.reduction_groups
+        return self._facts(
+            micro_batches,
+            divide(self.store, cluster, owner, groups, sparse=largest, masking=self.masking, driven=self._driven),
+        )
+
+    @property
+    def multiplied(self) -> Mapping[str, Driven]:
+        """By name the sparse parameters that kernels multiply by; all others are expanded."""
+        return self._driven
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""

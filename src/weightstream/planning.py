@@ -247,6 +247,24 @@ def disk_bytes(records: Sequence[BlockBytes], *, deferred: bool) -> tuple[int, i
     return images, 3 * images + staged
 
 
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Parameters of the largest model like this one that a budget holds: with its disk alone, and with all records in RAM."""
+
+    disk: int
+    ram: int
+
+
+def reach(
+    records: Sequence[BlockBytes], parameters: int, *, free_bytes: int, host_memory: int, deferred: bool
+) -> Reach:
+    """What budgets hold of a model, were it larger in proportion: a disk what `disk_bytes` counts, RAM copies, masters,
+    states and staged gradients."""
+    _, most = disk_bytes(records, deferred=deferred)
+    kept = sum(each.fetched + each.loaded + (each.gradients if deferred else 0) for each in records)
+    return Reach(parameters * free_bytes // max(1, most), parameters * host_memory // max(1, kept))
+
+
 def check_disk(path: Path, records: Sequence[BlockBytes], *, deferred: bool) -> None:
     """What a run needs must fit before anything is made.
 

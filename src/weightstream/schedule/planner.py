@@ -275,6 +275,7 @@ def buffers_bytes(facts: Facts, allotment: Allotment) -> int:
         + sum(blocks[index].load_bytes for index in allotment.pinned_states)
         + sum(blocks[index].kept_places_bytes for index in allotment.kept_places)
         + facts.sum_buffers * allotment.gradient_bytes + facts.fabric_bytes
+        + max((block.masks_bytes for block in trained), default=0)
         + 2 * max(facts.boundary_bytes or (0,))
     )  # fmt: skip
 

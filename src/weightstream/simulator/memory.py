@@ -15,7 +15,7 @@ class Memory:
         self._boundary = facts.boundary_bytes or (0,) * len(facts.visits)
         self._kept = facts.kept_bytes or (0,) * len(facts.visits)
         self._device = (
-            allotment.slabs * allotment.slab_bytes + allotment.resident_bytes
+            allotment.slabs * (allotment.slab_bytes + allotment.beside_bytes) + allotment.resident_bytes
             + allotment.partial_sums * allotment.partial_bytes + allotment.tied_bytes + allotment.held_bytes
             + facts.workspace_bytes + present * facts.lasting_bytes
         )  # fmt: skip

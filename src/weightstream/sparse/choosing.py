@@ -98,6 +98,15 @@ def choose(curves: Sequence[Curve], piece: Piece) -> str:
     return best
 
 
+def speedup_of(curves: Sequence[Curve], kernel: Kernel, piece: Piece) -> float | None:
+    """How many times faster than the dense product one kernel is, by the nearest of its curves; None if none is like it."""
+    fitting = [curve for curve in curves if curve.kernel == kernel and _fits(curve, piece)]
+    if not fitting:
+        return None
+    nearest = min(fitting, key=lambda curve: _distance(curve, piece))
+    return nearest.speedup(piece.density) or nearest.speedups[-1]
+
+
 def _fits(curve: Curve, piece: Piece) -> bool:
     divides = piece.block[0] % curve.block[0] == 0 and piece.block[1] % curve.block[1] == 0
     return divides and curve.dtype == piece.dtype and curve.device == piece.device
@@ -112,4 +121,4 @@ def _distance(curve: Curve, piece: Piece) -> tuple[float, ...]:
     )
 
 
-__all__ = ["DENSE", "Curve", "Piece", "choose", "crossover"]
+__all__ = ["DENSE", "Curve", "Piece", "choose", "crossover", "speedup_of"]
