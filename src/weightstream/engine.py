@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import Rule, call_order
+from weightstream.blocks import Block, Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.cluster import Cluster, owners
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
@@ -24,7 +25,8 @@ from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
-from weightstream.multiplying import driven, structure_bytes
+from weightstream.masking import Masking
+from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
@@ -32,6 +34,7 @@ from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
+from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
@@ -148,8 +151,8 @@ class Engine:
             calls of an engine. The result has the same bits for any number of ranks.
         links: this rank's connections to the others (`fabric.distributed.connect`).
         sparsity: which parameters are sparse, and how; fixed when the store is made.
-        kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; fixed when the store is
-            made, since it decides the order of sums.
+        kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; or `auto_kernels(…)`: those
+            with which a kernel was measured to be faster. Fixed when the store is made, since it decides the order of sums.
 
     Raises:
         PlanError: a budget is too small; the message names the smallest that works.
@@ -185,7 +188,7 @@ class Engine:
         cluster: Cluster | None = None,
         links: Links | None = None,
         sparsity: Sparsity | None = None,
-        kernels: Mapping[str, Kernel] | None = None,
+        kernels: Mapping[str, Kernel] | AutoKernels | None = None,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -204,7 +207,15 @@ class Engine:
         self._interval = Interval(commit_every)
         self._log = log or (lambda text: None)
         self._closed = False
-        self._kernels = dict(kernels or {})
+        if isinstance(kernels, str):
+            raise ConfigError(
+                f"kernels: expected {{pattern: kernel}}, or ws.auto_kernels(tokens=…) for what `weightstream calibrate` has "
+                f"measured, found {kernels!r}"
+            )
+        auto = kernels if isinstance(kernels, AutoKernels) else None
+        self._kernels: Mapping[str, Kernel] = (
+            {} if kernels is None or isinstance(kernels, AutoKernels) else dict(kernels)
+        )
         self.device = torch.device(device)
         self.threads = threads_per_worker or torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -231,7 +242,7 @@ class Engine:
             self.model, optimizer=optimizer, device=self.device, precision=precision, seed=seed,
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
             **({"sparsity": sparsity.to_json()} if sparsity else {}),
-            **({"kernels": self._kernels} if self._kernels else {}),
+            **({"kernels": self._kernels or "auto"} if self._kernels or auto else {}),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
@@ -239,9 +250,18 @@ class Engine:
             max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
             sparsity=sparsity, dense=dense_by_default(self.model),
+            choose_kernels=None if auto is None else partial(self._chosen, auto),
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
+            if auto is not None:
+                self._kernels = self.store.contract[CHOSEN_KERNELS]
             self._start()
+
+    def _chosen(self, auto: AutoKernels, blocks: Sequence[Block], masking: Masking | None) -> Mapping[str, Kernel]:
+        """The choice of kernels for a new store."""
+        return chosen(
+            self.model, blocks, masking, auto, DTYPES[self.precision], self.device, self.threads, warn=self._log
+        )
 
     def _start(self) -> None:
         self.masking = self._wanted.masking(self.store.units)
@@ -617,6 +637,11 @@ class Engine:
         """How many non-zeros the sparse parameters have at present, and how many elements."""
         found = self.densities()
         return sum(nonzeros for nonzeros, _ in found.values()), sum(elements for _, elements in found.values())
+
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """By name, the parameters that kernels multiply by; the other sparse ones are expanded and multiplied densely."""
+        return {name: each.kernel for name, each in self._driven.items()}
 
     def _mask_facts(self) -> dict[str, MaskFacts]:
         """Of the parameters whose masks have changed since this was last asked, on whichever rank."""

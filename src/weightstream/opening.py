@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import PANEL_ELEMENTS, Rule, Unit, cut
+from weightstream.blocks import PANEL_ELEMENTS, Block, Rule, Unit, cut
 from weightstream.errors import StoreMismatchError
 from weightstream.fabric.ranks import Ranks
 from weightstream.masking import Masking, first_mask, given_counts
 from weightstream.planning import Budgets, check_blocks, check_disk, split_within
+from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
@@ -48,6 +49,8 @@ class Wanted:
     sparsity: Sparsity | None = None
     dense: frozenset[str] = frozenset()
     """Parameters that stay dense unless a group of `sparsity` says otherwise."""
+    choose_kernels: Callable[[Sequence[Block], Masking | None], Mapping[str, str]] | None = None
+    """Which parameters kernels multiply by, where that is decided when the store is made."""
 
     def masking(self, units: Sequence[Unit]) -> Masking | None:
         """The sparse parameters of a model that is cut into these units.
@@ -182,9 +185,12 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> 
     blocks = split_within(model, wanted.budgets, sizes, **wanted.splitting)
     check_disk(wanted.path, sizes(blocks), deferred=wanted.budgets.deferred)
     masking = wanted.masking(cut(blocks, panel_elements=panel_elements, panels=wanted.optimizer.elementwise))
+    contract = dict(wanted.contract)
+    if wanted.choose_kernels is not None:
+        contract[CHOSEN_KERNELS] = dict(wanted.choose_kernels(blocks, masking))
     return Store.create(
         wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
-        contract=wanted.contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
+        contract=contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
     )  # fmt: skip
 
 
@@ -196,6 +202,8 @@ def _reopen(wanted: Wanted, model: nn.Module, ranks: Ranks) -> Store:
         contract = dict(wanted.contract)
         if wanted.allow_other_numerics:
             contract["numerics"] = store.contract.get("numerics")
+        if wanted.choose_kernels is not None and CHOSEN_KERNELS in store.contract:
+            contract[CHOSEN_KERNELS] = store.contract[CHOSEN_KERNELS]
         store.check_contract(contract)
         found = {p.name: p.shape for block in store.blocks for p in block.parameters}
         needed = {name: tuple(p.shape) for name, p in model.named_parameters()}

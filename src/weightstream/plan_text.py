@@ -1,5 +1,6 @@
 """A plan as a person reads it: blocks, who has which memory, bytes per step against their bound."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from weightstream.planning import disk_bytes
@@ -53,6 +54,14 @@ def plan_text(engine: "Engine") -> str:
             f"sparse            {format_count(nonzeros)} of {format_count(elements)} in "
             f"{len(engine.densities())} parameters; figures above are of their largest versions, "
             "bytes per step of the present ones"
+        )
+        by_kernel = Counter(engine.kernels.values())
+        expanded = len(engine.densities()) - by_kernel.total()
+        lines.append(
+            "products          "
+            + ", ".join(
+                [*(f"{n} parameters by {kernel}" for kernel, n in sorted(by_kernel.items())), f"{expanded} expanded"]
+            )
         )
     return "\n".join(lines)
 
