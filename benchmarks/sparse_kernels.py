@@ -12,8 +12,8 @@ Keys: `crossover` by kernel, block and dtype: the density below which it wins, l
 at least it never wins); `block_speedup`: the speedup of `gathered` in blocks of 32×32 at 10% where compute sets the pace,
 that is with the most tokens, the least over all shapes and dtypes (null: not measured); `block_speedups`: the same by block,
 dtype and tokens; `worst_error`: largest difference between a kernel's y and the dense one, by the largest element of that,
-by dtype; `curves`: by layer, kernel, block and dtype, `densities`, `speedups` (of medians), `crossover`, `kernel_s` and `dense_s`
-with `*_spread` (least and most). The curves are drawn in `results/sparse_kernels.html`.
+by dtype; `curves`: by layer, kernel, block and dtype, `densities`, `speedups` (of medians), `crossover`, `kernel_s` and
+`dense_s` with `*_spread` (least and most). The curves are drawn in `results/sparse_kernels.html`.
 """
 
 import argparse
