@@ -308,7 +308,9 @@ class Engine:
 
     def _divide(self, cluster: Cluster, owner: Sequence[int]) -> Division:
         groups = self._budgets.reduction_groups
-        return divide(self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking)
+        return divide(
+            self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking, driven=self._driven
+        )
 
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
@@ -488,7 +490,7 @@ class Engine:
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds), masks=self._mask_facts(),
+            seconds=dict(outcome.seconds), masks=self._mask_facts(outcome.grown),
         )  # fmt: skip
 
     @property
@@ -618,7 +620,7 @@ class Engine:
         if self._reckoned is None or self._reckoned[0] != sparsity:
             largest = Largest({unit: (found,) for unit, found in sparsity.items()}, sparsity)
             groups = self._budgets.reduction_groups
-            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest)
+            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest, driven=self._driven)
             self._reckoned = dict(sparsity), self._facts(facts.micro_batches, division).blocks
         return self._reckoned[1]
 
@@ -643,14 +645,8 @@ class Engine:
         """By name, the parameters that kernels multiply by; the other sparse ones are expanded and multiplied densely."""
         return {name: each.kernel for name, each in self._driven.items()}
 
-    def _mask_facts(self) -> dict[str, MaskFacts]:
-        """Of the parameters whose masks have changed since this was last asked, on whichever rank."""
-        if self.masking is None:
-            return {}
-        grown: dict[str, int] = {}
-        for found in self.gather(self.masking.take_grown()):
-            for name, cells in found.items():
-                grown[name] = grown.get(name, 0) + cells
+    def _mask_facts(self, grown: Mapping[str, int]) -> dict[str, MaskFacts]:
+        """Of the parameters whose masks have changed, by how many of their elements came to exist."""
         densities = self.densities() if grown else {}
         return {
             name: MaskFacts(densities[name][0] / densities[name][1], grown[name] / densities[name][0])
@@ -681,7 +677,7 @@ class Engine:
             return
         streamed = StreamedModel(
             self.holding, self.runtime.peers, self.worker, self.parameters,
-            self.runtime.slabs, self.runtime.allotment.slabs, self._driven,
+            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places,
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()

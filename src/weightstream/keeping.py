@@ -136,6 +136,10 @@ class Keeper:
         if self.masking is not None:
             self.masking.become(self.holding, block, step)
 
+    def take_grown(self) -> dict[str, int]:
+        """By parameter whose mask was changed here since this was last asked: how many of its elements came to exist."""
+        return {} if self.masking is None else self.masking.take_grown()
+
     def whole(self, step: int) -> frozenset[tuple[str, int]]:
         """The sparse pieces of which a step sums the dense gradient."""
         return frozenset() if self.masking is None else self.masking.whole(step)
@@ -219,6 +223,7 @@ class Keeper:
         self._writes.clear()
         self.store.discard()
         self.holding.undo()
+        self.take_grown()
 
     def commit(self, step: int, progress: dict[str, Any]) -> None:
         """The step counts: it is committed, or accepted until a commit is due."""

@@ -55,14 +55,15 @@ def plan_text(engine: "Engine") -> str:
             f"{len(engine.densities())} parameters; figures above are of their largest versions, "
             "bytes per step of the present ones"
         )
+        places = [facts.blocks[index].kept_places_bytes for index in allotment.kept_places]
         by_kernel = Counter(engine.kernels.values())
         expanded = len(engine.densities()) - by_kernel.total()
-        lines.append(
-            "products          "
-            + ", ".join(
-                [*(f"{n} parameters by {kernel}" for kernel, n in sorted(by_kernel.items())), f"{expanded} expanded"]
-            )
-        )
+        products = [f"{count} parameters by {kernel}" for kernel, count in sorted(by_kernel.items())]
+        lines += [
+            f"places kept       where the non-zeros of {len(places)} of {sum(b.kept_places_bytes > 0 for b in facts.blocks)} "
+            f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch",
+            "products          " + ", ".join([*products, f"{expanded} expanded"]),
+        ]
     return "\n".join(lines)
 
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from weightstream.blocks import Block, Unit, cut
+from weightstream.sparse.codec import Places, decoding_steps
+from weightstream.sparse.grid import Grid
 from weightstream.store.futures import done, gather
 from weightstream.store.images import Image, gradient_image, owned_gradients, slab_image
 from weightstream.store.layout import MASK, Precision, RecordLayout, TensorSpec, record_layout
+from weightstream.store.masks import grid_of
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.sparsity import DENSE, Sparsity
@@ -33,7 +36,8 @@ class BlockBytes:
 
     `loaded` and `written` are what an update reads and writes, `gradients` what it is given: only units with trained
     parameters have updates. `stored` are the images of all, `fetched` what is moved of the whole block for a slab: less
-    than it where it is sparse. `nonzeros` are those of its sparse tensors, and `sparse` says whether it has any.
+    than it where it is sparse. `places` is what the numbers of the non-zeros of its sparse tensors take, `decoding` how many
+    steps it takes to find them from their masks, and `sparse` says whether it has any.
     """
 
     streamed: int
@@ -42,7 +46,8 @@ class BlockBytes:
     gradients: int
     stored: int
     fetched: int
-    nonzeros: int = 0
+    places: int = 0
+    decoding: int = 0
     sparse: bool = False
 
 
@@ -71,18 +76,21 @@ def block_bytes(
     layout_of: Callable[[Unit, Sparsity], RecordLayout],
     owned: Collection[int] | None = None,
     largest: Largest = NEVER_SPARSE,
+    driven: Collection[str] = (),
 ) -> BlockBytes:
     """Of a block that has these units; of a frozen one, as if it were updated as a whole.
 
     Args:
         owned: indices of units; all by default.
         largest: how sparse they may be; there is room for each version.
+        driven: parameters that are not expanded, so that nobody asks for the places of their non-zeros.
     """
     trainable = any(unit.trainable for unit in units)
     dense = [layout_of(unit, DENSE) for unit in units]
     choices = [[layout_of(unit, sparsity) for sparsity in largest.records.get(unit.index, (DENSE,))] for unit in units]
     held = [(u, found) for u, found in zip(units, choices, strict=True) if owned is None or u.index in owned]
     updated = [found for unit, found in held if unit.trainable or not trainable]
+    masks = [[_masks(layout, driven) for layout in found] for found in choices]
     return BlockBytes(
         streamed=sum(layout.streamed.nbytes for layout in dense),
         loaded=sum(max(sum(part.nbytes for part in layout.states) for layout in found) for found in updated),
@@ -90,9 +98,18 @@ def block_bytes(
         gradients=owned_gradients([unit for unit, _ in held], largest.gradients).nbytes,
         stored=sum(max(layout.image_nbytes for layout in found) for _, found in held),
         fetched=sum(max(layout.fetched_nbytes for layout in found) for found in choices),
-        nonzeros=sum(max(sum(p.nonzeros for p in layout.sparsity) for layout in found) for found in choices),
+        places=sum(max(sum(Places.nbytes_of(*mask) for mask in each) for each in found) for found in masks),
+        decoding=sum(
+            max(sum(decoding_steps(g.cells, count) for g, count in each) for each in found) for found in masks
+        ),
         sparse=any(layout.sparsity for found in choices for layout in found),
     )
+
+
+def _masks(layout: RecordLayout, driven: Collection[str]) -> list[tuple[Grid, int]]:
+    """The masks of a record that are expanded: their cells, and how many exist."""
+    tensors = layout.part(MASK).tensors if layout.has(MASK) else ()
+    return [(grid_of(spec), spec.sparse[0].ones) for spec in tensors if spec.name not in driven]
 
 
 def bytes_of_blocks(
