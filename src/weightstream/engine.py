@@ -250,7 +250,7 @@ class Engine:
             max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
             sparsity=sparsity, dense=dense_by_default(self.model),
-            choose_kernels=None if auto is None else partial(self._chosen, auto),
+            kernels=self._kernels, choose_kernels=None if auto is None else partial(self._chosen, auto),
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             if auto is not None:
@@ -291,7 +291,7 @@ class Engine:
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
         now = self._sparsity_now(owned)
         self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
-        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now)
+        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now, self._driven)
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
         self.store.watch(self.recorder.log)
         self._division = self._divide(cluster, self.owner)

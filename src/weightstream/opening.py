@@ -3,9 +3,10 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,8 @@ class Wanted:
     sparsity: Sparsity | None = None
     dense: frozenset[str] = frozenset()
     """Parameters that stay dense unless a group of `sparsity` says otherwise."""
+    kernels: Collection[str] = ()
+    """Patterns of the parameters that kernels multiply by, where they are given."""
     choose_kernels: Callable[[Sequence[Block], Masking | None], Mapping[str, str]] | None = None
     """Which parameters kernels multiply by, where that is decided when the store is made."""
 
@@ -180,7 +183,7 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> 
 
     sizes = partial(
         bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements,
-        largest_of=largest_of,
+        largest_of=largest_of, driven=[n for n, _ in model.named_parameters() if any(fnmatchcase(n, p) for p in wanted.kernels)],
     )  # fmt: skip
     blocks = split_within(model, wanted.budgets, sizes, **wanted.splitting)
     check_disk(wanted.path, sizes(blocks), deferred=wanted.budgets.deferred)

@@ -32,7 +32,7 @@ Checksums = Mapping[int, Mapping[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class BlockBytes:
-    """Bytes of a block. `streamed` is all of it, as it lies in a slab; the others are of the units that are owned.
+    """Bytes of a block. `streamed` is all of it, as it lies in a slab (expanded, or not); the others are of the units that are owned.
 
     `loaded` and `written` are what an update reads and writes, `gradients` what it is given: only units with trained
     parameters have updates. `stored` are the images of all, `fetched` what is moved of the whole block for a slab: less
@@ -83,16 +83,16 @@ def block_bytes(
     Args:
         owned: indices of units; all by default.
         largest: how sparse they may be; there is room for each version.
-        driven: parameters that are not expanded, so that nobody asks for the places of their non-zeros.
+        driven: parameters that are not expanded: a slab has their non-zeros, and nobody asks for the places of these.
     """
     trainable = any(unit.trainable for unit in units)
-    dense = [layout_of(unit, DENSE) for unit in units]
     choices = [[layout_of(unit, sparsity) for sparsity in largest.records.get(unit.index, (DENSE,))] for unit in units]
+    slab = [layout_of(unit, _only(found[0].sparsity, driven)) for unit, found in zip(units, choices, strict=True)]
     held = [(u, found) for u, found in zip(units, choices, strict=True) if owned is None or u.index in owned]
     updated = [found for unit, found in held if unit.trainable or not trainable]
     masks = [[_masks(layout, driven) for layout in found] for found in choices]
     return BlockBytes(
-        streamed=sum(layout.streamed.nbytes for layout in dense),
+        streamed=slab_image(slab).nbytes,
         loaded=sum(max(sum(part.nbytes for part in layout.states) for layout in found) for found in updated),
         written=sum(max(layout.image_nbytes for layout in found) for found in updated),
         gradients=owned_gradients([unit for unit, _ in held], largest.gradients).nbytes,
@@ -104,6 +104,11 @@ def block_bytes(
         ),
         sparse=any(layout.sparsity for found in choices for layout in found),
     )
+
+
+def _only(sparsity: Sparsity, driven: Collection[str]) -> Sparsity:
+    """How sparse a slab is: only what is not expanded, of which all versions have equally many non-zeros."""
+    return tuple(piece for piece in sparsity if piece.name in driven)
 
 
 def _masks(layout: RecordLayout, driven: Collection[str]) -> list[tuple[Grid, int]]:
@@ -119,6 +124,7 @@ def bytes_of_blocks(
     optimizer: Optimizer,
     panel_elements: int,
     largest_of: Callable[[Sequence[Unit]], Largest] = lambda units: NEVER_SPARSE,
+    driven: Collection[str] = (),
 ) -> list[BlockBytes]:
     """Bytes of each block in a store that is not there yet."""
     units: list[list[Unit]] = [[] for _ in blocks]
@@ -130,7 +136,7 @@ def bytes_of_blocks(
     def layout_of(unit: Unit, sparsity: Sparsity) -> RecordLayout:
         return record_layout(unit, precision, optimizer, sparsity)
 
-    return [block_bytes(own, layout_of, largest=largest) for own in units]
+    return [block_bytes(own, layout_of, largest=largest, driven=driven) for own in units]
 
 
 class WorkingBuffer:
@@ -198,6 +204,7 @@ class Holding:
         largest: of units that may be sparse, how sparse their versions may be: `bytes`, `gradients` and `staged` have room
             for each of these. By default they stay as they are.
         sparsity: of units that may be sparse, how sparse they are now; by default as the store says.
+        driven: parameters that are not expanded in slabs.
     """
 
     def __init__(
@@ -206,6 +213,7 @@ class Holding:
         owned: Collection[int] | None = None,
         largest: Largest | None = None,
         sparsity: Mapping[int, Sparsity] | None = None,
+        driven: Collection[str] = (),
     ) -> None:
         self.store = store
         self.blocks = store.blocks
@@ -213,7 +221,6 @@ class Holding:
         self.owned = frozenset(every if owned is None else owned)
         assert self.owned <= frozenset(every), "only units are owned, not records of families"
         members = [[store.units[index] for index in store.units_of(block.index)] for block in store.blocks]
-        dense = [[store.layout_of(unit.index, DENSE) for unit in units] for units in members]
         varying = [unit.index for unit in store.units if any(p.name in store.masks for p in unit.parameters)]
         self.sparsity: dict[int, Sparsity] = dict(sparsity or {unit: store.sparsity(unit) for unit in varying})
         """Of the units that may be sparse: how sparse the newest version is, updates that are not written yet included."""
@@ -222,10 +229,13 @@ class Holding:
         """Sparse pieces, by name and first row, whose gradients are dense at present."""
         now = Largest({unit: (found,) for unit, found in self.sparsity.items()}, self.sparsity)
         self.largest = Largest({**now.records, **largest.records}, largest.gradients) if largest else now
-        self.slabs: tuple[Image, ...] = tuple(slab_image(found) for found in dense)
-        """Where each block's tensors lie in a slab: dense, whatever is stored of them."""
+        self.slabs: tuple[Image, ...] = tuple(
+            slab_image([self._layout_of(u, _only(self.sparsity.get(u.index, DENSE), driven)) for u in units])
+            for units in members
+        )
+        """Where each block's tensors lie in a slab: dense, whatever is stored of them, but for what is not expanded."""
         self.bytes: tuple[BlockBytes, ...] = tuple(
-            block_bytes(units, self._layout_of, self.owned, self.largest) for units in members
+            block_bytes(units, self._layout_of, self.owned, self.largest, driven) for units in members
         )
         """With room for the largest versions."""
         self._members = members
