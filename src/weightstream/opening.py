@@ -181,9 +181,10 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> 
         masking = wanted.masking(units)
         return NEVER_SPARSE if masking is None else masking.largest()
 
+    driven = [name for name, _ in model.named_parameters() if any(fnmatchcase(name, one) for one in wanted.kernels)]
     sizes = partial(
         bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements,
-        largest_of=largest_of, driven=[n for n, _ in model.named_parameters() if any(fnmatchcase(n, p) for p in wanted.kernels)],
+        largest_of=largest_of, driven=driven,
     )  # fmt: skip
     blocks = split_within(model, wanted.budgets, sizes, **wanted.splitting)
     check_disk(wanted.path, sizes(blocks), deferred=wanted.budgets.deferred)

@@ -32,7 +32,7 @@ Checksums = Mapping[int, Mapping[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class BlockBytes:
-    """Bytes of a block. `streamed` is all of it, as it lies in a slab (expanded, or not); the others are of the units that are owned.
+    """Bytes of a block. `streamed` is all of it, as it lies in a slab; the others are of the units that are owned.
 
     `loaded` and `written` are what an update reads and writes, `gradients` what it is given: only units with trained
     parameters have updates. `stored` are the images of all, `fetched` what is moved of the whole block for a slab: less
