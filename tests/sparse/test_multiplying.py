@@ -88,7 +88,7 @@ def test_evaluation_is_by_kernels_too(tmp_path: Path) -> None:
 
 
 def test_slabs_have_room_for_non_zeros_only(tmp_path: Path) -> None:
-    """A block of two matrices of 192×32 in fp32, of which a tenth is left; vectors, and up to a page for each unit, are the rest."""
+    """A block of two matrices of 192×32 in fp32, a tenth of them left; the rest are vectors, and up to a page for each unit."""
     found = []
     for kernels in (None, GATHERED):
         with open_engine(tmp_path / f"{bool(kernels)}", kernels, panel_elements=8192) as engine:
