@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from weightstream.apportioning import apportion
 from weightstream.errors import StoreError
 from weightstream.fabric.staging import Pool, Staging
 from weightstream.masking import Masking
@@ -135,6 +136,12 @@ class Keeper:
     def _become(self, block: int, step: int) -> None:
         if self.masking is not None:
             self.masking.become(self.holding, block, step)
+
+    def apportion(self, step: int, gather: Callable[[Any], list[Any]]) -> None:
+        """Before any record is updated with a step's gradients: finds out together with all ranks how many cells pieces of
+        sparse parameters come to, where that is decided over all of them."""
+        if self.masking is not None and self.masking.searched:
+            apportion(self.masking, self.holding, step, gather, self._wait)
 
     def take_grown(self) -> dict[str, int]:
         """By parameter whose mask was changed here since this was last asked: how many of its elements came to exist."""

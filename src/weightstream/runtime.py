@@ -167,6 +167,8 @@ class Runtime:
         for index in schedule.loaded if schedule else ():
             self.keeper.staging.prefetch(index)
         try:
+            if not self.facts.deferred and not rehearsal:
+                self.keeper.apportion(step, self.peers.gather)
             start = time.perf_counter()
             with self._computing():
                 self.worker.begin(micro_batches, weights, loss_fn, seed=seed, step=step)
@@ -211,7 +213,9 @@ class Runtime:
         outcome = self.outcome
         if outcome.finite and not math.isfinite(outcome.norm):
             outcome.first_bad = "the global norm, which overflows"
-        if not outcome.finite:
+        if outcome.finite:
+            self.keeper.apportion(self._step, self.peers.gather)
+        else:
             self.keeper.forget_gradients()
         self.keeper.accept_gradients(self._step, self._progress(outcome.finite))
 

@@ -6,7 +6,7 @@ that this rank owns; of some blocks that may be none. A rank that owns everythin
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -56,11 +56,13 @@ class Largest:
     """How sparse the versions of units may be, for room that is enough for each of them.
 
     `records` has for each unit that may be sparse some that need most room, of one kind or another; `gradients` how sparse
-    its gradients always are.
+    its gradients always are. In units of `mixed` any piece may be whole while others are not: beside the values of the
+    largest there is room for all masks.
     """
 
     records: Mapping[int, Sequence[Sparsity]]
     gradients: Mapping[int, Sparsity]
+    mixed: frozenset[int] = frozenset()
 
 
 NEVER_SPARSE = Largest({}, {})
@@ -88,16 +90,22 @@ def block_bytes(
     trainable = any(unit.trainable for unit in units)
     choices = [[layout_of(unit, sparsity) for sparsity in largest.records.get(unit.index, (DENSE,))] for unit in units]
     slab = [layout_of(unit, _only(found[0].sparsity, driven)) for unit, found in zip(units, choices, strict=True)]
-    held = [(u, found) for u, found in zip(units, choices, strict=True) if owned is None or u.index in owned]
-    updated = [found for unit, found in held if unit.trainable or not trainable]
+    beside = [
+        _masks_beside(each) if unit.index in largest.mixed else 0 for unit, each in zip(units, choices, strict=True)
+    ]
+    every = list(zip(units, choices, beside, strict=True))
+    held = [each for each in every if owned is None or each[0].index in owned]
+    updated = [each for each in held if each[0].trainable or not trainable]
     masks = [[_masks(layout, driven) for layout in found] for found in choices]
     return BlockBytes(
         streamed=slab_image(slab).nbytes,
-        loaded=sum(max(sum(part.nbytes for part in layout.states) for layout in found) for found in updated),
-        written=sum(max(layout.image_nbytes for layout in found) for found in updated),
-        gradients=owned_gradients([unit for unit, _ in held], largest.gradients).nbytes,
-        stored=sum(max(layout.image_nbytes for layout in found) for _, found in held),
-        fetched=sum(max(layout.fetched_nbytes for layout in found) for found in choices),
+        loaded=sum(
+            max(sum(part.nbytes for part in layout.states) for layout in found) + more for _, found, more in updated
+        ),
+        written=sum(max(layout.image_nbytes for layout in found) + more for _, found, more in updated),
+        gradients=owned_gradients([unit for unit, *_ in held], largest.gradients).nbytes,
+        stored=sum(max(layout.image_nbytes for layout in found) + more for _, found, more in held),
+        fetched=sum(max(layout.fetched_nbytes for layout in found) + more for _, found, more in every),
         places=sum(max(sum(Places.nbytes_of(*mask) for mask in each) for each in found) for found in masks),
         decoding=sum(
             max(sum(decoding_steps(g.cells, count) for g, count in each) for each in found) for found in masks
@@ -109,6 +117,13 @@ def block_bytes(
 def _only(sparsity: Sparsity, driven: Collection[str]) -> Sparsity:
     """How sparse a slab is: only what is not expanded, of which all versions have equally many non-zeros."""
     return tuple(piece for piece in sparsity if piece.name in driven)
+
+
+def _masks_beside(choices: Sequence[RecordLayout]) -> int:
+    """What masks take in a record, in its parts and its header."""
+    masks = max((layout.part(MASK).nbytes for layout in choices if layout.has(MASK)), default=0)
+    headers = [layout.header_nbytes for layout in choices]
+    return masks + max(headers) - min(headers)
 
 
 def _masks(layout: RecordLayout, driven: Collection[str]) -> list[tuple[Grid, int]]:
@@ -228,7 +243,7 @@ class Holding:
         self.whole: frozenset[tuple[str, int]] = frozenset()
         """Sparse pieces, by name and first row, whose gradients are dense at present."""
         now = Largest({unit: (found,) for unit, found in self.sparsity.items()}, self.sparsity)
-        self.largest = Largest({**now.records, **largest.records}, largest.gradients) if largest else now
+        self.largest = replace(largest, records={**now.records, **largest.records}) if largest else now
         self.slabs: tuple[Image, ...] = tuple(
             slab_image([self._layout_of(u, _only(self.sparsity.get(u.index, DENSE), driven)) for u in units])
             for units in members
