@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightstream.blocks import Block, Parameter
     from weightstream.engine import Engine
+    from weightstream.machine.sparsity import auto_kernels
     from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
     from weightstream.store.families import Family
     from weightstream.store.optimizers import SGD, Adafactor, AdamW, Group, Lion, Torch
@@ -35,6 +36,7 @@ __all__ = [
     "SparsityGroup",
     "Store",
     "Torch",
+    "auto_kernels",
     "constant",
     "cosine",
     "linear",
@@ -46,6 +48,7 @@ _HOMES = {
     "Store": "weightstream.store.store",
     "Block": "weightstream.blocks",
     "Parameter": "weightstream.blocks",
+    "auto_kernels": "weightstream.machine.sparsity",
     "Family": "weightstream.store.families",
     "Recipe": "weightstream.store.recipes",
     "RecordBuffer": "weightstream.store.segments",

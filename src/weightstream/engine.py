@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import Rule, call_order
+from weightstream.blocks import Block, Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.cluster import Cluster, owners
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
@@ -24,7 +25,8 @@ from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
-from weightstream.multiplying import driven, structure_bytes
+from weightstream.masking import Masking
+from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
@@ -32,6 +34,7 @@ from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
+from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
@@ -151,8 +154,8 @@ class Engine:
         links: this rank's connections to the others (`fabric.distributed.connect`).
         sparsity: which parameters are sparse, and how; fixed when the store is made. What `initial` gives is made sparse only
             as a group's `init` says; groups that do not say it are as the store was made with.
-        kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; fixed when the store is
-            made, since it decides the order of sums.
+        kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; or `auto_kernels(…)`: those
+            with which a kernel was measured to be faster. Fixed when the store is made, since it decides the order of sums.
 
     Raises:
         ConfigError: settings that do not go together, or weights given to sparse parameters without a word on their masks.
@@ -189,7 +192,7 @@ class Engine:
         cluster: Cluster | None = None,
         links: Links | None = None,
         sparsity: Sparsity | None = None,
-        kernels: Mapping[str, Kernel] | None = None,
+        kernels: Mapping[str, Kernel] | AutoKernels | None = None,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -208,7 +211,15 @@ class Engine:
         self._interval = Interval(commit_every)
         self._log = log or (lambda text: None)
         self._closed = False
-        self._kernels = dict(kernels or {})
+        if isinstance(kernels, str):
+            raise ConfigError(
+                f"kernels: expected {{pattern: kernel}}, or ws.auto_kernels(tokens=…) for what `weightstream calibrate` has "
+                f"measured, found {kernels!r}"
+            )
+        auto = kernels if isinstance(kernels, AutoKernels) else None
+        self._kernels: Mapping[str, Kernel] = (
+            {} if kernels is None or isinstance(kernels, AutoKernels) else dict(kernels)
+        )
         self.device = torch.device(device)
         self.threads = threads_per_worker or torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -239,7 +250,7 @@ class Engine:
             self.model, optimizer=optimizer, device=self.device, precision=precision, seed=seed,
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
             **({"sparsity": sparsity.to_json()} if sparsity else {}),
-            **({"kernels": self._kernels} if self._kernels else {}),
+            **({"kernels": self._kernels or "auto"} if self._kernels or auto else {}),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
@@ -247,9 +258,18 @@ class Engine:
             max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
             sparsity=sparsity, asked=asked, dense=dense_by_default(self.model),
+            kernels=self._kernels, choose_kernels=None if auto is None else partial(self._chosen, auto),
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
+            if auto is not None:
+                self._kernels = self.store.contract[CHOSEN_KERNELS]
             self._start()
+
+    def _chosen(self, auto: AutoKernels, blocks: Sequence[Block], masking: Masking | None) -> Mapping[str, Kernel]:
+        """The choice of kernels for a new store."""
+        return chosen(
+            self.model, blocks, masking, auto, DTYPES[self.precision], self.device, self.threads, warn=self._log
+        )
 
     def _start(self) -> None:
         cluster = self.ranks.cluster
@@ -279,7 +299,7 @@ class Engine:
         self._next_loads: tuple[int, ...] = ()
         self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
         self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
-        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now)
+        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now, self._driven)
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
         self.store.watch(self.recorder.log)
         self._division = self._divide(cluster, self.owner)
@@ -670,6 +690,11 @@ class Engine:
         """How many non-zeros the sparse parameters have at present, and how many elements."""
         found = self.densities()
         return sum(nonzeros for nonzeros, _ in found.values()), sum(elements for _, elements in found.values())
+
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """By name, the parameters that kernels multiply by; the other sparse ones are expanded and multiplied densely."""
+        return {name: each.kernel for name, each in self._driven.items()}
 
     def _mask_facts(self, grown: Mapping[str, int]) -> dict[str, MaskFacts]:
         """Of the parameters whose masks have changed, by how many of their elements came to exist."""

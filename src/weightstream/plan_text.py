@@ -2,6 +2,7 @@
 there is room for."""
 
 import shutil
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from weightstream.cluster import Cluster
@@ -80,10 +81,14 @@ def plan_text(
             f"bytes per step {'of the present ones' if step is None else f'of those of step {step}'}"
         )
         places = [facts.blocks[index].kept_places_bytes for index in allotment.kept_places]
-        lines.append(
+        by_kernel = Counter(engine.kernels.values())
+        expanded = len(engine.densities()) - by_kernel.total()
+        products = [f"{count} parameters by {kernel}" for kernel, count in sorted(by_kernel.items())]
+        lines += [
             f"places kept       where the non-zeros of {len(places)} of {sum(b.kept_places_bytes > 0 for b in facts.blocks)} "
-            f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch"
-        )
+            f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch",
+            "products          " + ", ".join([*products, f"{expanded} expanded"]),
+        ]
     lines.append(_room(*reach_of(engine)))
     return "\n".join(lines)
 

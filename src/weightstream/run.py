@@ -26,11 +26,14 @@ from weightstream.errors import StoreError
 from weightstream.hosts import free_memory_bytes
 from weightstream.hub import initial_values
 from weightstream.machine.profile import DEFAULT_PATH, Profile, load_profile
+from weightstream.machine.sparsity import auto_kernels
+from weightstream.multiplying import AutoKernels
 from weightstream.plan_text import flows_now, plan_text, reach_of
 from weightstream.predicting import Stretch, census_of, commonest, predict, prediction_text, stretches
 from weightstream.preflight import require_memory, require_same_text, store_exists
 from weightstream.ranks import ALONE, Ranks
 from weightstream.sizing import Choice, choose, divided, micro_batch_of, predicted_step, trained_with
+from weightstream.sparse.kernels import Kernel
 from weightstream.store.glance import glance
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
@@ -116,7 +119,7 @@ def _try(config: RunConfig, ranks: Ranks, *, rehearse: bool) -> None:
 
 
 @contextmanager
-def _temporary(config: RunConfig) -> Iterator[Engine]:
+def _temporary(config: RunConfig, say: Say | None = None) -> Iterator[Engine]:
     """An engine as the run would have it, before there is any text: its store is a temporary one beside the run's own.
 
     The tokenizer is taken to have all the tokens that were asked for. Weights are not read, and masks that would follow from
@@ -133,7 +136,7 @@ def _temporary(config: RunConfig) -> Iterator[Engine]:
     _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
     near = next(folder for folder in config.store.absolute().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".weightstream-plan-", dir=near) as folder:
-        engine = _engine(config, Path(folder) / "store", build, None)
+        engine = _engine(config, Path(folder) / "store", build, say)
         try:
             yield engine
         finally:
@@ -186,7 +189,7 @@ def _engine(
     ranks: Ranks = ALONE,
 ) -> Engine:
     optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
-    settings = engine_settings(config)
+    settings = engine_settings(config, say or (lambda text: None))
     threads = threads_of(config)
     if ranks.links is not None:  # the first rank has the store, and hosts may differ in cores
         threads = ranks.gather(threads or torch.get_num_threads())[0]
@@ -204,7 +207,7 @@ def threads_of(config: RunConfig) -> int | None:
     return None if found is None else found.contract.get("numerics", {}).get("threads_per_worker")
 
 
-def engine_settings(config: RunConfig) -> dict[str, Any]:
+def engine_settings(config: RunConfig, say: Say = lambda text: None) -> dict[str, Any]:
     """The keywords of `Engine` that a configuration gives."""
     settings = config.engine
     return {
@@ -226,8 +229,17 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "commit_every": settings.commit_every,
         "allow_other_numerics": settings.allow_other_numerics,
         "sparsity": config.sparsity.settings(config.training.steps),
-        "kernels": config.sparsity.kernels,
+        "kernels": _kernels(config, say),
     }
+
+
+def _kernels(config: RunConfig, say: Say) -> Mapping[str, Kernel] | AutoKernels:
+    """Which products are by kernels; `auto` by this machine's profile, if it was ever measured."""
+    kernels = config.sparsity.kernels
+    if kernels != "auto":
+        return kernels
+    training = config.training
+    return auto_kernels(tokens=training.micro_batch_size * training.sequence_length, warn=say)
 
 
 def _weights(config: RunConfig, say: Say) -> Mapping[str, Tensor] | None:
@@ -317,7 +329,7 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
     been measured, how long it would take."""
     chosen = _chosen(config, profile, say) if config.training.micro_batch == "auto" else None
     config = config if chosen is None else divided(config, chosen)
-    with _temporary(config) as engine:
+    with _temporary(config, say) as engine:
         _rehearse(engine, config)
         cluster, micro_batches = config.cluster.roles, config.training.micro_batches
         pieces = _predicted(engine, config, say, profile)
@@ -352,6 +364,7 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
             "moved_per_step": flows.to_json(),
             "room_parameters": {"disk": own.disk, "ram": own.ram},
             "room_parameters_dense": None if dense is None else {"disk": dense.disk, "ram": dense.ram},
+            "kernels": engine.kernels,
             "blocks": [
                 {
                     "name": block.name,
@@ -460,6 +473,7 @@ def _report(run: Run, outcome: Outcome, samples: list[dict[str, str]], compared:
         "seconds": outcome.seconds,
         "stalled_s": outcome.stalled_s,
         "skipped_steps": outcome.skipped_steps,
+        "kernels": run.engine.kernels,
         "state_bytes": _state_bytes(run.engine.store),
         "device_memory_bytes": config.engine.device_memory,
         "host_memory_bytes": config.engine.host_memory,
