@@ -4,7 +4,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,9 @@ from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
 from weightstream.multiplying import driven, structure_bytes
+from weightstream.nn.attaching import check_places, known_beforehand, layers_of
 from weightstream.opening import Wanted, contract_of, opened
+from weightstream.past import Past
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
 from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
@@ -44,6 +46,7 @@ from weightstream.store.sparsity import Sparsity as StoredSparsity
 from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
+from weightstream.touching import Touched, Touching, TouchedFacts
 from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
 from weightstream.worker.allocator import Ceiling, give_back, keep_memory
@@ -81,7 +84,7 @@ class StepResult:
 
     `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took. `masks` say of
     each sparse parameter whose mask was changed during this step what it came to; with clipping that is the update that
-    the step before it led to.
+    the step before it led to. `experts` say of each layer of experts what the step reached of it.
     """
 
     step: int
@@ -95,6 +98,7 @@ class StepResult:
     skipped: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
     masks: Mapping[str, MaskFacts] = field(default_factory=dict)
+    experts: Mapping[str, TouchedFacts] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -150,6 +154,8 @@ class Engine:
         sparsity: which parameters are sparse, and how; fixed when the store is made.
         kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; fixed when the store is
             made, since it decides the order of sums.
+        experts_memory: bytes, beside `host_memory`, for the experts that one step reaches (`nn.StreamedExperts`), with
+            their optimizer states, and for those of the step before while they are written.
 
     Raises:
         PlanError: a budget is too small; the message names the smallest that works.
@@ -186,6 +192,7 @@ class Engine:
         links: Links | None = None,
         sparsity: Sparsity | None = None,
         kernels: Mapping[str, Kernel] | None = None,
+        experts_memory: str | int = "1GiB",
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -223,8 +230,15 @@ class Engine:
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
         if self.device.type == "cpu":
             keep_memory()
+        self._layers = layers_of(self.model)
+        self._experts_memory = parse_bytes(experts_memory) if self._layers else 0
+        if self._layers and not self.ranks.alone:
+            raise ConfigError(
+                f"layer '{next(iter(self._layers))}' (StreamedExperts): training of experts on several ranks is not "
+                f"supported, found {self.ranks.cluster.size} ranks; run it as one process"
+            )
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
-        self._ceiling = Ceiling(self._budgets.host_memory + on_host)
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._experts_memory)
         self.model.train()
         check_model(self.model)
         contract = contract_of(
@@ -232,6 +246,7 @@ class Engine:
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
             **({"sparsity": sparsity.to_json()} if sparsity else {}),
             **({"kernels": self._kernels} if self._kernels else {}),
+            **({"experts": {name: layer.facts() for name, layer in self._layers.items()}} if self._layers else {}),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
@@ -239,11 +254,13 @@ class Engine:
             max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
             sparsity=sparsity, dense=dense_by_default(self.model),
+            families=tuple(layer.family(name) for name, layer in self._layers.items()),
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             self._start()
 
     def _start(self) -> None:
+        check_places(self._layers, self.store.blocks)
         self.masking = self._wanted.masking(self.store.units)
         dtype = DTYPES[self.precision]
         self._driven = driven(self.model, self.store.blocks, self.masking, self._kernels, dtype, self.device)
@@ -257,6 +274,9 @@ class Engine:
         own = self.store.progress.get("(engine)", {})
         self.skipped_steps: int = own.get("skipped", 0)
         self._skipped_in_a_row: int = own.get("skipped_in_a_row", 0)
+        self._past = Past.from_json(own.get("past", {}))
+        self._past.goes_on(self.step_count + 1, self.optimizer)
+        self.touching = self._make_touching()
         visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
                        if m in self.worker.block_of_module)  # fmt: skip
         self._visits = visits
@@ -297,6 +317,25 @@ class Engine:
             self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs, self._driven
         )
 
+    def _make_touching(self) -> Touching:
+        """The memory of experts, from which their layers take weights."""
+        families = {}
+        for name, layer in self._layers.items():
+            family = layer.family(name)
+            families[name] = Touched(
+                self.store, self.store.index(family.name, 0), family,
+                nbytes=self._experts_memory // len(self._layers), dtype=DTYPES[self.precision], device=self.device,
+                groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
+                walking=lambda: None if self.worker.outside is not None else self.worker.walking,
+                replayed=self._past.at if layer.untouched == "dense" else None,
+            )  # fmt: skip
+            layer.attach(families[name])
+        return Touching(families)
+
+    def _begin_touching(self, micro_batches: int, own: Iterable[Any]) -> None:
+        """Begins to read the experts that a step is known to reach."""
+        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, known_beforehand(self._layers, own))
+
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
         store: Any = self.store
@@ -309,7 +348,7 @@ class Engine:
         )  # fmt: skip
         keeper = Keeper(
             self.holding, facts, allotment, staging, self._interval, lambda future: self.runtime.wait(future),
-            self.masking,
+            self.masking, self.touching, self.clip_norm,
         )  # fmt: skip
         peers: Peers = Alone(staging, facts.reduction_groups)
         if self.ranks.links is not None:
@@ -450,6 +489,7 @@ class Engine:
         schedule = self._plan(count)
         number = self.step_count + 1
         measuring = self.worker.measuring = self._measured is None
+        self._begin_touching(count, own.values())
         outcome = self.runtime.step(
             schedule if self._known else None, own, dict(enumerate(weights)), loss_fn,
             count=count, seed=self.seed, step=number, progress=self._progress_after,
@@ -458,9 +498,6 @@ class Engine:
         self._learn(outcome, measuring)
         self.step_count = number
         norm = outcome.norm
-        if self.clip_norm is not None:
-            coefficient = self.clip_norm / (norm + 1e-6) if math.isfinite(norm) else 1.0
-            self.runtime.keeper.coefficient = min(1.0, coefficient)
         self._count_skipped(outcome, number)
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         moved = self._moved()
@@ -468,7 +505,7 @@ class Engine:
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds), masks=self._mask_facts(),
+            seconds=dict(outcome.seconds), masks=self._mask_facts(), experts=dict(self.touching.facts),
         )  # fmt: skip
 
     @property
@@ -525,6 +562,7 @@ class Engine:
             micro_batch = _to_device(micro_batch, self.device)
         schedule = self._plan(1)
         self.worker.measuring = True
+        self._begin_touching(1, [micro_batch])
         outcome = self.runtime.step(
             schedule, {0: micro_batch}, {0: 1.0}, loss_fn, count=1, seed=self.seed, step=self.step_count + 1,
             progress=self._progress_after, rehearsal=True,
@@ -535,10 +573,12 @@ class Engine:
 
     def _progress_after(self, finite: bool) -> dict[str, Any]:
         """What is committed with a step: the caller's progress, and how many steps were skipped."""
-        own = {
+        own: dict[str, Any] = {
             "skipped": self.skipped_steps + (not finite),
             "skipped_in_a_row": 0 if finite else self._skipped_in_a_row + 1,
         }
+        if any(layer.untouched == "dense" for layer in self._layers.values()):
+            own["past"] = self._past.to_json(() if finite else (self.step_count + 1,))
         return {**self.progress, "(engine)": own}
 
     def _count_skipped(self, outcome: StepOutcome, number: int) -> None:
@@ -546,6 +586,7 @@ class Engine:
         self.skipped_steps, self._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
         if outcome.finite:
             return
+        self._past.skipped.append(number)
         self._log(f"step {number} skipped: the gradient of {outcome.first_bad} is not finite")
         if self._skipped_in_a_row > self.max_skipped_steps:
             raise NonFiniteError(
@@ -660,12 +701,14 @@ class Engine:
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()
+        self._begin_touching(0, ())
         self.worker.outside = streamed.call
         try:
             with torch.no_grad():
                 yield self.model
         finally:
             self.worker.outside = None
+            self.touching.drop()
             self._restore_cache = without_cache(self.model)
             self.model.train()
             streamed.close()
@@ -708,6 +751,7 @@ class Engine:
         try:
             self.runtime.close()
         finally:
+            self.touching.close()
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
 

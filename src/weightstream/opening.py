@@ -21,6 +21,7 @@ from weightstream.planning import Budgets, check_blocks, check_disk, split_withi
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
+from weightstream.store.families import Family
 from weightstream.store.given import fill
 from weightstream.store.glance import committed_step
 from weightstream.store.initial import Recipe
@@ -48,6 +49,8 @@ class Wanted:
     sparsity: Sparsity | None = None
     dense: frozenset[str] = frozenset()
     """Parameters that stay dense unless a group of `sparsity` says otherwise."""
+    families: tuple[Family, ...] = ()
+    """Those of the model's layers of experts, in order; what they are is part of the contract."""
 
     def masking(self, units: Sequence[Unit]) -> Masking | None:
         """The sparse parameters of a model that is cut into these units.
@@ -185,6 +188,7 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> 
     return Store.create(
         wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
         contract=wanted.contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
+        families=wanted.families,
     )  # fmt: skip
 
 
