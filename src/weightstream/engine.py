@@ -1,7 +1,6 @@
 """The public API: an engine that trains a model out of a store, within the memory that it is given."""
 
 import gc
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ from weightstream.store.sparsity import Sparsity as StoredSparsity
 from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
-from weightstream.touching import Touched, Touching, TouchedFacts
+from weightstream.touching import Touched, TouchedFacts, Touching
 from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
 from weightstream.worker.allocator import Ceiling, give_back, keep_memory
@@ -717,6 +716,15 @@ class Engine:
         """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""
         self.runtime.drain()
         self._next_loads = ()
+
+    def make_up_experts(self) -> None:
+        """Brings all experts of layers with `untouched="dense"` to the present step, and commits: for small families, as it
+        reads and writes each of them. Otherwise an expert makes up for missed steps when it is next reached."""
+        self.commit()
+        self._begin_touching(0, ())
+        for writing in self.touching.make_up():
+            self.runtime.wait(writing)
+        self.store.commit(self.step_count, self.store.progress).result()
 
     def snapshot(self, name: str) -> None:
         """Holds the present state under a name: commits, then one row. With several ranks all of them call it."""

@@ -108,6 +108,7 @@ class _Held:
     slot: int
     version: int = -1  # not read yet
     new: bool = False  # never written
+    replayed: bool = False  # it has made up for steps
 
 
 @dataclass(slots=True)
@@ -275,30 +276,36 @@ class Touched:
             for gradients in total.tensors:
                 gradients.mul_(coefficient)
         numbers = total.numbers.tolist()
-        written = [self._held.pop(number) for number in numbers]
-        self._optimize(numbers, written, total.tensors, step)
-        records = [
-            (self._first + number, self._arena.buffer(held.slot), held.version, held.version)
-            for number, held in zip(numbers, written, strict=True)
-        ]
-        writing = self._store.write_many(records)
-        self._writes.append((writing, [held.slot for held in written]))
+        self._optimize(numbers, total.tensors, step)
+        writing = self._write(numbers)
         self.drop()
         return writing
 
-    def _optimize(
-        self, numbers: Sequence[int], written: Sequence[_Held], gradients: Sequence[Tensor], step: int
-    ) -> None:
+    def _write(self, numbers: Sequence[int]) -> "Future[None]":
+        """Makes these records the newest versions, and lets them go when they are written."""
+        held = [self._held.pop(number) for number in numbers]
+        for place, copies in enumerate(self._parts.get("copy", ())):
+            slots = torch.tensor([each.slot for each in held])
+            copies[slots] = self._parts["param"][place][slots].to(copies.dtype)
+        writing = self._store.write_many(
+            [
+                (self._first + number, self._arena.buffer(each.slot), each.version, each.version)
+                for number, each in zip(numbers, held, strict=True)
+            ]
+        )
+        self._writes.append((writing, [each.slot for each in held]))
+        return writing
+
+    def _optimize(self, numbers: Sequence[int], gradients: Sequence[Tensor], step: int) -> None:
         optimizer = self._store.optimizer
-        for row, (number, held) in enumerate(zip(numbers, written, strict=True)):
+        for row, number in enumerate(numbers):
+            held = self._held[number]
             held.version += 1
             for place, parameter in enumerate(self.family.parameters):
                 optimizer.update(
                     self._parts["param"][place][held.slot], gradients[place][row], self._states(place, held.slot),
                     name=parameter.name.replace(NUMBER, str(number)), step=step, count=held.version,
                 )  # fmt: skip
-                if "copy" in self._parts:
-                    self._parts["copy"][place][held.slot].copy_(self._parts["param"][place][held.slot])
 
     def _states(self, place: int, slot: int) -> dict[str, Tensor]:
         return {part: found[place][slot] for part, found in self._parts.items() if part not in ("copy", "param")}
@@ -314,7 +321,19 @@ class Touched:
                     self._parts["param"][place][held.slot], zeros[place], self._states(place, held.slot),
                     name=parameter.name.replace(NUMBER, str(number)), step=step, count=count,
                 )  # fmt: skip
+        held.replayed = held.version < self._count
         held.version = max(held.version, self._count)
+
+    def make_up(self) -> "list[Future[None]]":
+        """Brings every record of the family to the present step, outside of steps; to be published by the next commit."""
+        writing, at_once = [], max(1, self.capacity // 2)
+        for first in range(0, self.family.count if self._replayed is not None else 0, at_once):
+            numbers = range(first, min(first + at_once, self.family.count))
+            self.expect(numbers)
+            self._await_reads()
+            writing.append(self._write([number for number in numbers if self._held[number].replayed]))
+            self.drop()
+        return writing
 
     def drop(self) -> None:
         """Lets go of all records and sums that are not being written."""
@@ -375,6 +394,10 @@ class Touching:
     def update(self, step: int, coefficient: float) -> "Future[list[None]]":
         """Updates and writes what got gradients, to be published by the next commit."""
         return gather([family.update(step, coefficient) for family in self.families.values()])
+
+    def make_up(self) -> "list[Future[None]]":
+        """See `Touched.make_up`."""
+        return [writing for family in self.families.values() for writing in family.make_up()]
 
     def drop(self) -> None:
         for family in self.families.values():

@@ -10,7 +10,7 @@ from tests.nn.plain_experts import PlainExperts, PlainTraining, Route
 from torch import Tensor, nn
 
 import weightstream as ws
-from weightstream.nn import HashRouter, StreamedExperts
+from weightstream.nn import HashRouter, ProductKeyRouter, StreamedExperts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,21 +93,115 @@ def plain(path: Path) -> Model:
     return model
 
 
+def same_as(reference: PlainTraining, trained: ws.Engine) -> None:
+    for name, tensors in trained.store.items():
+        own = reference.named[name]
+        assert torch.equal(tensors["param"], own), name
+        state = reference.optimizer.state.get(own) or dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(own))
+        assert torch.equal(tensors["exp_avg"], state["exp_avg"]), name
+        assert torch.equal(tensors["exp_avg_sq"], state["exp_avg_sq"]), name
+
+
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_lazy_adamw_is_that_of_plain_pytorch(tmp_path: Path, clip_norm: float | None) -> None:
+@pytest.mark.parametrize("untouched", ["frozen", "dense"])
+def test_training_is_that_of_plain_pytorch(
+    tmp_path: Path, untouched: Literal["frozen", "dense"], clip_norm: float | None
+) -> None:
+    dense = untouched == "dense"
     reference = PlainTraining(
-        plain(tmp_path / "first"), name_in_store, lr=1e-2, clip_norm=clip_norm, groups=2, dense=False
+        plain(tmp_path / "first"), name_in_store, lr=1e-2, clip_norm=clip_norm, groups=2, dense=dense
     )
-    with engine(tmp_path / "store", clip_norm=clip_norm) as trained:
-        for step in range(4):
+    with engine(tmp_path / "store", lambda: streamed(untouched), clip_norm=clip_norm) as trained:
+        for step in range(3):
             loss, norm = reference.step(text(step))
             result = trained.step(text(step), loss_fn)
             assert (result.loss, result.grad_norm) == (loss, norm)
-        for name, tensors in trained.store.items():
-            own = reference.named[name]
-            assert torch.equal(tensors["param"], own), name
-            state = reference.optimizer.state.get(own)
-            if state:
-                assert torch.equal(tensors["exp_avg_sq"], state["exp_avg_sq"]), name
-            else:
-                assert not tensors["exp_avg"].any()
+        trained.make_up_experts()
+        same_as(reference, trained)
+
+
+class KilledError(Exception):
+    """Stands for the end of a process in the middle of a step."""
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("untouched", ["frozen", "dense"])
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
+    tmp_path: Path, untouched: Literal["frozen", "dense"], clip_norm: float | None
+) -> None:
+    def loss_or_end(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        loss = loss_fn(model, batch)
+        if batch["input_ids"].shape[1] == 7:  # the last micro-batch
+            raise KilledError
+        return loss
+
+    digests = []
+    for ends in ((), (1, 2)):
+        path = tmp_path / f"{len(ends)}"
+        for end in (*ends, 4):
+            trained = engine(path, lambda: streamed(untouched), clip_norm=clip_norm)
+            while trained.step_count < end:
+                trained.step(text(trained.step_count), loss_fn)
+            if end in ends:
+                with pytest.raises(KilledError):
+                    trained.step(text(trained.step_count), loss_or_end)
+                trained.abandon()
+        digests.append(trained.store.digest())
+        assert not trained.store.verify()
+        trained.close()
+    assert digests[0] == digests[1]
+
+
+def test_a_step_that_failed_may_be_tried_again(tmp_path: Path) -> None:
+    digests = []
+    for failing in (False, True):
+        with engine(tmp_path / f"{failing}") as trained:
+            for step in range(2):
+                if failing:
+                    with pytest.raises(ZeroDivisionError):
+                        trained.step(text(step), lambda model, batch: loss_fn(model, batch) / (1 // 0))
+                trained.step(text(step), loss_fn)
+            digests.append(trained.store.digest())
+    assert digests[0] == digests[1]
+
+
+def test_what_does_not_count_leaves_no_trace(tmp_path: Path) -> None:
+    with engine(tmp_path / "store", max_skipped_steps=3) as trained:
+        trained.step(text(0), loss_fn)
+        before = trained.store.digest()
+        skipped = trained.step(text(1), lambda model, batch: loss_fn(model, batch) * float("inf"))
+        trained.rehearse(text(2)[0], loss_fn)
+        assert skipped.skipped
+        assert trained.store.digest() == before
+
+
+def test_a_family_of_four_billion_is_opened_and_trained(tmp_path: Path) -> None:
+    many = 256**4
+    with engine(tmp_path / "store", lambda: streamed(experts=many), precision="bf16") as trained:
+        batches = text(0, count=2)
+        losses = [trained.step(batches, loss_fn).loss for _ in range(4)]
+        facts = trained.step(batches, loss_fn).experts["layers.1.experts"]
+        assert losses[-1] < losses[0]
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        assert facts.assignments == TOP_K * tokens
+        assert 0 < facts.touched <= TOP_K * tokens
+        assert facts.new == 0
+        info = trained.store.info()
+        assert info["families"][0]["records"] == many
+        with trained.module() as model, torch.no_grad():
+            looked = model(batches[0]["input_ids"], batches[0]["labels"])
+        assert torch.isfinite(looked)
+        digest = trained.store.digest()
+    with engine(tmp_path / "store", lambda: streamed(experts=many), precision="bf16") as again:
+        assert again.store.digest() == digest
+
+
+def test_product_keys_learn_and_choose_the_best(tmp_path: Path) -> None:
+    def build() -> Model:
+        return Model(lambda index: StreamedExperts(WIDTH, HIDDEN, 7**3, 3, ProductKeyRouter(WIDTH, 7**3, 3)))
+
+    with engine(tmp_path / "store", build) as trained:
+        before = trained.store.tensor("layers.0.experts.router.keys")
+        losses = [trained.step(text(0), loss_fn).loss for _ in range(5)]
+        assert losses[-1] < losses[0]
+        assert not torch.equal(trained.store.tensor("layers.0.experts.router.keys"), before)
