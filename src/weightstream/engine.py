@@ -53,6 +53,7 @@ from weightstream.worker.audit import check_model
 from weightstream.worker.slabs import Parameters
 from weightstream.worker.worker import LossFunction, Worker
 
+_CROWD = 64  # fewer assignments than that may go to one expert by chance
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -230,6 +231,7 @@ class Engine:
         if self.device.type == "cpu":
             keep_memory()
         self._layers = layers_of(self.model)
+        self._crowded: set[str] = set()
         self._experts_memory = parse_bytes(experts_memory) if self._layers else 0
         if self._layers and not self.ranks.alone:
             raise ConfigError(
@@ -498,6 +500,7 @@ class Engine:
         self.step_count = number
         norm = outcome.norm
         self._count_skipped(outcome, number)
+        self._warn_of_crowds()
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         moved = self._moved()
         elapsed = time.perf_counter() - start
@@ -593,6 +596,17 @@ class Engine:
                 f"{outcome.first_bad}; the store holds the last good state: lower the learning rate or look at the data, "
                 f"then run again (limit: max_skipped_steps={self.max_skipped_steps})"
             )
+
+    def _warn_of_crowds(self) -> None:
+        """Says once of each layer whose router sends more than half of what it routes to one expert."""
+        for name, facts in self.touching.facts.items():
+            if name not in self._crowded and facts.assignments >= _CROWD and 2 * facts.most > facts.assignments:
+                self._crowded.add(name)
+                self._log(
+                    f"layer '{name}': one expert of {self._layers[name].experts:,} got {facts.most:,} of {facts.assignments:,} "
+                    f"assignments, the step reached {facts.touched:,}; look at the token ids or hash more tokens, or balance "
+                    f"the router"
+                )
 
     def _learn(self, outcome: StepOutcome, measuring: bool) -> None:
         """Takes what the step has shown into the facts of the next one."""

@@ -181,8 +181,9 @@ class _Streamed(torch.autograd.Function):
         products: _Products = ctx.products
         grouped = products.grouping
         w_in, w_out = products.source.weights(grouped.numbers, grouped.counts)
+        hidden, gates, given, outputs = ctx.saved_tensors
         hidden_grad, gate_grad, *own = grouping.backward(
-            grads[0].contiguous(), *ctx.saved_tensors, w_in, w_out, grouped, products.activation
+            grads[0].contiguous(), hidden, gates, given, outputs, w_in, w_out, grouped, products.activation
         )
         products.source.gradients(grouped.numbers, own)
         return hidden_grad, gate_grad, None

@@ -210,8 +210,9 @@ class Recorder:
         kind, what, resource = note[:3]
         match kind, what:
             case (("copy" | "states" | "segment"), (None | int())):
-                known = what is not None and what < len(self._block_of)  # else it is a family's, of no block
-                return _OPERATIONS[kind], self._block_of[what] if known else ""
+                if what is None or what >= len(self._block_of):  # records of families, of no block
+                    return _OPERATIONS[kind], ""
+                return _OPERATIONS[kind], self._block_of[what]
             case "scratch", ("gradient", block):
                 return ("reduce" if resource == "write" else "load"), block
             case "scratch", ("activation", place, _):
