@@ -297,15 +297,16 @@ class Touched:
         return writing
 
     def _optimize(self, numbers: Sequence[int], gradients: Sequence[Tensor], step: int) -> None:
-        optimizer = self._store.optimizer
-        for row, number in enumerate(numbers):
-            held = self._held[number]
-            held.version += 1
-            for place, parameter in enumerate(self.family.parameters):
-                optimizer.update(
-                    self._parts["param"][place][held.slot], gradients[place][row], self._states(place, held.slot),
-                    name=parameter.name.replace(NUMBER, str(number)), step=step, count=held.version,
-                )  # fmt: skip
+        held = [self._held[number] for number in numbers]
+        for each in held:
+            each.version += 1
+        for place, parameter in enumerate(self.family.parameters):
+            self._store.optimizer.update_many(
+                [self._parts["param"][place][each.slot] for each in held], gradients[place].unbind(),
+                [self._states(place, each.slot) for each in held],
+                names=[parameter.name.replace(NUMBER, str(number)) for number in numbers], step=step,
+                counts=[each.version for each in held],
+            )  # fmt: skip
 
     def _states(self, place: int, slot: int) -> dict[str, Tensor]:
         return {part: found[place][slot] for part, found in self._parts.items() if part not in ("copy", "param")}

@@ -205,3 +205,38 @@ def test_product_keys_learn_and_choose_the_best(tmp_path: Path) -> None:
         losses = [trained.step(text(0), loss_fn).loss for _ in range(5)]
         assert losses[-1] < losses[0]
         assert not torch.equal(trained.store.tensor("layers.0.experts.router.keys"), before)
+
+
+def test_what_a_layer_cannot_do_is_refused_with_figures(tmp_path: Path) -> None:
+    class Bare(nn.Module):
+        """A layer in no block that streams: nothing beside it has parameters."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+            self.experts = StreamedExperts(WIDTH, HIDDEN, EXPERTS, TOP_K, HashRouter())
+
+    with pytest.raises(ConfigError, match=r"layer 'experts' \(StreamedExperts\) is in no block that streams"):
+        engine(tmp_path / "bare", Bare)
+    with pytest.raises(PlanError, match="one record takes .* give more"):
+        engine(tmp_path / "small", experts_memory="16KiB")
+    with engine(tmp_path / "store", experts_memory="500KiB") as trained:
+        with pytest.raises(PlanError, match="a step reaches .* records or more, there is memory for"):
+            trained.step(text(0), loss_fn)
+    with pytest.raises(StoreMismatchError, match="experts"):
+        engine(tmp_path / "store", lambda: streamed("dense"))
+
+
+def test_a_router_that_sends_all_tokens_to_one_expert_is_reported(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def build() -> Model:
+        return Model(lambda index: StreamedExperts(WIDTH, HIDDEN, EXPERTS, 1, HashRouter()))
+
+    ids = torch.zeros(4, 32, dtype=torch.int64)
+    with engine(tmp_path / "store", build, log=said.append) as trained:
+        for _ in range(2):
+            result = trained.step([{"input_ids": ids, "labels": ids}], loss_fn)
+    assert result.experts["layers.0.experts"].touched == 2
+    warned = [text for text in said if "one expert of 64 got 124 of 128 assignments, the step reached 2" in text]
+    assert len(warned) == 2  # once for each layer
