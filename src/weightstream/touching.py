@@ -7,7 +7,7 @@ optimizer steps.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -155,7 +155,7 @@ class Touched:
         self.capacity = min(2 * family.count, fitting)
         self._arena = Arena(layout, self.capacity)
         self._parts = {part.name: self._arena.tensors(part.name) for part in layout.parts}
-        self._free = deque(range(self.capacity))
+        self._free = list(reversed(range(self.capacity)))  # the last one that was used first: others stay untouched
         self._held: dict[int, _Held] = {}
         self._reading: list[_Reading] = []
         self._writes: deque[tuple[Future[None], list[int]]] = deque()  # with the slots that are free afterwards
@@ -172,15 +172,18 @@ class Touched:
 
     # for the layer
 
-    def expect(self, numbers: Iterable[int]) -> None:
+    def expect(self, numbers: Sequence[int]) -> None:
         """Begins to read those of these records that are not here."""
         missing = [number for number in numbers if number not in self._held]
+        if missing and len(self._free) < len(missing) and self._walking() is None:
+            self.drop()  # outside of steps nothing but these is wanted
+            missing = list(numbers)
         if not missing:
             return
         self._make_room(len(missing))
         records = []
         for number in missing:
-            held = self._held[number] = _Held(self._free.popleft())
+            held = self._held[number] = _Held(self._free.pop())
             records.append((self._first + number, self._arena.buffer(held.slot)))
         self._reading.append(_Reading(missing, self._store.read_many(records)))
 
@@ -204,7 +207,7 @@ class Touched:
         self._gradients[use][micro_batch] = packed if before is None else before.plus(packed)
 
     def _make_room(self, records: int) -> None:
-        """Waits for records that are being written where there is no room without, and outside of steps lets others go.
+        """Waits for records that are being written where there is no room without.
 
         Raises:
             PlanError: a step reaches more than fit.
@@ -213,8 +216,6 @@ class Touched:
             writing, slots = self._writes.popleft()
             self._wait(writing)
             self._free.extend(slots)
-        if len(self._free) < records and self._walking() is None:
-            self.drop()
         if len(self._free) < records:
             raise PlanError(
                 f"family {self.family.name!r}: a step reaches {len(self._held) + records:,} records or more, there is memory "

@@ -10,6 +10,7 @@ from tests.nn.plain_experts import PlainExperts, PlainTraining, Route
 from torch import Tensor, nn
 
 import weightstream as ws
+from weightstream.errors import ConfigError, PlanError, StoreMismatchError
 from weightstream.nn import HashRouter, ProductKeyRouter, StreamedExperts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,8 +61,11 @@ def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def engine(path: Path, model: Any = streamed, **settings: Any) -> ws.Engine:
-    settings = {"clip_norm": 0.5, "reduction_groups": 2, "host_memory": "64MiB", "device_memory": "64MiB"} | settings
-    return ws.Engine(model, path, ws.AdamW(lr=1e-2, weight_decay=0.1), experts_memory="16MiB", **settings)
+    settings = {
+        "clip_norm": 0.5, "reduction_groups": 2, "host_memory": "64MiB", "device_memory": "64MiB",
+        "experts_memory": "16MiB",
+    } | settings  # fmt: skip
+    return ws.Engine(model, path, ws.AdamW(lr=1e-2, weight_decay=0.1), **settings)
 
 
 def name_in_store(name: str) -> str:
@@ -196,6 +200,17 @@ def test_a_family_of_four_billion_is_opened_and_trained(tmp_path: Path) -> None:
         assert again.store.digest() == digest
 
 
+def test_looking_reaches_more_than_fits_at_once(tmp_path: Path) -> None:
+    """Looking at more experts than there is memory for, with those that are there among the wanted ones."""
+    with engine(tmp_path / "store") as trained:
+        trained.step(text(0), loss_fn)
+        with trained.module() as model:
+            expected = [model(batch["input_ids"], batch["labels"]) for batch in text(1)]
+    with engine(tmp_path / "store", experts_memory="1400KiB") as trained, trained.module() as model:
+        for _ in range(2):
+            assert [model(batch["input_ids"], batch["labels"]) for batch in text(1)] == expected
+
+
 def test_product_keys_learn_and_choose_the_best(tmp_path: Path) -> None:
     def build() -> Model:
         return Model(lambda index: StreamedExperts(WIDTH, HIDDEN, 7**3, 3, ProductKeyRouter(WIDTH, 7**3, 3)))
@@ -220,9 +235,9 @@ def test_what_a_layer_cannot_do_is_refused_with_figures(tmp_path: Path) -> None:
         engine(tmp_path / "bare", Bare)
     with pytest.raises(PlanError, match="one record takes .* give more"):
         engine(tmp_path / "small", experts_memory="16KiB")
-    with engine(tmp_path / "store", experts_memory="500KiB") as trained:
-        with pytest.raises(PlanError, match="a step reaches .* records or more, there is memory for"):
-            trained.step(text(0), loss_fn)
+    few = pytest.raises(PlanError, match="a step reaches .* records or more, there is memory for")
+    with engine(tmp_path / "store", experts_memory="500KiB") as trained, few:
+        trained.step(text(0), loss_fn)
     with pytest.raises(StoreMismatchError, match="experts"):
         engine(tmp_path / "store", lambda: streamed("dense"))
 

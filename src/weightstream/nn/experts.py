@@ -93,6 +93,8 @@ class StreamedExperts(nn.Module):
             packed = [self.held[name].index_select(0, grouped.numbers) for name in (W_IN, W_OUT)]
             result = grouping.forward(tokens, gates, packed[0], packed[1], grouped, self.activation)[0]
         elif self._source is not None:
+            if torch.is_grad_enabled() and not tokens.requires_grad:  # else nothing would lead back to the experts
+                tokens = tokens.detach().requires_grad_()
             result = _Streamed.apply(tokens, gates, _Products(grouped, self._source, self.activation))
         else:
             raise ConfigError(
