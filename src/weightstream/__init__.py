@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightstream import nn
     from weightstream.blocks import Block, Parameter
     from weightstream.engine import Engine
     from weightstream.machine.sparsity import auto_kernels
@@ -40,6 +41,7 @@ __all__ = [
     "constant",
     "cosine",
     "linear",
+    "nn",
     "wsd",
 ]
 
@@ -59,6 +61,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return import_module("weightstream.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'weightstream' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -24,6 +24,7 @@ from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
+from weightstream.store.families import Family
 from weightstream.store.given import fill, first_values, unfilled
 from weightstream.store.glance import committed_step
 from weightstream.store.initial import Recipe
@@ -58,6 +59,8 @@ class Wanted:
     """Patterns of the parameters that kernels multiply by, where they are given."""
     choose_kernels: Callable[[Sequence[Block], Masking | None], Mapping[str, str]] | None = None
     """Which parameters kernels multiply by, where that is decided when the store is made."""
+    families: tuple[Family, ...] = ()
+    """Those of the model's layers of experts, in order; what they are is part of the contract."""
 
     def masking(self, units: Sequence[Unit], now: Mapping[int, StoredSparsity] | None = None) -> Masking | None:
         """The sparse parameters of a model that is cut into these units.
@@ -209,6 +212,7 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], ini
     return Store.create(
         wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
         contract=contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
+        families=wanted.families,
     )  # fmt: skip
 
 
