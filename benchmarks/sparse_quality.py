@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_quality.py --json                  # all runs that are not done yet, then the result
     python benchmarks/sparse_quality.py --only rigl-0 gmp-0     # these; the result waits for the others
-    python benchmarks/sparse_quality.py --table [--write]       # the table (into docs/sparsity.md), and the plots
+    python benchmarks/sparse_curves.py --write                  # table and plots of what was found
 
 `weightstream fit` with one configuration but for `sparsity:`, for the same steps, on the same batches, from the same
 initial values: dense; a random mask that stays, SET and RigL at 90% of every layer's matrices; gradual magnitude pruning
@@ -25,40 +25,21 @@ from statistics import mean
 from typing import Any
 
 import torch
-from results import RESULTS, SCRATCH, TREE, provenance, write
+from results import SCRATCH, provenance, write
 from rich.console import Console
 from scratch import lasting
+from sparse_curves import ALGORITHMS
 
 from weightstream.config import RunConfig, check_config
-from weightstream.report.figures import Line, Section, Table, curve, page
 from weightstream.run import fit
 from weightstream.training.metrics import read_metrics
 
 NAME = "sparse_quality"
-DOCUMENT = TREE / "docs" / "sparsity.md"
-BEGIN = "<!-- made by benchmarks/sparse_quality.py -->"
-END = "<!-- end of sparse_quality -->"
 LAYER_MATRICES = ("*.self_attn.*", "*.mlp.*")
-ALGORITHMS = {
-    "dense": "dense",
-    "static": "static, 90%",
-    "set": "SET, 90%",
-    "rigl": "RigL, 90%",
-    "gmp": "GMP, to 80%",
-    "spdf": "SPDF, 75% then dense",
-}
 
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.table:
-        result = json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
-        draw(result, RESULTS)
-        if arguments.write:
-            DOCUMENT.write_text(placed(DOCUMENT.read_text(encoding="utf-8"), table(result)), encoding="utf-8")
-        else:
-            print(table(result))
-        return
     torch.set_num_threads(arguments.threads)
     names = [f"{algorithm}-{seed}" for seed in range(arguments.seeds) for algorithm in ALGORITHMS]
     unknown = set(arguments.only) - set(names)
@@ -76,8 +57,6 @@ def main() -> None:
         runs = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
         result = {"benchmark": NAME} | settings(arguments) | findings(runs) | provenance(arguments.seeds)
         write(NAME, result, as_json=arguments.json, record=not arguments.no_record)
-        if not arguments.no_record:
-            draw(result, RESULTS)
         shutil.rmtree(folder)
 
 
@@ -100,8 +79,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder for stores and finished runs")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
-    parser.add_argument("--table", action="store_true", help="train nothing: table and plots of the kept result")
-    parser.add_argument("--write", action="store_true", help="with --table: put it into docs/sparsity.md")
     return parser.parse_args()
 
 
@@ -269,92 +246,6 @@ def _held(what: str, better: str, worse: str, part: float, by_seed: dict[str, li
         for one, two, dense in zip(by_seed[better], by_seed[worse], by_seed["dense"], strict=True)
     ]
     return {"expected": what, "held": mean(margins) >= 0, "by": mean(margins), "by_seed": margins}
-
-
-def table(result: dict[str, Any]) -> str:
-    """Losses, expectations, and what it was measured on, as Markdown."""
-    seeds = range(result["trained"][-1]["seed"] + 1)
-    lines = [
-        f"| training | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | above dense |",
-        f"| --- |{' ---: |' * (len(seeds) + 2)}",
-    ]
-    losses, dense = result["loss"], result["loss"]["dense"]["mean"]
-    for algorithm, what in ALGORITHMS.items():
-        each = " | ".join(f"{loss:.3f}" for loss in losses[algorithm]["by_seed"])
-        lines.append(
-            f"| {what} | {each} | {losses[algorithm]['mean']:.3f} | {losses[algorithm]['mean'] - dense:+.3f} |"
-        )
-    lines += ["", "| expected | held | by (nats) | by seed |", "| --- | --- | ---: | --- |"]
-    for found in result["order"]:
-        each = ", ".join(f"{margin:+.3f}" for margin in found["by_seed"])
-        lines.append(f"| {found['expected']} | {'yes' if found['held'] else 'no'} | {found['by']:+.3f} | {each} |")
-    return "\n".join([*lines, "", _note(result)])
-
-
-def _note(result: dict[str, Any]) -> str:
-    machine, versions = result["machine"], result["versions"]
-    commits = sorted({run["commit"] for run in result["trained"]})
-    return (
-        f"`{result['command']}`: held-out loss in nats per token after {result['steps']} steps of "
-        f"{result['sequences'] * result['length']:,} tokens; {result['parameters'] / 1e6:.1f} M parameters, "
-        f"{result['layers']} layers of width {result['width']}, {result['vocabulary']:,} tokens; AdamW at {result['lr']:g}; "
-        f"{machine['cpu']}, torch {versions['torch']}; commit {', '.join(commits)}, {result['date'][:10]}."
-    )
-
-
-def placed(document: str, found: str) -> str:
-    """The document with the table between its markers."""
-    before, _, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{DOCUMENT.name} has no place for the table: expected the comments {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{found}\n{END}{after}"
-
-
-def draw(result: dict[str, Any], folder: Path) -> None:
-    """The plots as one page that loads nothing, and, where matplotlib is installed, as a picture."""
-    curves = {kind: averaged(result["trained"], kind) for kind in ("validation", "train", "density")}
-    titles = {
-        "validation": "Loss on held-out text, nats per token", "train": "Training loss, nats per token",
-        "density": "Part of layers' matrices that exists, after changes of masks",
-    }  # fmt: skip
-    rows = [
-        (what, *(f"{result['loss'][algorithm][key]:.4f}" for key in ("mean",)),
-         *(f"{loss:.4f}" for loss in result["loss"][algorithm]["by_seed"]))
-        for algorithm, what in ALGORITHMS.items()
-    ]  # fmt: skip
-    seeds = [f"seed {seed}" for seed in range(len(rows[0]) - 2)]
-    sections = [Section("Held-out loss at the end", [Table(("training", "mean", *seeds), rows)], wide=True)]
-    for kind, lines in curves.items():
-        drawn = [Line(ALGORITHMS[name], x, y, markers=kind != "train") for name, (x, y) in lines.items()]
-        sections.append(Section(titles[kind], [curve(drawn, x="step", y=kind)], wide=kind == "validation"))
-    text = page("How well sparse training trains", sections, subtitle=_note(result).replace("`", ""))
-    (folder / f"{NAME}.html").write_text(text, encoding="utf-8")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2), ("validation", "density"), strict=True):
-        for name, (x, y) in curves[kind].items():
-            axes.plot(x, y, marker="o", markersize=3, label=ALGORITHMS[name])
-        axes.set(xlabel="step", title=titles[kind])
-        axes.grid(visible=True, alpha=0.3)
-        axes.legend()
-    figure.savefig(folder / f"{NAME}.svg")
-
-
-def averaged(runs: Sequence[dict[str, Any]], kind: str) -> dict[str, tuple[list[int], list[float]]]:
-    """By algorithm: steps, and the mean over seeds; algorithms without such points are left out."""
-    found = {}
-    for algorithm in ALGORITHMS:
-        curves = [run[kind] for run in runs if run["algorithm"] == algorithm]
-        points = list(zip(*curves, strict=True))
-        if points:
-            found[algorithm] = (
-                [point[0][0] for point in points], [mean(value for _, value in point) for point in points]
-            )  # fmt: skip
-    return found
 
 
 if __name__ == "__main__":
