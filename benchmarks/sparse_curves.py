@@ -8,7 +8,9 @@ The plots are a page that loads nothing, and, where matplotlib is installed, a p
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +23,8 @@ NAME = "sparse_quality"
 DOCUMENT = TREE / "docs" / "sparsity.md"
 BEGIN = "<!-- measured: made by benchmarks/sparse_curves.py -->"
 END = "<!-- end of measured -->"
+MANY = 20
+"""Points of a curve from which on they are not marked."""
 ALGORITHMS = {
     "dense": "dense",
     "static": "static, 90%",
@@ -90,35 +94,46 @@ def placed(document: str, found: str) -> str:
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """The plots as one page that loads nothing, and, where matplotlib is installed, as a picture."""
-    curves = {kind: averaged(result["trained"], kind) for kind in ("validation", "train", "density")}
-    titles = {
-        "validation": "Loss on held-out text, nats per token", "train": "Training loss, nats per token",
-        "density": "Part of layers' matrices that exists, after changes of masks",
-    }  # fmt: skip
+    plots = plots_of(result)
+    losses = result["loss"]
+    seeds = [f"seed {seed}" for seed in range(len(losses["dense"]["by_seed"]))]
     rows = [
-        (what, *(f"{result['loss'][algorithm][key]:.4f}" for key in ("mean",)),
-         *(f"{loss:.4f}" for loss in result["loss"][algorithm]["by_seed"]))
-        for algorithm, what in ALGORITHMS.items()
-    ]  # fmt: skip
-    seeds = [f"seed {seed}" for seed in range(len(rows[0]) - 2)]
+        (what, *(f"{loss:.4f}" for loss in (losses[name]["mean"], *losses[name]["by_seed"])))
+        for name, what in ALGORITHMS.items()
+    ]
     sections = [Section("Held-out loss at the end", [Table(("training", "mean", *seeds), rows)], wide=True)]
-    for kind, lines in curves.items():
-        drawn = [Line(ALGORITHMS[name], x, y, markers=kind != "train") for name, (x, y) in lines.items()]
-        sections.append(Section(titles[kind], [curve(drawn, x="step", y=kind)], wide=kind == "validation"))
+    for plot in plots:
+        lines = [Line(ALGORITHMS[name], x, y, markers=len(x) < MANY) for name, (x, y) in plot.curves.items()]
+        figure = curve(lines, x="step", y=plot.unit, from_zero=plot.unit == "part")
+        sections.append(Section(plot.title, [figure], wide=plot.wide))
     text = page("How well sparse training trains", sections, subtitle=_note(result).replace("`", ""))
     (folder / f"{NAME}.html").write_text(text, encoding="utf-8")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2), ("validation", "density"), strict=True):
-        for name, (x, y) in curves[kind].items():
-            axes.plot(x, y, marker="o", markersize=3, label=ALGORITHMS[name])
-        axes.set(xlabel="step", title=titles[kind])
-        axes.grid(visible=True, alpha=0.3)
-        axes.legend()
-    figure.savefig(folder / f"{NAME}.svg")
+    _picture([plot for plot in plots if plot.wide], folder / f"{NAME}.svg")
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """By algorithm: steps, and what was found there, the mean over seeds."""
+
+    title: str
+    unit: str
+    curves: dict[str, tuple[list[int], list[float]]]
+    wide: bool = False
+
+
+def plots_of(result: dict[str, Any]) -> list[Plot]:
+    """Held-out losses begin with the first evaluation after step 0: before it all are alike."""
+    runs = result["trained"]
+    held_out = {name: (x[1:], y[1:]) for name, (x, y) in averaged(runs, "validation").items()}
+    dense = held_out["dense"][1]
+    above = {name: (x, [one - other for one, other in zip(y, dense, strict=True)]) for name, (x, y) in held_out.items()}
+    return [
+        Plot("Loss on held-out text", "nats per token", held_out, wide=True),
+        Plot("Loss on held-out text, above that of the dense model", "nats per token", above, wide=True),
+        Plot("Training loss", "nats per token", averaged(runs, "train")),
+        Plot("Part of the layers' matrices that exists, after each change", "part", averaged(runs, "density")),
+        Plot("Part of what exists that is new, at each change", "part", averaged(runs, "turnover")),
+    ]
 
 
 def averaged(runs: Sequence[dict[str, Any]], kind: str) -> dict[str, tuple[list[int], list[float]]]:
@@ -128,10 +143,28 @@ def averaged(runs: Sequence[dict[str, Any]], kind: str) -> dict[str, tuple[list[
         curves = [run[kind] for run in runs if run["algorithm"] == algorithm]
         points = list(zip(*curves, strict=True))
         if points:
-            found[algorithm] = (
-                [point[0][0] for point in points], [mean(value for _, value in point) for point in points]
-            )  # fmt: skip
+            steps = [point[0][0] for point in points]
+            found[algorithm] = (steps, [mean(value for _, value in point) for point in points])
     return found
+
+
+def _picture(plots: Sequence[Plot], path: Path) -> None:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed", file=sys.stderr)
+        return
+    matplotlib.rcParams["svg.hashsalt"] = NAME  # the same result gives the same file
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, plot in zip(figure.subplots(1, len(plots)), plots, strict=True):
+        for name, (x, y) in plot.curves.items():
+            axes.plot(x, y, marker="o", markersize=3, label=ALGORITHMS[name])
+        axes.set(xlabel="step", ylabel=plot.unit)
+        axes.set_title(plot.title, fontsize=10)
+        axes.grid(visible=True, alpha=0.3)
+    figure.axes[0].legend(fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
