@@ -8,8 +8,8 @@ multiplied densely), the other dense; everything on disk, no RAM tier. Embedding
 Keys: `store_bytes_ratio`, `streamed_bytes_ratio` (sparse over dense, of the layers' matrices with their masks, as records
 have them), `optimizer_ratio` (updates of the layers: gradients scaled, AdamW, the cast, checksums), `dense_s`, `sparse_s`
 (median seconds per step), `disk_bound_speedup`, `bytes_ratio` (read and written per step, all parameters),
-`codec_gb_per_s` (dense bf16 output of one thread, indices of 4 bytes kept), `codec_wide_gb_per_s` (of 8 bytes),
-`codec_cold_gb_per_s` (from the mask as it is stored). Products with non-zeros only: `sparse_kernels.py`.
+`codec_gb_per_s` (dense bf16 output of one thread, places of non-zeros kept), `codec_cold_gb_per_s` (from the mask as it is
+stored). Products with non-zeros only: `sparse_kernels.py`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from scratch import scratch
 from turns import Side, in_turn
 from workload import Workload
 
-from weightstream.sparse.codec import Places, decode_mask, encode_mask, expand
+from weightstream.sparse.codec import Places, encode_mask, expand
 from weightstream.sparse.grid import Grid
 from weightstream.sparse.masks import random_mask
 
@@ -105,18 +105,16 @@ def codec(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[str, An
     values = [torch.randn(mask.nonzeros, 1).to(torch.bfloat16) for mask in masks]
     written = [encode_mask(mask) for mask in masks]
     outs = [torch.empty(shape, dtype=torch.bfloat16) for _ in masks]
-    found: dict[str, Any] = {}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for key, wide in (("codec_gb_per_s", False), ("codec_wide_gb_per_s", True)):
-            places = [Places.of(mask, wide=wide) for mask in masks]
-            found |= _rates(key, [lambda i=i, p=p: expand(values[i], p, outs[i]) for i, p in enumerate(places)], outs)
+        places = [Places.of(mask) for mask in masks]
+        kept = [lambda i=i, p=p: expand(values[i], p, outs[i]) for i, p in enumerate(places)]
         cold = [
-            lambda i=i: expand(values[i], Places.of(decode_mask(grid, masks[i].count, written[i])), outs[i])
+            lambda i=i: expand(values[i], Places.decoded(grid, masks[i].count, written[i]), outs[i])
             for i in range(len(masks))
         ]
-        return found | _rates("codec_cold_gb_per_s", cold, outs)
+        return _rates("codec_gb_per_s", kept, outs) | _rates("codec_cold_gb_per_s", cold, outs)
     finally:
         torch.set_num_threads(before)
 

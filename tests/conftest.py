@@ -6,6 +6,7 @@
 them; the files that take longest have neither, and their tests go wherever there is time.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,3 +69,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.name not in _APART and item.path.parent.name not in _APART:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
     items.sort(key=_rank)  # stable: within a file the order stays as written
+
+
+def pytest_collection_finish() -> None:
+    """What importing left is never garbage: an engine collects when it is opened, and need not look through torch."""
+    gc.collect()
+    gc.freeze()

@@ -332,6 +332,8 @@ def test_a_terminal_of_80_columns_gets_a_bar_and_all_facts() -> None:
     assert "a [note]" in shown
 
 
-def test_importing_the_package_does_not_import_torch() -> None:
-    code = "import weightstream, sys; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["weightstream", "weightstream.commands", "weightstream.store.glance"])
+def test_what_only_starts_ranks_does_not_import_torch(module: str) -> None:
+    """It takes a second; `fit` with several ranks is a launcher, which has no use for it."""
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

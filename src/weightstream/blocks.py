@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import gcd, prod
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from weightstream.errors import ConfigError, PlanError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Rule = Literal["block", "split", "resident"]
 ROOT = "(root)"
@@ -147,12 +148,12 @@ class _Group:
 
     name: str
     modules: list[str]
-    parameters: list[nn.Parameter]
+    parameters: "list[nn.Parameter]"
     resident: bool = False
 
 
 def split(
-    model: nn.Module,
+    model: "nn.Module",
     *,
     max_block_bytes: int | None = None,
     element_bytes: int = 4,
@@ -174,6 +175,8 @@ def split(
         ConfigError: a rule matches no module, or makes a block of a list of modules.
         PlanError: the model has no parameter, or one that is not floating point.
     """
+    from torch import nn  # the launcher of ranks knows blocks, and does without torch
+
     rules = dict(rules or {})
     names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters()))}
     if not names:
@@ -271,7 +274,7 @@ def _merge_tied(groups: list[_Group]) -> list[_Group]:
     return merged
 
 
-def _blocks(model: nn.Module, groups: list[_Group], names: dict[int, str]) -> tuple[Block, ...]:
+def _blocks(model: "nn.Module", groups: list[_Group], names: dict[int, str]) -> tuple[Block, ...]:
     order = {name: position for position, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     blocks = []
     for index, group in enumerate(groups):
@@ -284,7 +287,7 @@ def _blocks(model: nn.Module, groups: list[_Group], names: dict[int, str]) -> tu
     return tuple(blocks)
 
 
-def call_order(model: nn.Module, blocks: tuple[Block, ...]) -> tuple[tuple[int, str], ...]:
+def call_order(model: "nn.Module", blocks: tuple[Block, ...]) -> tuple[tuple[int, str], ...]:
     """The first guess of a forward pass, `(block index, module name)` in order of registration.
 
     Right for most models; where it is not, the first step finds out and later steps are planned from what it saw.

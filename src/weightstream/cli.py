@@ -374,13 +374,20 @@ def store_import(
     weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A safetensors folder, or a GGUF file.")],
     source: Source,
     overrides: Overrides = None,
+    masks: Annotated[
+        str | None,
+        typer.Option(
+            help="Which weights of sparse parameters exist: zeros (those that are not zero), magnitude (the largest), "
+            "random, or a safetensors file of masks, such as `store export --masks` writes."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a run's store of given weights, one tensor at a time; `fit` then trains it."""
     config = _config(source, overrides)
     from weightstream.transfer import import_weights
 
-    _print(import_weights(config, weights), _lines, as_json)
+    _print(import_weights(config, weights, masks), _lines, as_json)
 
 
 @store_app.command("export")

@@ -10,6 +10,9 @@ from typing import Literal
 
 from weightstream.errors import PlanError
 
+LASTING_VARIABLE = "WEIGHTSTREAM_LASTING"
+"""In the environment of ranks, the folder where their pinned parts outlive them (`store/lasting.py`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:

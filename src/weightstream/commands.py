@@ -1,5 +1,6 @@
 """`weightstream fit` on one rank, as one rank of several, and as the launcher of all of them; each gives the exit code."""
 
+import gc
 import json
 import shlex
 import signal
@@ -27,6 +28,7 @@ def fit_alone(config: RunConfig, console: Console, again: str, *, as_json: bool)
     """One rank, this process."""
     from weightstream.run import fit, predicted_spans
 
+    _set_imports_aside()
     report = fit(config, console, predict=predicted_spans)
     assert report is not None
     return _reported(report, console, again, as_json=as_json)
@@ -39,6 +41,7 @@ def fit_as_rank(place: Place, read: Callable[[], RunConfig], launched: Path | No
     def work() -> int:
         from weightstream.run import fit, predicted_spans
 
+        _set_imports_aside()
         with joined(place, read, board) as (ranks, config):
             console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not ranks.speaks)
             report = fit(config, console, ranks, predicted_spans)
@@ -50,6 +53,18 @@ def fit_as_rank(place: Place, read: Callable[[], RunConfig], launched: Path | No
             return codes[0]
 
     return as_rank(place, board, work)
+
+
+def _set_imports_aside() -> None:
+    """Modules are never garbage: collections, of which every engine does one, need not look through them each time.
+
+    Once in a process, and not where somebody else has done it: what is garbage already would stay.
+    """
+    if gc.get_freeze_count():
+        return
+    import transformers.modeling_utils  # brings along most of what a model will import  # noqa: F401
+
+    gc.freeze()
 
 
 def launch(config: RunConfig, arguments: Sequence[str]) -> int:

@@ -35,6 +35,7 @@ from weightstream.schedule.verify import verify
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
+from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
@@ -147,11 +148,13 @@ class Engine:
         cluster: who computes and who owns records, where this process is one rank of several; every rank makes the same
             calls of an engine. The result has the same bits for any number of ranks.
         links: this rank's connections to the others (`fabric.distributed.connect`).
-        sparsity: which parameters are sparse, and how; fixed when the store is made.
+        sparsity: which parameters are sparse, and how; fixed when the store is made. What `initial` gives is made sparse only
+            as a group's `init` says; groups that do not say it are as the store was made with.
         kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; fixed when the store is
             made, since it decides the order of sums.
 
     Raises:
+        ConfigError: settings that do not go together, or weights given to sparse parameters without a word on their masks.
         PlanError: a budget is too small; the message names the smallest that works.
         StoreError: the store cannot be opened; `StoreMismatchError`: it holds another model or other fixed settings.
         AuditError: the model would train wrong.
@@ -218,6 +221,10 @@ class Engine:
         self.ranks = Ranks(cluster, links)
         path = Path(store)
         exists = self.ranks.gather(Store.exists(path))[0]
+        asked = sparsity
+        if sparsity is not None:
+            made = glance(path) if self.ranks.rank == 0 else None
+            sparsity = sparsity.saying(self.ranks.gather(made and made.contract.get("sparsity"))[0])
         with self.ranks.computing():
             self.model, recipes = record(model, seed, given=EVERY_NAME if exists else initial or ())
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
@@ -238,13 +245,17 @@ class Engine:
             element_bytes=DTYPES[precision].itemsize,
             max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
-            sparsity=sparsity, dense=dense_by_default(self.model),
+            sparsity=sparsity, asked=asked, dense=dense_by_default(self.model),
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             self._start()
 
     def _start(self) -> None:
-        self.masking = self._wanted.masking(self.store.units)
+        cluster = self.ranks.cluster
+        self.owner = self._owners(cluster)
+        owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
+        now = self._sparsity_now(owned)
+        self.masking = self._wanted.masking(self.store.units, now)
         dtype = DTYPES[self.precision]
         self._driven = driven(self.model, self.store.blocks, self.masking, self._kernels, dtype, self.device)
         nonzeros = {name: each.nonzeros for name, each in self._driven.items()}
@@ -266,10 +277,6 @@ class Engine:
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
         self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
-        cluster = self.ranks.cluster
-        self.owner = self._owners(cluster)
-        owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
-        now = self._sparsity_now(owned)
         self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
         self.holding = Holding(self.store, owned, self._largest if self.masking else None, now)
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
@@ -281,14 +288,20 @@ class Engine:
 
     def _sparsity_now(self, owned: Sequence[int]) -> dict[int, StoredSparsity]:
         """How sparse each unit is that may be: whoever owns it knows."""
-        if self.masking is None:
+        if not self.store.masks:
             return {}
-        own = [(u, sparsity_to_json(self.store.sparsity(u))) for u in owned if u in self.masking.of_unit]
+        own = [
+            (unit, sparsity_to_json(self.store.sparsity(unit)))
+            for unit in owned
+            if any(parameter.name in self.store.masks for parameter in self.store.units[unit].parameters)
+        ]
         return {unit: sparsity_from_json(found) for each in self.gather(own) for unit, found in each}
 
     def _divide(self, cluster: Cluster, owner: Sequence[int]) -> Division:
         groups = self._budgets.reduction_groups
-        return divide(self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking)
+        return divide(
+            self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking, driven=self._driven
+        )
 
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
@@ -468,7 +481,7 @@ class Engine:
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds), masks=self._mask_facts(),
+            seconds=dict(outcome.seconds), masks=self._mask_facts(outcome.grown),
         )  # fmt: skip
 
     @property
@@ -598,7 +611,7 @@ class Engine:
         if self._reckoned is None or self._reckoned[0] != sparsity:
             largest = Largest({unit: (found,) for unit, found in sparsity.items()}, sparsity)
             groups = self._budgets.reduction_groups
-            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest)
+            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest, driven=self._driven)
             self._reckoned = dict(sparsity), self._facts(facts.micro_batches, division).blocks
         return self._reckoned[1]
 
@@ -618,14 +631,8 @@ class Engine:
         found = self.densities()
         return sum(nonzeros for nonzeros, _ in found.values()), sum(elements for _, elements in found.values())
 
-    def _mask_facts(self) -> dict[str, MaskFacts]:
-        """Of the parameters whose masks have changed since this was last asked, on whichever rank."""
-        if self.masking is None:
-            return {}
-        grown: dict[str, int] = {}
-        for found in self.gather(self.masking.take_grown()):
-            for name, cells in found.items():
-                grown[name] = grown.get(name, 0) + cells
+    def _mask_facts(self, grown: Mapping[str, int]) -> dict[str, MaskFacts]:
+        """Of the parameters whose masks have changed, by how many of their elements came to exist."""
         densities = self.densities() if grown else {}
         return {
             name: MaskFacts(densities[name][0] / densities[name][1], grown[name] / densities[name][0])
@@ -656,7 +663,7 @@ class Engine:
             return
         streamed = StreamedModel(
             self.holding, self.runtime.peers, self.worker, self.parameters,
-            self.runtime.slabs, self.runtime.allotment.slabs, self._driven,
+            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places,
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()

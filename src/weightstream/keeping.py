@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from weightstream.apportioning import apportion
 from weightstream.errors import StoreError
 from weightstream.fabric.staging import Pool, Staging
 from weightstream.masking import Masking
@@ -136,6 +137,16 @@ class Keeper:
         if self.masking is not None:
             self.masking.become(self.holding, block, step)
 
+    def apportion(self, step: int, gather: Callable[[Any], list[Any]]) -> None:
+        """Before any record is updated with a step's gradients: finds out together with all ranks how many cells pieces of
+        sparse parameters come to, where that is decided over all of them."""
+        if self.masking is not None and self.masking.searched:
+            apportion(self.masking, self.holding, step, gather, self._wait)
+
+    def take_grown(self) -> dict[str, int]:
+        """By parameter whose mask was changed here since this was last asked: how many of its elements came to exist."""
+        return {} if self.masking is None else self.masking.take_grown()
+
     def whole(self, step: int) -> frozenset[tuple[str, int]]:
         """The sparse pieces of which a step sums the dense gradient."""
         return frozenset() if self.masking is None else self.masking.whole(step)
@@ -219,6 +230,7 @@ class Keeper:
         self._writes.clear()
         self.store.discard()
         self.holding.undo()
+        self.take_grown()
 
     def commit(self, step: int, progress: dict[str, Any]) -> None:
         """The step counts: it is committed, or accepted until a commit is due."""

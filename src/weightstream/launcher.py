@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 
 from weightstream.board import Board, Ending
+from weightstream.cluster import LASTING_VARIABLE
 from weightstream.folders import memory_folder, temporary_folder
 from weightstream.processes import Process, children
-from weightstream.store.lasting import VARIABLE
 
 Say = Callable[[str], None]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -107,7 +107,7 @@ class Launcher:
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(launch.threads)}
         if self._memory is not None:
-            environment[VARIABLE] = str(self._memory)
+            environment[LASTING_VARIABLE] = str(self._memory)
         self._agent = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -1,28 +1,29 @@
 """Which parameters of a store are sparse, how sparse each of their versions is, and what an update does to their masks.
 
 A piece (a tensor, or a panel of one) is named by its parameter and its first row. How many cells it has after an update
-follows from how many it had, the step and the settings alone: so every rank knows it of every piece, whoever owns it.
+follows from how many it had, the step and the settings alone, or from a search that all ranks take part in
+(`apportioning.py`): so every rank knows it of every piece, whoever owns it.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightstream.blocks import Parameter, Unit
 from weightstream.errors import ConfigError
-from weightstream.sparse.algorithms import Turn, Updated, initial_mask, turn, update
+from weightstream.sparse.algorithms import Turn, Updated, carry, next_mask, turn, update
 from weightstream.sparse.codec import encode_mask
 from weightstream.sparse.grid import Grid
 from weightstream.sparse.masks import Mask, given_mask
-from weightstream.sparse.pieces import SparsePiece, sparse_pieces
+from weightstream.sparse.pieces import SparsePiece, kept_cells, sparse_pieces
 from weightstream.sparse.settings import Sparsity
 from weightstream.store import masks
 from weightstream.store import sparsity as kept
-from weightstream.store.layout import TensorSpec
 from weightstream.store.optimizer import Optimizer
 from weightstream.store.owned import Holding, Largest, Piece, WorkingBuffer
 from weightstream.store.sparsity import InitialMask
@@ -45,7 +46,8 @@ class Masking:
     """The sparse pieces of a store under one run's settings.
 
     Args:
-        given: cells of given masks, by piece, where a group has these.
+        given: cells of pieces, by their names, where the settings do not say how many: known once a store is there, and
+            of masks in files before.
     """
 
     settings: Sparsity
@@ -57,21 +59,36 @@ class Masking:
     def __post_init__(self) -> None:
         parameters = [p for unit in self.units for p in unit.parameters]
         found = sparse_pieces(self.settings, parameters, dense=self.dense, given_counts=self.given)
-        for piece in found:
-            if piece.group.distribution == "global":
-                raise ConfigError(
-                    f"sparsity group {', '.join(piece.group.patterns)}: distribution: expected uniform or erdos_renyi, found "
-                    "global, whose counts are not known beforehand; the engine trains the other two"
-                )
         self.pieces: dict[Key, SparsePiece] = {(p.parameter.name, p.parameter.row): p for p in found}
         self.of_unit: dict[int, list[SparsePiece]] = {}
         for unit in self.units:
             own = [self.pieces[p.name, p.row] for p in unit.parameters if (p.name, p.row) in self.pieces]
             if own:
                 self.of_unit[unit.index] = own
+        self.searched: tuple[tuple[SparsePiece, ...], ...] = tuple(
+            tuple(sorted(pieces, key=lambda piece: (piece.parameter.name, piece.parameter.row)))
+            for group in self.settings.groups
+            if group.searched and (pieces := [piece for piece in found if piece.group is group])
+        )
+        """The pieces of each group in which only a search over all of them tells how many cells each keeps; in order of name,
+        as that of records changes with the blocks that a model is cut into."""
+        self._found: tuple[int, Mapping[Key, int]] = 0, {}
         self._grown: dict[str, int] = {}
 
     # how sparse
+
+    def take(self, step: int, counts: Mapping[Key, int]) -> None:
+        """What a search told: how many cells these pieces have after a step."""
+        self._found = step, counts
+
+    def found(self, piece: SparsePiece, step: int) -> int | None:
+        """How many cells a piece has after a step, where that was searched for; None where it keeps those that it has."""
+        searched, counts = self._found
+        return counts.get((piece.parameter.name, piece.parameter.row)) if searched == step else None
+
+    def cells(self, piece: SparsePiece, now: kept.Sparsity) -> int:
+        """How many cells a piece has at present."""
+        return self._cells(piece, next((found for found in now if found.name == piece.parameter.name), None))
 
     def initial(self) -> dict[str, InitialMask]:
         """How the mask of each parameter begins."""
@@ -88,10 +105,10 @@ class Masking:
         """How sparse a unit is after the update of a step."""
         found = {piece.name: piece for piece in before}
         for piece in self.of_unit.get(unit, ()):
-            target = piece.count(step)
-            assert target is not None, "counts are known beforehand"
             name = piece.parameter.name
-            if target != self._cells(piece, found.get(name)):
+            cells = self._cells(piece, found.get(name))
+            target = piece.count(step) or self.found(piece, step) or cells
+            if target != cells:
                 found[name] = _kept(piece, target)
                 if target == piece.grid.cells:
                     del found[name]
@@ -99,8 +116,7 @@ class Masking:
 
     def turn(self, piece: SparsePiece, before: kept.Sparsity, step: int) -> Turn:
         """What the update of a piece consists of."""
-        own = next((found for found in before if found.name == piece.parameter.name), None)
-        return turn(piece, step, self._cells(piece, own))
+        return turn(piece, step, self.cells(piece, before), self.found(piece, step))
 
     def _cells(self, piece: SparsePiece, own: kept.SparsePiece | None) -> int:
         return piece.grid.cells if own is None else own.ones
@@ -119,8 +135,7 @@ class Masking:
 
     def largest(self, now: Mapping[int, kept.Sparsity] | None = None) -> Largest:
         """How sparse versions may be; `now` are those that there are already."""
-        records = {}
-        gradients = {}
+        records, gradients, mixed = {}, {}, []
         for unit, pieces in self.of_unit.items():
             own = (now or {}).get(unit)
             options = [own] if own is not None else []
@@ -133,7 +148,16 @@ class Masking:
             always = set.intersection(*({piece.name for piece in option} for option in options)) - moving
             found = [piece for option in options for piece in option if piece.name in always]
             gradients[unit] = self._ordered(unit, sorted(found, key=lambda piece: piece.nonzeros))  # the largest stays
-        return Largest(records, gradients)
+            if any(map(_unknown, pieces)):
+                mixed.append(unit)
+        return Largest(records, gradients, frozenset(mixed))
+
+    def in_proportion(self) -> dict[int, kept.Sparsity]:
+        """How sparse units are at version 0 if what only a search tells is shared out by size: right in sum."""
+        return {
+            unit: self._ordered(unit, (found for piece in pieces for found in _in_proportion(piece)))
+            for unit, pieces in self.of_unit.items()
+        }
 
     def _ordered(self, unit: int, pieces: Iterable[kept.SparsePiece]) -> kept.Sparsity:
         found = {piece.name: piece for piece in pieces}
@@ -141,19 +165,19 @@ class Masking:
 
     def resizes(self, unit: int) -> bool:
         """Whether versions of a unit have other layouts than the one before."""
-        return any(len(_counts(piece)) > 1 for piece in self.of_unit.get(unit, ()))
+        return any(_changes(piece) for piece in self.of_unit.get(unit, ()))
 
     def constant(self, name: str) -> int | None:
-        """How many non-zeros a parameter has in every version; None where that changes."""
+        """How many non-zeros a parameter has in every version; None where that changes, or is searched for."""
         pieces = [piece for (own, _), piece in self.pieces.items() if own == name]
-        if any(len(_counts(piece)) > 1 or piece.count(0) == piece.grid.cells for piece in pieces):
+        if any(_changes(piece) or piece.count(0) in (None, piece.grid.cells) for piece in pieces):
             return None
         return sum(piece.nonzeros(0) or 0 for piece in pieces)
 
     def update_bytes(self, unit: int) -> int:
         """Host memory that the mask update of a unit needs, at most: keys, random numbers and places of one piece's cells,
         and of those whose size changes the numbers while they move."""
-        pieces = [p for p in self.of_unit.get(unit, ()) if p.group.algorithm != "static" or len(_counts(p)) > 1]
+        pieces = [p for p in self.of_unit.get(unit, ()) if p.group.algorithm != "static" or _changes(p)]
         cells = max((piece.grid.cells for piece in pieces), default=0)
         elements = max((piece.grid.elements for piece in pieces), default=0)
         return 40 * cells + 24 * elements
@@ -171,11 +195,12 @@ class Masking:
             grad = gradients.get((piece.name, piece.row))
             facts = self.pieces.get((piece.name, piece.row))
             due = None if facts is None else self.turn(facts, holding.sparsity[piece.unit], step)
+            chosen = None if facts is None else self._chosen(facts, piece, step)
             if grad is not None and (due is None or due.optimizer):
                 optimizer.update(piece.master, grad, piece.states, name=piece.name, step=step, count=piece.count)
             found = None
             if facts is not None and due is not None and due.mask:
-                found = self._moved(facts, piece, grad if due.dense_gradient else None, due, step)
+                found = self._moved(facts, piece, grad if due.dense_gradient else None, due, step, chosen)
             if resized:
                 renewed[piece.unit, piece.name] = found or _as_it_is(piece)
             elif found is not None:
@@ -199,16 +224,33 @@ class Masking:
         units = holding.store.units_of(block)
         holding.become({u: self.after(u, holding.sparsity[u], step) for u in units if u in self.of_unit})
 
-    def _moved(self, facts: SparsePiece, piece: Piece, grad: Tensor | None, due: Turn, step: int) -> _Renewed | None:
-        """A piece with its next mask; None where RigL has nothing to grow by."""
+    def _chosen(self, facts: SparsePiece, piece: Piece, step: int) -> Mask | None:
+        """The mask of a piece whose count was searched for: by the values that the search saw, before the optimizer's step."""
+        found = self.found(facts, step)
+        if found is None:
+            return None
         mask = mask_of(piece, facts)
-        if due.dense_gradient and grad is None and facts.count(step) == mask.count:
+        if found == mask.count:
+            return None
+        values = piece.master.view(mask.nonzeros, 1)
+        return next_mask(facts, values, mask, None, step=step, seed=self.seed, found=found)
+
+    def _moved(
+        self, facts: SparsePiece, piece: Piece, grad: Tensor | None, due: Turn, step: int, chosen: Mask | None
+    ) -> _Renewed | None:
+        """A piece with its next mask, which may be chosen already; None where RigL has nothing to grow by."""
+        mask = mask_of(piece, facts)
+        if due.dense_gradient and grad is None and chosen is None and facts.count(step) in (None, mask.count):
             return None
         nonzeros = mask.nonzeros
         values = piece.master.view(nonzeros, 1)
         states = {name: state.view(nonzeros, 1) for name, state in piece.states.items() if state.numel() == nonzeros}
         dense = None if grad is None else grad.reshape(facts.parameter.shape)
-        found: Updated = update(facts, values, states, mask, dense, step=step, seed=self.seed)
+        found: Updated = (
+            update(facts, values, states, mask, dense, step=step, seed=self.seed)
+            if chosen is None
+            else carry(values, states, mask, chosen)
+        )
         grown = found.grown * facts.grid.cell_elements
         self._grown[piece.name] = self._grown.get(piece.name, 0) + grown
         others = {name: state.clone() for name, state in piece.states.items() if name not in states}
@@ -245,13 +287,21 @@ def _kept(piece: SparsePiece, cells: int) -> kept.SparsePiece:
     return kept.SparsePiece(piece.parameter.name, cells * piece.grid.cell_elements, piece.grid.block)
 
 
+def _in_proportion(piece: SparsePiece) -> list[kept.SparsePiece]:
+    cells = piece.count(0)
+    if cells is None:  # of zeros that nobody has looked at nothing is known
+        searched = piece.group.searched
+        cells = kept_cells(piece.grid.cells, piece.group.sparsity_at(0)) if searched else piece.grid.cells
+    return [] if cells == piece.grid.cells else [_kept(piece, cells)]
+
+
 def _initial(pieces: Sequence[SparsePiece]) -> InitialMask:
     """Of the pieces of one parameter."""
     first = pieces[0]
     counts = [piece.count(0) for piece in pieces]
     if all(count == piece.grid.cells for count, piece in zip(counts, pieces, strict=True)):
         return InitialMask("dense", first.grid.block)
-    if first.group.init != "random":
+    if not first.group.by_chance:
         return InitialMask("given", first.grid.block)
     return InitialMask("random", first.grid.block, tuple(piece.nonzeros(0) or 0 for piece in pieces))
 
@@ -280,9 +330,24 @@ def _by_group(pieces: Iterable[SparsePiece]) -> list[list[SparsePiece]]:
     return list(found.values())
 
 
+def _changes(piece: SparsePiece) -> bool:
+    """Whether a piece has other counts in some versions than in others."""
+    return not piece.group.settled if _unknown(piece) else len(_counts(piece)) > 1
+
+
+def _unknown(piece: SparsePiece) -> bool:
+    """Whether nothing but a bound is known of its counts."""
+    return not piece.group.counted and piece.given_count is None
+
+
 def _extremes(pieces: Sequence[SparsePiece]) -> list[list[kept.SparsePiece]]:
     """Of pieces of one group: all at their largest partial counts, and dense if some version is."""
     partial, full = [], False
+    if any(map(_unknown, pieces)):
+        most = [_at_most(piece) for piece in pieces]
+        whole = any(found.ones >= piece.grid.cells - 1 for found, piece in zip(most, pieces, strict=True))
+        options = [most, [_kept(piece, piece.grid.cells) for piece in pieces], []]  # the first masks may be whole, too
+        return options if whole else options[:1]
     for piece in pieces:
         counts = _counts(piece)
         below = [count for count in counts if count < piece.grid.cells]
@@ -290,6 +355,56 @@ def _extremes(pieces: Sequence[SparsePiece]) -> list[list[kept.SparsePiece]]:
         if below:
             partial.append(_kept(piece, below[-1]))
     return [partial, []] if full else [partial]
+
+
+def _at_most(piece: SparsePiece) -> kept.SparsePiece:
+    """The most that a piece may keep if it is not left whole: all that the group keeps."""
+    most = piece.grid.cells - 1
+    if piece.group.searched and piece.group.settled:
+        together = sum(prod(shape) for shape in piece.family) // piece.grid.cell_elements
+        most = min(most, kept_cells(together, piece.group.sparsity_at(0)))
+    return _kept(piece, max(1, most))
+
+
+def counts_now(settings: Sparsity, units: Sequence[Unit], now: Mapping[int, kept.Sparsity]) -> dict[str, int]:
+    """Cells of the pieces of which the settings do not say how many, and which stay as they are in a store.
+
+    Args:
+        now: how sparse units are.
+    """
+    counts: dict[str, int] = {}
+    for unit in units:
+        own = {piece.name: piece.ones for piece in now.get(unit.index, ())}
+        for parameter in unit.parameters:
+            group = settings.group_of(parameter.name)
+            if group is not None and group.settled and not group.counted:
+                counts[str(parameter)] = own.get(parameter.name, parameter.numel // prod(group.block))
+    return counts
+
+
+def require_said(
+    settings: Sparsity, model: nn.Module, dense: Collection[str], given: Collection[str], path: object
+) -> None:
+    """Refuse to drop given weights unasked.
+
+    Args:
+        given: names of parameters whose first values are given.
+        path: of the store that is to be made.
+
+    Raises:
+        ConfigError: with what to say.
+    """
+    for name, parameter in model.named_parameters():
+        group = settings.group_of(name)
+        if group is None or group.init is not None or not parameter.requires_grad or parameter.dim() < 2:
+            continue
+        if name in given and group.sparsity_at(0) and (name not in dense or group.include_all):
+            raise ConfigError(
+                f"store '{path}': weights are given for '{name}', which is to be sparse by group "
+                f"{', '.join(group.patterns)}: expected init to say which of them exist, found nothing; give init: magnitude "
+                "for the largest, zeros for those that are not zero, random, or a file of masks (`weightstream store import` "
+                "takes the same by --masks)"
+            )
 
 
 def given_counts(settings: Sparsity, units: Sequence[Unit], dense: Collection[str]) -> dict[str, int]:
@@ -305,11 +420,11 @@ def given_counts(settings: Sparsity, units: Sequence[Unit], dense: Collection[st
             if group is None or group.given is None or not parameter.trainable or len(parameter.shape) < 2:
                 continue
             if parameter.name not in dense or group.include_all:
-                counts[str(parameter)] = _read(group.given, parameter, group.block).count
+                counts[str(parameter)] = read_mask(group.given, parameter, group.block).count
     return counts
 
 
-def _read(path: str, parameter: Parameter, block: tuple[int, int]) -> Mask:
+def read_mask(path: str, parameter: Parameter, block: tuple[int, int]) -> Mask:
     """The mask of a piece from a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -324,16 +439,9 @@ def _read(path: str, parameter: Parameter, block: tuple[int, int]) -> Mask:
                 )
             rows = found[parameter.row : parameter.row + parameter.shape[0]]
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"sparsity: cannot read masks from {path}: {error}; give a safetensors file") from None
+        raise ConfigError(
+            f"sparsity: cannot read masks from {path}: {error}; give a safetensors file, or one of "
+            "random, magnitude, zeros"
+        ) from None
     grid = Grid.of(parameter.shape, block, name=str(parameter))
     return given_mask(grid, rows, parameter.shape, name=str(parameter))
-
-
-def first_mask(masking: Masking, spec: TensorSpec, values: Tensor) -> Tensor | None:
-    """The mask of version 0 of a piece whose mask follows from its values or from a file, as bool."""
-    piece = masking.pieces.get((spec.name, spec.row))
-    if piece is None:
-        return None
-    if piece.group.given is not None:
-        return _read(piece.group.given, piece.parameter, piece.grid.block).dense(piece.parameter.shape)
-    return initial_mask(piece, values, seed=masking.seed).dense(piece.parameter.shape)

@@ -13,21 +13,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from weightstream.apportioning import FirstMasks
 from weightstream.blocks import PANEL_ELEMENTS, Rule, Unit, cut
 from weightstream.errors import StoreMismatchError
 from weightstream.fabric.ranks import Ranks
-from weightstream.masking import Masking, first_mask, given_counts
+from weightstream.masking import Masking, counts_now, given_counts, require_said
 from weightstream.planning import Budgets, check_blocks, check_disk, split_within
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
-from weightstream.store.given import fill
+from weightstream.store.given import fill, first_values, unfilled
 from weightstream.store.glance import committed_step
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision
 from weightstream.store.members import Members
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.owned import NEVER_SPARSE, Largest, bytes_of_blocks
+from weightstream.store.sparsity import Sparsity as StoredSparsity
 from weightstream.store.store import Store
 
 
@@ -46,19 +48,25 @@ class Wanted:
     panel_elements: int | None
     allow_other_numerics: bool
     sparsity: Sparsity | None = None
+    asked: Sparsity | None = None
+    """The same as it was asked for, where not every group may say how masks begin."""
     dense: frozenset[str] = frozenset()
     """Parameters that stay dense unless a group of `sparsity` says otherwise."""
 
-    def masking(self, units: Sequence[Unit]) -> Masking | None:
+    def masking(self, units: Sequence[Unit], now: Mapping[int, StoredSparsity] | None = None) -> Masking | None:
         """The sparse parameters of a model that is cut into these units.
+
+        Args:
+            now: how sparse units are in a store; before there is one, masks that are given in files are read.
 
         Raises:
             ConfigError: the settings do not fit the model.
         """
         if self.sparsity is None:
             return None
-        seed = int(self.contract["seed"])
-        return Masking(self.sparsity, units, self.dense, seed, given_counts(self.sparsity, units, self.dense))
+        found = counts_now(self.sparsity, units, now) if now is not None else None
+        counts = given_counts(self.sparsity, units, self.dense) if found is None else found
+        return Masking(self.sparsity, units, self.dense, int(self.contract["seed"]), counts)
 
     @property
     def splitting(self) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def _create_for_all(
 ) -> None:
     """With several ranks the first one makes the store, or fills one that was made, and then all memory ranks open it."""
     if ranks.rank == 0:
-        with Store.open(wanted.path) if exists else _create(wanted, model, recipes) as store:
+        with Store.open(wanted.path) if exists else _create(wanted, model, recipes, initial) as store:
             _fill(wanted, store, initial)
 
 
@@ -153,7 +161,7 @@ def _memory(
     """The store of a memory rank."""
     if not ranks.owns:
         return None
-    store = _reopen(wanted, model, ranks) if exists else _create(wanted, model, recipes)
+    store = _reopen(wanted, model, ranks) if exists else _create(wanted, model, recipes, initial)
     try:
         if ranks.alone:
             _fill(wanted, store, initial)
@@ -164,23 +172,28 @@ def _memory(
 
 
 def _fill(wanted: Wanted, store: Store, initial: Mapping[str, Tensor]) -> None:
-    masking = wanted.masking(store.units)
-    fill(store, initial, None if masking is None else partial(first_mask, masking))
+    masking = wanted.masking(store.units) if unfilled(store) else None  # files of masks are read once
+    masks = None if masking is None else FirstMasks(masking, partial(first_values, store, initial))
+    fill(store, initial, masks)
 
 
-def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe]) -> Store:
+def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], initial: Mapping[str, Tensor]) -> Store:
+    if wanted.asked is not None:
+        require_said(wanted.asked, model, wanted.dense, initial.keys(), wanted.path)
     panel_elements = PANEL_ELEMENTS if wanted.panel_elements is None else wanted.panel_elements
 
-    def largest_of(units: Sequence[Unit]) -> Largest:
+    def largest_of(units: Sequence[Unit], *, in_sum: bool = False) -> Largest:
         masking = wanted.masking(units)
+        if masking is not None and in_sum:  # as if a search had found this
+            masking = wanted.masking(units, masking.in_proportion())
         return NEVER_SPARSE if masking is None else masking.largest()
 
     sizes = partial(
-        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements,
-        largest_of=largest_of,
-    )  # fmt: skip
-    blocks = split_within(model, wanted.budgets, sizes, **wanted.splitting)
-    check_disk(wanted.path, sizes(blocks), deferred=wanted.budgets.deferred)
+        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements
+    )
+    blocks = split_within(model, wanted.budgets, partial(sizes, largest_of=largest_of), **wanted.splitting)
+    in_sum = partial(largest_of, in_sum=True)
+    check_disk(wanted.path, sizes(blocks, largest_of=in_sum), deferred=wanted.budgets.deferred)
     masking = wanted.masking(cut(blocks, panel_elements=panel_elements, panels=wanted.optimizer.elementwise))
     return Store.create(
         wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,

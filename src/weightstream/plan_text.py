@@ -54,6 +54,11 @@ def plan_text(engine: "Engine") -> str:
             f"{len(engine.densities())} parameters; figures above are of their largest versions, "
             "bytes per step of the present ones"
         )
+        places = [facts.blocks[index].kept_places_bytes for index in allotment.kept_places]
+        lines.append(
+            f"places kept       where the non-zeros of {len(places)} of {sum(b.kept_places_bytes > 0 for b in facts.blocks)} "
+            f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch"
+        )
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """From a model and its budgets to the facts of a plan: how it is split, what a step moves, whether the disk will hold it."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +22,6 @@ from weightstream.store.owned import NEVER_SPARSE, BlockBytes, Largest, block_by
 from weightstream.store.sparsity import Sparsity
 from weightstream.store.store import Store
 from weightstream.units import format_bytes
-
-PLACE_BYTES = 8
-"""Of a non-zero in a slab: its number in the dense tensor, in the widest form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +71,14 @@ def divide(
     *,
     sparse: Largest = NEVER_SPARSE,
     masking: Masking | None = None,
+    driven: Collection[str] = (),
 ) -> Division:
     """The division of a store's records among the memory ranks that own them (`owner`, by unit).
 
     Args:
         sparse: how sparse versions may be: there is room for all of them.
         masking: of the sparse parameters, if their masks change.
+        driven: those that kernels multiply by.
     """
     owned = [{unit for unit, rank in enumerate(owner) if rank == memory} for memory in cluster.memory_ranks]
     records, gradients, largest_unit = [], [], 0
@@ -89,7 +88,7 @@ def divide(
 
     for block in catalogue.blocks:
         units = [catalogue.units[index] for index in catalogue.units_of(block.index)]
-        records.append(largest([block_bytes(units, layout_of, own, sparse) for own in owned]))
+        records.append(largest([block_bytes(units, layout_of, own, sparse, driven) for own in owned]))
         image = gradient_image(units, sparse.gradients)
         gradients.append(image.nbytes)
         largest_unit = max([largest_unit, *(stop - start for start, stop in image.spans)])
@@ -138,16 +137,14 @@ def facts_of(
     counts = {name: len(visits) for name, visits in (uses or {}).items()}
     gradients = division.gradients if division else [record.gradients for record in records]
 
-    def places(block: Block, record: BlockBytes) -> int:
-        return record.nonzeros * PLACE_BYTES + (structures or {}).get(block.index, 0)
-
     masks = (division.masks if division else masks) or (0,) * len(records)
     block_facts = tuple(
         BlockFacts(
             block.index, block.name, record.streamed, record.loaded, record.written, whole,
             block.trainable, block.resident,
             sum(4 * p.numel * counts[p.name] for p in block.parameters if p.trainable and counts.get(p.name, 0) > 1),
-            record.gradients, record.fetched if record.sparse else 0, places(block, record), changes,
+            record.gradients, record.fetched if record.sparse else 0,
+            record.places + (structures or {}).get(block.index, 0), changes, record.places, record.decoding,
         )
         for block, record, whole, changes in zip(blocks, records, gradients, masks, strict=True)
     )  # fmt: skip

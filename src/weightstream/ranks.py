@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weightstream import __version__
 from weightstream.board import Board, Ending
 from weightstream.cluster import Cluster
-from weightstream.config import RunConfig
 from weightstream.errors import ConfigError, RefusedError, WeightstreamError
 from weightstream.fabric.agreement import gather, meanwhile, together
 from weightstream.hosts import own_address
@@ -21,6 +20,7 @@ from weightstream.processes import end_with_parent
 from weightstream.training.stopping import Stop, StopElsewhere, StopRequest
 
 if TYPE_CHECKING:
+    from weightstream.config import RunConfig
     from weightstream.fabric.links import Links
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ ALONE = Ranks(Place(), Cluster())
 
 
 @contextmanager
-def joined(place: Place, read: Callable[[], RunConfig], board: Board | None) -> Iterator[tuple[Ranks, RunConfig]]:
+def joined(place: Place, read: "Callable[[], RunConfig]", board: Board | None) -> "Iterator[tuple[Ranks, RunConfig]]":
     """Read the configuration on every rank, meet the others, and see that all have the same.
 
     Raises:
@@ -119,7 +119,8 @@ def joined(place: Place, read: Callable[[], RunConfig], board: Board | None) -> 
         RefusedError: ranks on several hosts would listen on loopback.
         ConfigError: this host lacks the address on which it should listen.
     """
-    # torch is imported with it, and with the modules above it is not.
+    # torch and pydantic are imported with them, and with the modules above they are not.
+    from weightstream.config import RunConfig
     from weightstream.fabric.distributed import connect
 
     config, problem = None, None
@@ -157,7 +158,7 @@ def joined(place: Place, read: Callable[[], RunConfig], board: Board | None) -> 
         links.close()
 
 
-def _check_size(config: RunConfig, place: Place) -> None:
+def _check_size(config: "RunConfig", place: Place) -> None:
     cluster = config.cluster
     if cluster.roles.size != place.size:
         raise ConfigError(
@@ -167,7 +168,7 @@ def _check_size(config: RunConfig, place: Place) -> None:
     cluster.roles.check(config.training.most_micro_batches, config.engine.reduction_groups)
 
 
-def _check_same(links: "Links", config: RunConfig) -> None:
+def _check_same(links: "Links", config: "RunConfig") -> None:
     """Refuse ranks whose configuration or package differs from rank 0's, naming what differs."""
     import torch
 

@@ -117,8 +117,17 @@ def _try(config: RunConfig, ranks: Ranks, *, rehearse: bool) -> None:
 def _temporary(config: RunConfig) -> Iterator[Engine]:
     """An engine as the run would have it, before there is any text: its store is a temporary one beside the run's own.
 
-    The tokenizer is taken to have all the tokens that were asked for.
+    The tokenizer is taken to have all the tokens that were asked for. Weights are not read, and masks that would follow from
+    them are random ones: of as many non-zeros, or where only weights tell how many, of the share that the group asks for.
     """
+    groups = [
+        group.model_copy(update={"init": "random"})
+        if group.init in ("magnitude", "zeros") and group.algorithm != "gmp"
+        else group
+        for group in config.sparsity.groups
+    ]
+    sparsity = config.sparsity.model_copy(update={"groups": tuple(groups)})
+    config = config.model_copy(update={"sparsity": sparsity})
     _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
     near = next(folder for folder in config.store.absolute().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".weightstream-plan-", dir=near) as folder:
@@ -127,6 +136,17 @@ def _temporary(config: RunConfig) -> Iterator[Engine]:
             yield engine
         finally:
             engine.close()
+
+
+def _unsettled(config: RunConfig) -> list[str]:
+    """What a plan does not know of sparse parameters."""
+    groups = config.sparsity.settings(config.training.steps).groups
+    return [
+        f"masks of {', '.join(group.patterns)}: how many non-zeros each parameter has is found from the weights when the "
+        f"store is made; planned here as {1 - group.sparsity_at(0):.0%} of each"
+        for group in groups
+        if group.settled and not group.counted and group.given is None
+    ]
 
 
 def _divided(config: RunConfig, ranks: Ranks, say: Say) -> RunConfig:
@@ -300,7 +320,9 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
         allotment, bound = engine.allotment, engine.bytes_bound()
         text, predicted = _predicted(engine, config, say, profile)
         return {
-            "text": "\n".join([engine.plan, *([] if chosen is None else [chosen.describe()]), text]),
+            "text": "\n".join(
+                [engine.plan, *_unsettled(config), *([] if chosen is None else [chosen.describe()]), text]
+            ),
             "micro_batches": config.training.micro_batches,
             "micro_batch_size": config.training.micro_batch_size,
             "predicted": predicted,

@@ -44,6 +44,7 @@ from weightstream.trace.recorder import Recorder
 from weightstream.worker.activations import Activations, Scratch
 from weightstream.worker.allocator import Ceiling
 from weightstream.worker.expanding import Driven, Expansion
+from weightstream.worker.places import KeptPlaces
 from weightstream.worker.slabs import Parameters, Slab, Slabs
 from weightstream.worker.worker import LossFunction, Worker
 
@@ -62,6 +63,8 @@ class StepOutcome:
     stalled_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter[str] = field(default_factory=Counter)
+    grown: Counter[str] = field(default_factory=Counter)
+    """By parameter whose mask was changed during the step: how many of its elements came to exist."""
 
     @property
     def norm(self) -> float:
@@ -110,7 +113,8 @@ class Runtime:
             [facts.blocks[index].streamed_bytes for index in self.residents],
             (allotment.compressed_bytes, [facts.blocks[index].compressed_bytes for index in self.residents]),
         )
-        self.expansion = Expansion(keeper.holding, driven, worker.device)
+        self.places = KeptPlaces(allotment.kept_places)
+        self.expansion = Expansion(keeper.holding, driven, worker.device, self.places)
         self.activations = Activations(scratch, worker.device)
         worker.slabs, worker.activations = self.slabs, self.activations
         self.outcome = StepOutcome()
@@ -163,6 +167,8 @@ class Runtime:
         for index in schedule.loaded if schedule else ():
             self.keeper.staging.prefetch(index)
         try:
+            if not self.facts.deferred and not rehearsal:
+                self.keeper.apportion(step, self.peers.gather)
             start = time.perf_counter()
             with self._computing():
                 self.worker.begin(micro_batches, weights, loss_fn, seed=seed, step=step)
@@ -207,7 +213,9 @@ class Runtime:
         outcome = self.outcome
         if outcome.finite and not math.isfinite(outcome.norm):
             outcome.first_bad = "the global norm, which overflows"
-        if not outcome.finite:
+        if outcome.finite:
+            self.keeper.apportion(self._step, self.peers.gather)
+        else:
             self.keeper.forget_gradients()
         self.keeper.accept_gradients(self._step, self._progress(outcome.finite))
 
@@ -217,10 +225,14 @@ class Runtime:
         own = self.outcome
         squares = [(name, row, value) for (name, row), value in own.squares.items()]
         due, elapsed = sorted(self.keeper.due), self.keeper.interval.elapsed()
-        found = self.peers.gather([list(own.losses.items()), squares, own.first_bad, due, elapsed])
+        grown = [] if self._rehearsal else list(self.keeper.take_grown().items())
+        found = self.peers.gather([list(own.losses.items()), squares, own.first_bad, grown, due, elapsed])
         own.losses = dict(sorted((index, loss) for losses, *_ in found for index, loss in losses))
         own.squares = {(name, row): value for _, squares, *_ in found for name, row, value in squares}
         own.first_bad = next((bad for _, _, bad, *_ in found if bad is not None), None)
+        for _, _, _, grown, *_ in found:
+            for name, elements in grown:
+                own.grown[name] += elements
         self.keeper.due = {block for *_, due, _ in found for block in due}
         self.keeper.interval.agreed = found[0][-1]
         self.keeper.poisoned |= not own.finite and not self.facts.deferred
@@ -312,6 +324,7 @@ class Runtime:
         self._agree()
         if self.keeper.poisoned:
             self.keeper.undo_writes()
+            self.outcome.grown.clear()
         self.keeper.due.clear()
         self.keeper.commit(self._step, self._progress(self.outcome.finite))
 
@@ -327,6 +340,7 @@ class Runtime:
         else:
             local = self.holding.fetch(block, landing)
         arrival = self.peers.fetch(block, landing, local)
+        self.expansion.begin(block, target, arrival.here)
         if target.device.type != "cpu" and landing is target.landing:
             uploaded = chain([arrival.here], lambda: _uploaded(arrival.here, target))
             arrival = Arrival(uploaded, arrival.passed)
@@ -347,9 +361,7 @@ class Runtime:
             self.wait(self._arrivals[block].here)
             slab = self.slabs.slab_of(block)
             assert slab is not None, f"block {block} is in no slab"
-            with self._computing():
-                if self.expansion.expand(block, self.slabs[slab]):
-                    self.slabs[slab].upload()
+            self.expansion.finish(block)
             self.parameters.bind(block, self.slabs[slab], self.holding.slabs[block])
 
     # the worker's side
@@ -458,6 +470,7 @@ class Runtime:
         """Drains, and gives all buffers back. What an interrupted update left is not committed."""
         self.keeper.close(self.run)
         self.peers.close()
+        self.expansion.close()
         self.activations.close()
         self.slabs.close()
 

@@ -190,7 +190,7 @@ def report(
     """What `--json` prints, and the outcome itself."""
     job = job_of(asked, config, say)
     found = run(job, keep_spans=keep_spans)
-    points = curve(job)
+    points = curve(job, known=found)
     tokens = asked.tokens or TOKENS_PER_PARAMETER * job.model.parameters
     failures = Failures(asked.failures_per_hour, asked.recovery_s)
     goodput = failures.goodput(found.step_s, job.workers, steps_lost=2 if job.clipping else 1)

@@ -13,6 +13,7 @@ from weightstream.errors import AuditError
 from weightstream.fabric.peers import Arrival, Peers
 from weightstream.store.owned import Holding
 from weightstream.worker.expanding import Driven, Expansion
+from weightstream.worker.places import KeptPlaces
 from weightstream.worker.slabs import Parameters, Slabs
 from weightstream.worker.worker import Worker
 
@@ -32,9 +33,10 @@ class StreamedModel:
         slabs: Slabs,
         streaming: int,
         driven: Mapping[str, Driven] | None = None,
+        places: KeptPlaces | None = None,
     ) -> None:
         self._holding, self._peers = holding, peers
-        self._expansion = Expansion(holding, driven, worker.device)
+        self._expansion = Expansion(holding, driven, worker.device, places)
         self._worker, self._parameters, self._slabs = worker, parameters, slabs
         self._free = list(range(streaming))
         self._arrivals: dict[int, Arrival] = {}
@@ -52,15 +54,16 @@ class StreamedModel:
         target = self._slabs[slab]
         self._slabs.hold(block, slab)
         landing = self._expansion.landing(block, target)
-        self._arrivals[block] = self._peers.fetch(block, landing, self._holding.fetch(block, landing))
+        arrival = self._arrivals[block] = self._peers.fetch(block, landing, self._holding.fetch(block, landing))
+        self._expansion.begin(block, target, arrival.here)
 
     def _present(self, block: int) -> None:
         if not self._parameters.present(block):
             self._arrivals[block].here.result()
             slab = self._slabs.slab_of(block)
             assert slab is not None
-            self._expansion.expand(block, self._slabs[slab])
-            self._slabs[slab].upload()
+            if not self._expansion.finish(block):
+                self._slabs[slab].upload()
             self._parameters.bind(block, self._slabs[slab], self._holding.slabs[block])
 
     def _claim(self, block: int, keep: int) -> bool:
@@ -108,6 +111,7 @@ class StreamedModel:
         _announce(self._peers, None)
         for block in [*self._recent, *self._residents]:
             self._evict(block)
+        self._expansion.close()
 
 
 def follow(holding: Holding, peers: Peers, slabs: Slabs) -> None:

@@ -1,29 +1,48 @@
 """`store import` and `store export`: what the command line knows of a run, put before what moves the weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from weightstream.architectures import architecture
 from weightstream.config import RunConfig, load_config
 from weightstream.data.tokenizer import Tokenizer, load_tokenizer
-from weightstream.errors import StoreError
+from weightstream.errors import ConfigError, StoreError
 from weightstream.hub import export_store, import_directory, import_model, load_gguf
 from weightstream.hub.pretrained import FOLDER, read_config
 from weightstream.run import engine_settings
+from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import require_store
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
 
 
-def import_weights(config: RunConfig, source: Path) -> dict[str, Any]:
-    """Make a run's store of a safetensors folder or a GGUF file; `fit` with the same configuration trains it."""
+def import_weights(config: RunConfig, source: Path, masks: str | None = None) -> dict[str, Any]:
+    """Make a run's store of a safetensors folder or a GGUF file; `fit` with the same configuration trains it.
+
+    Args:
+        masks: how masks of sparse parameters begin, where the configuration does not say it: one of the words of
+            `sparsity.groups.init`, or a safetensors file.
+
+    Raises:
+        ConfigError: the configuration says it for all groups, or has none.
+    """
     optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
     settings = engine_settings(config)
+    if masks is not None:
+        settings["sparsity"] = _beginning(settings["sparsity"], masks)
     if source.suffix == ".gguf":
         model, tokenizer = load_gguf(source)
         return import_model(model, config.store, optimizer, tokenizer=tokenizer, **settings)
     return import_directory(source, config.store, optimizer, **settings)
+
+
+def _beginning(sparsity: Sparsity, masks: str) -> Sparsity:
+    if all(group.init is not None for group in sparsity.groups):
+        found = "every group of sparsity says init" if sparsity.groups else "sparsity has no groups"
+        raise ConfigError(f"--masks {masks}: {found} in the configuration; correct it, or leave out --masks")
+    return Sparsity(tuple(group if group.init else replace(group, init=masks) for group in sparsity.groups))
 
 
 def export_weights(

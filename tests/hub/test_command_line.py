@@ -46,9 +46,9 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     return command
 
 
-def configure(name: str, model: dict[str, Any]) -> str:
+def configure(name: str, model: dict[str, Any], **more: Any) -> str:
     data = {"sources": ["text"], "tokenizer": {"size": 300}, "validation_share": 0.2}
-    values = {"model": model, "data": data, "training": TRAINING, "engine": ENGINE, "out": name}
+    values = {"model": model, "data": data, "training": TRAINING, "engine": ENGINE, "out": name, **more}
     Path(f"{name}.yaml").write_text(yaml.safe_dump(values))
     return f"{name}.yaml"
 
@@ -103,3 +103,71 @@ def test_refusals_leave_nothing_behind(run: Run) -> None:
     assert (code, "expected a store" in errors) == (2, True)
     assert not Path("broken").exists()
     assert not Path("out").exists()
+
+
+def test_a_sparse_store_of_dense_weights_of_zeros_and_of_masks(run: Run) -> None:
+    """Said how, a checkpoint becomes sparse; what is exported of it becomes the same store, and trains the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    keys = {key: value for key, value in MODEL.items() if key != "model_type"}
+    torch.manual_seed(3)
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=300, **keys))
+    dense.save_pretrained("dense")
+    moving = {
+        "patterns": ["*.mlp.*"],
+        "algorithm": "rigl",
+        "sparsity": 0.75,
+        "distribution": "global",
+        "every": 1,
+        "end": 2,
+    }
+    sparsity = {"groups": [moving, {"patterns": ["*.o_proj.*"], "sparsity": 0.5, "block": [4, 4]}]}
+
+    first = configure("first", {"path": "dense"}, sparsity=sparsity)
+    for arguments in (("store", "import", "dense", first), ("fit", first)):
+        code, _, errors = run(*arguments)
+        assert code == 2
+        assert "which is to be sparse by group *.mlp.*" in errors or "by group *.o_proj.*" in errors
+        assert "give init: magnitude for the largest" in errors
+    code, _, errors = run("store", "import", "dense", first, "--masks", "zeros")
+    assert (code, "expected given weights of which some are zero" in errors) == (2, True)
+    code, _, errors = run("store", "import", "dense", first, "--masks", "nowhere")
+    assert (code, "cannot read masks from nowhere" in errors) == (2, True)
+    assert not Path("first").exists() or not ws.Store.exists("first/store")
+    code, _, errors = run("store", "import", "dense", first, "--masks", "magnitude", "--json")
+    assert code == 0, errors
+    with ws.Store.open("first/store", writable=False) as store:
+        digest, found = store.digest(), dict(store.items())
+    weights = {name: value for name, value in dense.named_parameters() if ".mlp." in name}
+    sizes = torch.cat([value.detach().abs().flatten() for value in weights.values()])
+    masks = torch.cat([found[name]["mask"].flatten() for name in weights])
+    assert int(masks.sum()) == sizes.numel() // 4
+    assert sizes[masks].min() > sizes[~masks].max()
+
+    assert run("store", "export", "first/store", "out", "--masks", "--json")[0] == 0
+    ways = {"zeros": "zeros", "beside": "out/masks.safetensors"}
+    for name, masks_from in ways.items():
+        config = configure(name, {"path": "out"}, sparsity=sparsity)
+        code, _, errors = run("store", "import", "out", config, "--masks", masks_from, "--json")
+        assert code == 0, errors
+        with ws.Store.open(f"{name}/store", writable=False) as store:
+            assert store.digest() == digest
+    Path("out/masks.safetensors").unlink()  # the stores have them
+    by_fit = {"groups": [{**group, "init": "zeros"} for group in sparsity["groups"]]}
+    code, plan, errors = run("plan", configure("said", {"path": "out"}, sparsity=by_fit), "--json")
+    assert code == 0, errors
+    assert "masks of *.mlp.*: how many non-zeros each parameter has is found from the weights" in plan["text"]
+    trained = ("beside", "said")
+    for name in trained:
+        code, report, errors = run("fit", f"{name}.yaml", "--json")
+        assert (code, report["step"]) == (0, 2), errors
+    stores = [ws.Store.open(f"{name}/store", writable=False) for name in trained]
+    assert len({store.digest() for store in stores}) == 1
+    assert stores[0].digest() != digest
+    for store in stores:
+        store.close()
+    said = {"groups": [{**moving, "init": "random"}]}
+    for name, found, message in (("random", said, "says init"), ("none", {"groups": []}, "has no groups")):
+        config = configure(name, {"path": "dense"}, sparsity=found)
+        code, _, errors = run("store", "import", "dense", config, "--masks", "zeros")
+        assert (code, message in errors) == (2, True)

@@ -59,7 +59,13 @@ def facts(draw: st.DrawFn) -> Facts:
         resident = count > 1 and index == 0 and draw(st.booleans())
         numel = draw(st.integers(1, 4096))
         tied = 8 * numel if draw(st.integers(0, 4)) == 0 else 0
-        blocks.append(block(index, numel, resident=resident, trainable=draw(st.integers(0, 4)) > 0, tied_bytes=tied))
+        kept = (
+            {"kept_places_bytes": numel, "decoding_steps": draw(st.integers(0, 8 * numel))}
+            if draw(st.booleans())
+            else {}
+        )
+        trainable = draw(st.integers(0, 4)) > 0
+        blocks.append(block(index, numel, resident=resident, trainable=trainable, tied_bytes=tied, **kept))
     streaming = [b.index for b in blocks if not b.resident]
     order = draw(st.lists(st.sampled_from(streaming), min_size=1, max_size=9))
     visits = tuple(Visit(index, f"b{index}.{position}") for position, index in enumerate(order))

@@ -81,6 +81,7 @@ def test_an_allotment_is_within_its_budgets(some: Facts) -> None:
         + sum(sizes[index].gradient_bytes for index in allotment.staged_in_ram)
         + sum(sizes[index].streamed_bytes for index in allotment.pinned_copies)
         + sum(sizes[index].load_bytes for index in allotment.pinned_states)
+        + sum(sizes[index].kept_places_bytes for index in allotment.kept_places)
     )
     assert held <= some.host_memory
 
@@ -96,6 +97,21 @@ def test_plenty_keeps_everything_in_memory() -> None:
     assert allotment.gradient_buffers == 0
     nothing = allot(replace(some, ram_tier=False))
     assert nothing.pinned_copies == nothing.pinned_states == frozenset()
+
+
+def test_places_that_save_most_are_kept_first() -> None:
+    """Of three sparse blocks: the third's are found without a step, so that nothing is saved; a fourth is not visited."""
+    some = chain(3, ram_tier=False, deferred=False)
+    sparse = [
+        block(index, kept_places_bytes=4 * KIB, decoding_steps=steps)
+        for index, steps in enumerate((5000, 9000, 0, 9999), start=1)
+    ]
+    some = replace(some, blocks=(some.blocks[0], *sparse))
+    least = smallest(some, "host_memory")
+    kept = [allot(replace(some, host_memory=least + room * KIB)).kept_places for room in range(64)]
+    assert set(kept) == {frozenset(), frozenset({2}), frozenset({1, 2})}
+    assert kept[0] == frozenset()
+    assert kept[-1] == {1, 2}
 
 
 class TestLowerBound:

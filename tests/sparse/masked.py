@@ -95,10 +95,12 @@ def first_by(keys: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How the reference's masks change; `kept(step, cells)` is how many cells a piece has after a step."""
+    """How the reference's masks change; `kept(step, cells)` is how many cells a piece has after a step, `together` how
+    many all pieces have, where the largest of all of them stay."""
 
     algorithm: str = "static"
     kept: Callable[[int, int], int] = lambda step, cells: cells - round(0.8 * cells)
+    together: Callable[[int, int], int] | None = None
     begin: int = 0
     end: int = 0
     every: int = 1
@@ -120,9 +122,12 @@ class Reference:
     clip_norm: float | None
     dtype: torch.dtype
     masters: dict[str, Tensor] = field(default_factory=initial_values)
+    build: Callable[[], nn.Module] = Model
+    sparse: Callable[[str], bool] = is_sparse
+    cut: Callable[[str, Tensor], list[Tensor]] = pieces_of
 
     def __post_init__(self) -> None:
-        self.model = Model().to(self.dtype)
+        self.model = self.build().to(self.dtype)
         self.masks: dict[Key, Tensor] = {}
         self.vectors: dict[Key, nn.Parameter] = {}
         self.optimizers: dict[Key, torch.optim.AdamW] = {}
@@ -130,7 +135,8 @@ class Reference:
         for name, value in self.masters.items():
             first = 0
             for row, piece in self.rows(name, value):
-                count = self.rules.kept(0, piece.numel()) if is_sparse(name) else piece.numel()
+                count = self.rules.kept(0, piece.numel()) if self.sparse(name) else piece.numel()
+                count = count if self.rules.together is None else piece.numel()
                 chosen = torch.ones(piece.numel(), dtype=torch.bool)
                 if count < piece.numel():
                     chosen.zero_()
@@ -138,11 +144,32 @@ class Reference:
                 first += piece.numel()
                 self.masks[name, row] = chosen.view(piece.shape)
                 self.begin((name, row), piece[self.masks[name, row]])
+        for key, mask in self.pruned(0).items():
+            self.move(key, mask)
         self.write_back()
 
-    @staticmethod
-    def rows(name: str, value: Tensor) -> list[tuple[int, Tensor]]:
-        pieces, found, row = pieces_of(name, value), [], 0
+    def pruned(self, step: int) -> dict[Key, Tensor]:
+        """The masks in which the largest of all pieces' cells are left, and the largest of each; none if there are no more."""
+        if self.rules.together is None:
+            return {}
+        keys = sorted(key for key in self.masks if self.sparse(key[0]))
+        wanted = self.rules.together(step, sum(self.masks[key].numel() for key in keys))
+        sizes = [self.vectors[key].detach().abs().view(-1).numpy().copy() for key in keys]
+        if wanted >= sum(size.size for size in sizes):
+            return {}
+        for size in sizes:
+            size[size.argmax()] = np.inf
+        stays = np.zeros(sum(size.size for size in sizes), np.bool_)
+        stays[first_by(-np.concatenate(sizes), max(wanted, len(keys)))] = True
+        found, start = {}, 0
+        for key, size in zip(keys, sizes, strict=True):
+            found[key] = self.masks[key].clone()
+            found[key][self.masks[key]] = torch.from_numpy(stays[start : start + size.size])
+            start += size.size
+        return found
+
+    def rows(self, name: str, value: Tensor) -> list[tuple[int, Tensor]]:
+        pieces, found, row = self.cut(name, value), [], 0
         for piece in pieces:
             found.append((row, piece))
             row += piece.shape[0]
@@ -183,7 +210,8 @@ class Reference:
                 (value * weight).backward()
                 loss += weight * value.item()
                 for name, parameter in self.model.named_parameters():
-                    assert parameter.grad is not None
+                    if parameter.grad is None:  # an expert that no token of this micro-batch went to
+                        continue
                     gradient, parameter.grad = parameter.grad.float(), None
                     sums[group][name] = sums[group][name] + gradient if name in sums[group] else gradient
         total = {name: tree_sum([found.get(name) for found in sums]) for name in self.masters}
@@ -191,7 +219,7 @@ class Reference:
         for name, value in total.items():
             assert value is not None
             for row, piece in self.rows(name, value):
-                whole = is_sparse(name) and self.rules.moves(step) and self.rules.algorithm == "rigl"
+                whole = self.sparse(name) and self.rules.moves(step) and self.rules.algorithm == "rigl"
                 found[name, row] = piece if whole else piece[self.masks[name, row]]
         return loss, found
 
@@ -202,17 +230,21 @@ class Reference:
             squares += square_sum(gradients[key])
         norm = math.sqrt(squares)
         coefficient = 1.0 if self.clip_norm is None else min(1.0, self.clip_norm / (norm + 1e-6))
+        pruned = self.pruned(step)  # by the weights that the step began with
         for key, gradient in gradients.items():
             scaled = gradient * coefficient if coefficient < 1.0 else gradient
             self.counts[key] += 1
-            moves = is_sparse(key[0]) and self.rules.moves(step)
+            moves = self.sparse(key[0]) and self.rules.moves(step)
             if not (moves and self.rules.algorithm == "rigl"):
                 self.vectors[key].grad = scaled.view(self.vectors[key].shape)
                 self.optimizers[key].step()
-            if is_sparse(key[0]):
+            if self.sparse(key[0]):
                 cells = self.masks[key].numel()
-                target = self.rules.kept(step, cells)
-                if target != int(self.masks[key].sum()):
+                present = int(self.masks[key].sum())
+                target = self.rules.kept(step, cells) if self.rules.together is None else present
+                if key in pruned:
+                    self.move(key, pruned[key])
+                elif target != present:
                     self.move(key, self.resized(key, target, step))
                 elif moves:
                     self.move(key, self.moved(key, scaled, step))
@@ -300,7 +332,7 @@ class Reference:
 
 
 def group(**settings: Any) -> ws.Sparsity:
-    chosen = {"patterns": ("*.up.weight", "*.down.weight"), "sparsity": 0.8} | settings
+    chosen = {"patterns": ("*.up.weight", "*.down.weight"), "sparsity": 0.8, "init": "random"} | settings
     return ws.Sparsity((ws.SparsityGroup(**chosen),))
 
 
@@ -365,4 +397,12 @@ CASES: dict[str, tuple[ws.Sparsity, Rules]] = {
         Rules(algorithm="gmp", kept=gmp, begin=4, end=24, every=4),
     ),
     "phases": (group(dense_until=6, dense_from=20), Rules(kept=phases)),
+    "global_gmp": (
+        group(algorithm="gmp", distribution="global", sparsity=0.9, begin=4, end=24, every=4),
+        Rules(algorithm="gmp", together=gmp, begin=4, end=24, every=4),
+    ),
+    "global_rigl": (
+        group(algorithm="rigl", distribution="global", init="magnitude", sparsity=0.8, **MOVING),
+        Rules(algorithm="rigl", together=KEPT, **MOVING),  # type: ignore[arg-type]
+    ),
 }

@@ -1,22 +1,24 @@
 """Each algorithm against dense tensors with masks, and schedules against their definitions."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightstream.blocks import Parameter
 from weightstream.errors import ConfigError
 from weightstream.sparse.algorithms import initial_mask, turn, update
 from weightstream.sparse.codec import Places, gather
-from weightstream.sparse.masks import Mask, magnitude_keys, random_keys
-from weightstream.sparse.pieces import SparsePiece, erdos_renyi, sparse_pieces
+from weightstream.sparse.masks import Keys, Mask, largest, magnitude_keys, random_keys
+from weightstream.sparse.pieces import SparsePiece, dense_by_default, erdos_renyi, sparse_pieces
 from weightstream.sparse.section import SparsityConfig
 from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
-from weightstream.sparse.threshold import Search, above, shared_ties, ties
+from weightstream.sparse.threshold import kept_counts
 
 SHAPE, STEPS, SEED, NAME = (24, 20), 30, 11, "layers.0.weight"
 CASES: dict[str, dict[str, Any]] = {
@@ -209,6 +211,32 @@ def test_blocks_move_as_wholes_and_keep_their_numbers(algorithm: Any) -> None:
         assert float(sums[torch.from_numpy(grown)].min()) >= float(sums[torch.from_numpy(missing)].max())
 
 
+@pytest.mark.parametrize("block", [(1, 1), (4, 8)])
+@pytest.mark.parametrize("algorithm", ["gmp", "set", "rigl"])
+def test_decisions_do_not_depend_on_threads(algorithm: Any, block: tuple[int, int]) -> None:
+    """Of a piece that is large enough for torch to divide it between threads."""
+    group = SparsityGroup(
+        patterns=("*",), algorithm=algorithm, sparsity=0.5, end=8, every=2, block=block, init="magnitude"
+    )
+    piece = sparse_pieces(Sparsity((group,)), [Parameter(NAME, (512, 256))])[0]
+    generator = torch.Generator().manual_seed(9)
+    dense, gradient = (torch.randn(512, 256, generator=generator) for _ in range(2))
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            first = initial_mask(piece, dense, seed=SEED)
+            values = gathered(dense, first).view(-1, 1)
+            found.append((first, update(piece, values, {"m": values * 2}, first, gradient, step=4, seed=SEED)))
+        finally:
+            torch.set_num_threads(before)
+    (one, after_one), (two, after_two) = found
+    assert one == two
+    assert after_one.mask == after_two.mask != one
+    assert torch.equal(after_one.values, after_two.values)
+    assert torch.equal(after_one.states["m"], after_two.states["m"])
+
+
 def test_a_global_threshold_is_that_of_one_sort_over_all_pieces() -> None:
     generator = torch.Generator().manual_seed(4)
     for block in ((1, 1), (2, 2)):
@@ -221,14 +249,37 @@ def test_a_global_threshold_is_that_of_one_sort_over_all_pieces() -> None:
             magnitude_keys(piece.grid, torch.randint(-3, 4, piece.parameter.shape, generator=generator).float())
             for piece in pieces
         ]
-        search = Search(bits=keys[0].dtype.itemsize * 8, wanted=400)
-        while not search.done:
-            search = search.narrowed(np.sum([search.counts(each) for each in keys], axis=0))
-        kept = shared_ties([ties(each, search) for each in keys], search)
-        found = np.concatenate([above(each, search, share) for each, share in zip(keys, kept, strict=True)])
+        keys.append(np.zeros_like(keys[0]))  # nothing of it is above the threshold: its first cell stays
         together = np.concatenate(keys)
         order = sorted(range(together.size), key=lambda index: (-int(together[index]), index))
-        assert set(np.flatnonzero(found)) == set(order[:400])
+        owned = [[(0, keys[0]), (3, keys[3])], [], [(2, keys[2]), (1, keys[1])]]
+        for wanted in (4, 400, together.size):
+            counts = owners_counts(owned, wanted)
+            assert counts[0] == counts[1] == counts[2]
+            found = np.concatenate([largest(each, count) for each, count in zip(keys, counts[0], strict=True)])
+            assert np.count_nonzero(found) == wanted
+            least = np.concatenate([largest(each, 1) for each in keys])
+            others = [index for index in order if not least[index]][: wanted - 4]
+            assert set(np.flatnonzero(found)) == {*np.flatnonzero(least), *others}
+
+
+def owners_counts(owned: list[list[tuple[int, Keys]]], wanted: int) -> list[list[int]]:
+    """What each of several owners finds, which are threads that wait for each other."""
+    barrier, said = threading.Barrier(len(owned)), [None] * len(owned)
+
+    def work(rank: int) -> list[int]:
+        def gather(value: Any) -> list[Any]:
+            said[rank] = value
+            barrier.wait(5)
+            found = list(said)
+            barrier.wait(5)
+            return found
+
+        bits = owned[0][0][1].dtype.itemsize * 8
+        return kept_counts(4, wanted, bits, lambda: owned[rank], gather)
+
+    with ThreadPoolExecutor(len(owned)) as threads:
+        return list(threads.map(work, range(len(owned))))
 
 
 def test_erdos_renyi_meets_its_budget_with_dense_layers_capped() -> None:
@@ -246,6 +297,67 @@ def test_erdos_renyi_meets_its_budget_with_dense_layers_capped() -> None:
     pieces = sparse_pieces(Sparsity((group,)), [Parameter(str(n), shape) for n, shape in enumerate(shapes)])
     kept = sum(piece.count(0) or 0 for piece in pieces)
     assert abs(kept - 0.2 * sum(sizes)) <= len(pieces) / 2
+
+
+def test_a_ramp_shares_out_each_of_its_steps() -> None:
+    """Gradual pruning under Erdős–Rényi: layers are capped while there is much to keep, and the budget holds at each step."""
+    shapes = {"large": (512, 256), "small": (16, 8), "middle": (64, 64)}
+    group = SparsityGroup(
+        patterns=("*",), algorithm="gmp", distribution="erdos_renyi", sparsity=0.98, begin=2, end=22, every=5
+    )
+    cut = [Parameter("large", (256, 256), row=row, rows=512) for row in (0, 256)]
+    pieces = sparse_pieces(Sparsity((group,)), [*cut, *(Parameter(name, shapes[name]) for name in ("small", "middle"))])
+    before = [piece.grid.cells for piece in pieces]
+    for version in range(26):
+        counts = [piece.count(version) or 0 for piece in pieces]
+        last = min(version - (version - 2) % 5, 22) if version >= 2 else 2
+        sparsity = 0.98 * (1 - (1 - (last - 2) / 20) ** 3)
+        assert sum(counts) == pytest.approx((1 - sparsity) * sum(math.prod(shape) for shape in shapes.values()), abs=2)
+        assert all(now <= then for now, then in zip(counts, before, strict=True))
+        assert counts[0] == counts[1]
+        if counts[2] < 128 and counts[3] < 4096:  # nobody is capped: in the proportion of the formula
+            assert counts[3] / counts[0] == pytest.approx(2 * 128 / 768, rel=1e-2)
+            assert counts[2] / counts[3] == pytest.approx(24 / 128, rel=1e-2)
+        before = counts
+    assert [piece.count(3) for piece in pieces] == [65536, 65536, 128, 4096]
+    assert pieces[2].count(12) == 128 > (pieces[2].count(25) or 0)
+
+
+def test_embeddings_norms_heads_and_vectors_stay_dense() -> None:
+    class ScaleNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 8))
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.bag = nn.Embedding(10, 8), nn.EmbeddingBag(10, 8)
+            self.norm, self.own_norm = nn.LayerNorm([4, 8]), ScaleNorm()
+            self.body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            self.body[1].requires_grad_(False)
+            self.lm_head, self.out = nn.Linear(8, 10, bias=False), nn.Linear(8, 10)
+            self.lm_head.weight = self.words.weight
+            self.attention = nn.Module()
+            self.attention.classifier = nn.Linear(8, 3)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.out
+
+    model = Whole()
+    dense = dense_by_default(model)
+    assert dense == {
+        "words.weight", "bag.weight", "norm.weight", "norm.bias", "own_norm.weight", "out.weight", "out.bias",
+        "attention.classifier.weight", "attention.classifier.bias",
+    }  # fmt: skip
+    parameters = [Parameter(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+    for include_all, expected in (
+        (False, {"body.0.weight"}),
+        (True, {"body.0.weight"} | {name for name in dense if model.get_parameter(name).dim() > 1}),
+    ):
+        group = SparsityGroup(patterns=("*",), include_all=include_all)
+        found = sparse_pieces(Sparsity((group,)), parameters, dense=dense)
+        assert {piece.parameter.name for piece in found} == expected
 
 
 def test_first_match_wins_and_what_is_dense_stays_so() -> None:
@@ -271,9 +383,18 @@ def test_first_match_wins_and_what_is_dense_stays_so() -> None:
     [
         ({"sparsity": 1.0}, "at least 0 and below 1; found 1.0"),
         ({"algorithm": "rigl", "end": 5, "sparsity": Ramp("cubic", 0.0, 0.9)}, "algorithm: gmp"),
-        ({"algorithm": "rigl", "end": 5, "distribution": "global"}, "global goes with gmp"),
+        ({"sparsity": -0.1}, "at least 0 and below 1; found -0.1"),
+        (
+            {"algorithm": "gmp", "end": 5, "distribution": "global", "sparsity": Ramp("linear", 0.8, 0.2)},
+            "a schedule that rises with distribution: global",
+        ),
+        (
+            {"algorithm": "gmp", "end": 5, "distribution": "global", "sparsity": Ramp("linear", 0.2, 0.8)},
+            "magnitude with distribution: global",
+        ),
         ({"algorithm": "set"}, "the step at which set ends"),
         ({"dense_until": 5, "dense_from": 5}, "a step after dense_until"),
+        ({"dense_until": 5, "init": "masks.safetensors"}, "magnitude after a dense phase"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:

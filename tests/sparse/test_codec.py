@@ -23,25 +23,27 @@ def masks(draw: st.DrawFn) -> Mask:
     return Mask(grid, cells)
 
 
-@given(masks(), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+@given(masks(), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([0, 1, 32]))
 @settings(max_examples=150, deadline=None)
-def test_what_is_written_comes_back(mask: Mask, dtype: torch.dtype, wide: bool) -> None:
+def test_what_is_written_comes_back(mask: Mask, dtype: torch.dtype, before: int) -> None:
     form, nbytes = mask_form(mask.grid.cells, mask.count)
     data = encode_mask(mask)
     assert data.nbytes == nbytes <= -(-mask.grid.cells // 8)
     assert (nbytes == 0) == (form == "full")
     assert decode_mask(mask.grid, mask.count, data) == mask
 
-    places = Places.of(mask, wide=wide)
+    places = Places.decoded(mask.grid, mask.count, data)
+    assert torch.equal(places.segments, Places.of(mask).segments)
+    assert places.segments.dtype == torch.int32
     values = torch.randn(mask.nonzeros, 1).to(dtype)
     shape = (mask.grid.rows, mask.grid.columns)
-    slab = torch.full((mask.grid.elements + 64,), float("nan"), dtype=dtype)
-    out = slab[32:-32].view(shape)
+    slab = torch.full((before + mask.grid.elements + 32,), float("nan"), dtype=dtype)
+    out = slab[before:-32].view(shape)
     expand(values, places, out)
     expected = torch.zeros(shape, dtype=dtype)
     expected[mask.dense(shape)] = values.view(-1)
     assert torch.equal(out, expected)
-    assert slab[:32].isnan().all()
+    assert slab[:before].isnan().all()
     assert slab[-32:].isnan().all()
     back = torch.empty_like(values)
     gather(out, places, back)
@@ -58,6 +60,7 @@ def test_gaps_longer_than_a_number_holds(most: int) -> None:
     mask = Mask(grid, cells)
     assert mask_form(grid.cells, mask.count)[0].startswith("gaps")
     assert decode_mask(grid, 6, encode_mask(mask)) == mask
+    assert np.array_equal(Places.decoded(grid, 6, encode_mask(mask)).segments, places)
 
 
 def test_damaged_masks_are_refused() -> None:
@@ -66,8 +69,17 @@ def test_damaged_masks_are_refused() -> None:
     with pytest.raises(DamagedRecordError, match="expected 125 bytes"):
         decode_mask(mask.grid, mask.count, data[:-1])
     data[5] ^= 1
-    with pytest.raises(DamagedRecordError, match="cells that exist"):
-        decode_mask(mask.grid, mask.count, data)
+    beyond = Mask(Grid.of((10, 100)), np.arange(1000) % 20 == 19)
+    gaps = encode_mask(beyond)
+    gaps[0] += 1
+    for grid, count, damaged, message in (
+        (mask.grid, mask.count, data, "cells that exist"), (beyond.grid, beyond.count, gaps, "beyond the last"),
+        (beyond.grid, beyond.count, np.full_like(gaps, 255), "cells that exist, found 0"),
+    ):  # fmt: skip
+        with pytest.raises(DamagedRecordError, match=message):
+            decode_mask(grid, count, damaged)
+        with pytest.raises(DamagedRecordError, match=message):
+            Places.decoded(grid, count, damaged)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.data())

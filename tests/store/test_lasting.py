@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.store.cases import abandon, filled, loaded, make, reopen, step
 
-from weightstream.store.lasting import VARIABLE
+from weightstream.cluster import LASTING_VARIABLE
 from weightstream.store.store import Store
 
 PINNED = ("param", "exp_avg", "copy")
@@ -19,7 +19,7 @@ PINNED = ("param", "exp_avg", "copy")
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "memory"
     folder.mkdir()
-    monkeypatch.setenv(VARIABLE, str(folder))
+    monkeypatch.setenv(LASTING_VARIABLE, str(folder))
     return folder
 
 

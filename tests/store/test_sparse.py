@@ -26,12 +26,12 @@ from tests.store.sparse_cases import (
 )
 
 from weightstream.blocks import Parameter, Unit
+from weightstream.cluster import LASTING_VARIABLE
 from weightstream.errors import StoreError
 from weightstream.store.difference import difference
 from weightstream.store.given import fill, masks_by_magnitude, masks_given, masks_of_zeros
 from weightstream.store.images import slab_image
 from weightstream.store.initial import generate
-from weightstream.store.lasting import VARIABLE
 from weightstream.store.layout import record_layout
 from weightstream.store.masks import bits_from, bits_of, dense_of, put_bits
 from weightstream.store.optimizers import AdamW
@@ -166,7 +166,7 @@ def test_memory_that_outlives_the_process_follows_the_count(tmp_path: Path, monk
     """A part of another size takes a file of its own; the next process finds the last one, and reads no disk."""
     memory = tmp_path / "memory"
     memory.mkdir()
-    monkeypatch.setenv(VARIABLE, str(memory))
+    monkeypatch.setenv(LASTING_VARIABLE, str(memory))
     parts = ("copy", "param", "mask")
     with make_sparse(tmp_path / "store") as store:
         store.pin(THIN, parts)
@@ -177,7 +177,7 @@ def test_memory_that_outlives_the_process_follows_the_count(tmp_path: Path, monk
             reading.result(timeout=30)
             assert_expands(store, THIN, expected)
         store.commit(4, {}).result(timeout=30)
-    monkeypatch.setenv(VARIABLE, str(memory))
+    monkeypatch.setenv(LASTING_VARIABLE, str(memory))
     with reopen(tmp_path / "store") as store:
         store.pin(THIN, parts)
         for part in parts:

@@ -70,7 +70,11 @@ class Together:
         self._up = Reduction(links.up, cluster, groups, log)
         self._owner = owner
         self._spans = [self._spans_of(block.index) for block in holding.blocks]
-        self._units = [self._units_of(block.index, holding.gradients[block.index]) for block in holding.blocks]
+        self._units = {
+            block.index: (image, self._units_of(block.index, image))
+            for block, image in zip(holding.blocks, holding.gradients, strict=True)
+        }
+        """By block the units of its gradient, where they lay when this was last asked."""
         self._varying = frozenset(holding.sparse_blocks())
 
     def _spans_of(self, block: int) -> tuple[Span, ...]:
@@ -93,9 +97,11 @@ class Together:
         return tuple(gradients)
 
     def _gradients(self, block: int) -> tuple[UnitGradient, ...]:
-        if block not in self._varying:
-            return self._units[block]
-        return self._units_of(block, self._holding.gradients_now(block))
+        image, units = self._units[block]
+        if block in self._varying and (now := self._holding.gradients_now(block)) is not image:
+            units = self._units_of(block, now)
+            self._units[block] = now, units
+        return units
 
     # down
 

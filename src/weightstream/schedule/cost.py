@@ -18,8 +18,10 @@ class BlockFacts:
     `load_bytes`, `record_bytes` and `owned_gradient_bytes` are of what one rank owns, the most that any does.
 
     Of a block with sparse parameters `compressed_bytes` are what moves on links and from disk, lands beside its slab and is
-    kept in RAM, and `places_bytes` say where its non-zeros are while it is in a slab; `masks_bytes` are what a change of its
-    masks needs. A dense one has none of these: what moves is what lies in the slab.
+    kept in RAM, and `places_bytes` say where its non-zeros are while it is in a slab; `kept_places_bytes` are those of them
+    that may be kept from one fetch to the next, `decoding_steps` how many bits or gaps of its masks are gone through to find
+    them anew; `masks_bytes` are what a change of its masks needs. A dense one has none of these: what moves is what lies in
+    the slab.
     """
 
     index: int
@@ -35,6 +37,8 @@ class BlockFacts:
     compressed_bytes: int = 0
     places_bytes: int = 0
     masks_bytes: int = 0
+    kept_places_bytes: int = 0
+    decoding_steps: int = 0
 
     @property
     def fetched_bytes(self) -> int:

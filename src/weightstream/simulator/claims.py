@@ -57,8 +57,12 @@ def gather() -> tuple[Sequence[Row], list[Scaled], Outcome]:
         name: Job(model=MODELS[name], cluster=CLUSTERS["cs-2"], workers=SYSTEMS, batch=BATCH, sequence=SEQUENCE)
         for name in (*SCALED, EXPERTS)
     }
-    scaled = [Scaled(name, curve(jobs[name]), run(jobs[name]), least_batch(jobs[name], ENOUGH)) for name in SCALED]
-    return validate(), scaled, run(jobs[EXPERTS])
+    return validate(), [_scaled(jobs[name]) for name in SCALED], run(jobs[EXPERTS])
+
+
+def _scaled(job: Job) -> Scaled:
+    most = run(job)
+    return Scaled(job.model.name, curve(job, known=most), most, least_batch(job, ENOUGH, known=most))
 
 
 def page() -> str:

@@ -35,6 +35,7 @@ class Memory:
             + sum(blocks[index].staged_bytes for index in allotment.staged_in_ram)
             + sum(blocks[index].fetched_bytes for index in allotment.pinned_copies)
             + sum(blocks[index].load_bytes for index in allotment.pinned_states)
+            + sum(blocks[index].kept_places_bytes for index in allotment.kept_places)
             + facts.sum_buffers * allotment.gradient_bytes + facts.fabric_bytes
             + 2 * max(self._boundary, default=0)
         )  # fmt: skip

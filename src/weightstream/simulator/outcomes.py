@@ -202,10 +202,13 @@ class Point:
     binds: str
 
 
-def curve(job: Job, *, per_system: bool = False) -> list[Point]:
+def curve(job: Job, *, per_system: bool = False, known: Outcome | None = None) -> list[Point]:
     """Throughput on 1 to `job.workers` systems, with the same batch in all, or the same batch for each system.
 
     Systems that are too few for the batch (its activations do not fit them) have no point.
+
+    Args:
+        known: an outcome of a job like this one, which is not simulated again.
 
     Raises:
         PlanError: even all of them are too few.
@@ -214,7 +217,7 @@ def curve(job: Job, *, per_system: bool = False) -> list[Point]:
     for workers in counts_to(job.workers):
         batch = job.batch / job.workers * workers if per_system else job.batch
         try:
-            found = run(replace(job, workers=workers, batch=batch, slowdown={}))
+            found = _unless_known(replace(job, workers=workers, batch=batch, slowdown={}), known)
         except PlanError:
             if workers == job.workers:
                 raise
@@ -225,15 +228,15 @@ def curve(job: Job, *, per_system: bool = False) -> list[Point]:
     return points
 
 
-def least_batch(job: Job, share: float) -> int | None:
+def least_batch(job: Job, share: float, *, known: Outcome | None = None) -> int | None:
     """The fewest sequences, all systems together, with which they compute for this share of a step.
 
-    None if their activations would not fit before that.
+    None if their activations would not fit before that. `known` is as in `curve`.
     """
 
     def enough(each: int) -> bool | None:
         try:
-            return run(replace(job, batch=each * job.workers)).compute_share >= share
+            return _unless_known(replace(job, batch=each * job.workers), known).compute_share >= share
         except PlanError:
             return None
 
@@ -247,6 +250,10 @@ def least_batch(job: Job, share: float) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high * job.workers
+
+
+def _unless_known(job: Job, known: Outcome | None) -> Outcome:
+    return known if known is not None and known.job == job else run(job)
 
 
 def _outcome(whole: Prepared, simulated: Prepared, found: Simulation) -> Outcome:

@@ -27,14 +27,17 @@ class Turn:
     dense_gradient: bool
 
 
-def turn(piece: SparsePiece, step: int, count: int) -> Turn:
+def turn(piece: SparsePiece, step: int, count: int, found: int | None = None) -> Turn:
     """What happens to a piece with `count` existing cells at training step `step`.
 
     A mask also changes where its count is not that of the schedule: at the schedule's own changes, and at the step after
     one that was skipped because its gradient was not finite.
+
+    Args:
+        found: the count after the step, where a search over all pieces of the group has told it.
     """
     moves = piece.group.updates_at(step)
-    target = piece.count(step)
+    target = _target(piece, step, found)
     rigl = moves and piece.group.algorithm == "rigl"
     return Turn(optimizer=not rigl, mask=moves or (target is not None and target != count), dense_gradient=rigl)
 
@@ -70,11 +73,24 @@ def update(
     return carry(values, states, mask, next_mask(piece, values, mask, dense_gradient, step=step, seed=seed))
 
 
+def _target(piece: SparsePiece, step: int, found: int | None) -> int | None:
+    """The count of a piece after a step; None where it stays as it is."""
+    count = piece.count(step)
+    return found if count is None else count
+
+
 def next_mask(
-    piece: SparsePiece, values: Tensor, mask: Mask, dense_gradient: Tensor | None, *, step: int, seed: int
+    piece: SparsePiece,
+    values: Tensor,
+    mask: Mask,
+    dense_gradient: Tensor | None,
+    *,
+    step: int,
+    seed: int,
+    found: int | None = None,
 ) -> Mask:
-    """The mask after step `step`."""
-    target = piece.count(step)
+    """The mask after step `step`; `found` as in `turn`."""
+    target = _target(piece, step, found)
     if target is not None and target != mask.count:
         return resized(piece, values, mask, target, step=step, seed=seed)
     if not piece.group.updates_at(step):
@@ -106,7 +122,7 @@ def resized(piece: SparsePiece, values: Tensor, mask: Mask, target: int, *, step
     if target > mask.count:
         numbers = random_keys(seed, piece.parameter.name, step, piece.first_cell, mask.grid.cells)
         return _replaced(mask, np.ones(mask.count, np.bool_), ~numbers, target - mask.count)
-    by_chance = piece.group.algorithm != "gmp" and piece.group.init == "random"
+    by_chance = piece.group.algorithm != "gmp" and piece.group.by_chance
     if by_chance and mask.count == mask.grid.cells:
         numbers = random_keys(seed, piece.parameter.name, step, piece.first_cell, mask.grid.cells)
         return Mask(mask.grid, smallest(numbers, target))
@@ -174,15 +190,16 @@ def carry(values: Tensor, states: Mapping[str, Tensor], old: Mask, new: Mask) ->
     )
 
 
-def initial_mask(piece: SparsePiece, dense: Tensor | None, *, seed: int) -> Mask:
-    """The mask of version 0 where it is not given and not found over all pieces.
+def initial_mask(piece: SparsePiece, dense: Tensor | None, *, seed: int, found: int | None = None) -> Mask:
+    """The mask of version 0 where it is not given.
 
     Args:
         dense: the piece's initial values, fp32; needed with `init: magnitude` alone.
+        found: the count, where a search over all pieces of the group has told it.
     """
-    count = piece.count(0)
-    assert count is not None, "a global mask is found over all pieces"
-    assert piece.given_count is None, "a given mask is read from its file"
+    count = _target(piece, 0, found)
+    assert count is not None, "it is searched for before"
+    assert not piece.group.masks_given, "it is given"
     if count == piece.grid.cells:
         return Mask.full(piece.grid)
     if piece.group.init == "magnitude":

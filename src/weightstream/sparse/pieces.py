@@ -68,7 +68,7 @@ class SparsePiece:
     """A whole tensor, or a panel of one, with a mask of its own.
 
     `family` are the whole shapes of all tensors of its group, in order, and `member` which of them it is cut from.
-    `given_count` are the cells of its given mask.
+    `given_count` are its cells where the settings do not say how many, as far as that is known and stays so.
     """
 
     parameter: Parameter
@@ -84,19 +84,20 @@ class SparsePiece:
         return self.parameter.row * (self.parameter.numel // self.parameter.shape[0]) // self.grid.cell_elements
 
     def count(self, version: int) -> int | None:
-        """How many cells exist in `version`; None where only a search over all pieces of the group tells (`global`)."""
-        sparsity = self.group.sparsity_at(version)
-        if (sparsity == 0.0 and self.given_count is None) or not self.group.sparse_at(version):
+        """How many cells exist in `version`; None where the settings do not say: after version 0 as many as before, unless a
+        search over all pieces of the group tells otherwise."""
+        if not self.group.sparse_at(version):
             return self.grid.cells
-        if self.given_count is not None:
+        if self.given_count is not None or self.group.masks_given:
             return self.given_count
-        match self.group.distribution:
-            case "uniform":
-                return kept_cells(self.grid.cells, sparsity)
-            case "erdos_renyi":
-                return kept_cells(self.grid.cells, 1.0 - erdos_renyi(self.family, sparsity)[self.member])
-            case "global":
-                return None
+        sparsity = self.group.sparsity_at(version)
+        if sparsity == 0.0:
+            return self.grid.cells
+        if self.group.searched:
+            return None
+        if self.group.distribution == "erdos_renyi":
+            return kept_cells(self.grid.cells, 1.0 - erdos_renyi(self.family, sparsity)[self.member])
+        return kept_cells(self.grid.cells, sparsity)
 
     def nonzeros(self, version: int) -> int | None:
         """How many elements exist in `version`."""
@@ -104,10 +105,13 @@ class SparsePiece:
         return None if count is None else count * self.grid.cell_elements
 
 
-def global_count(pieces: Iterable[SparsePiece], version: int) -> int:
-    """How many cells the pieces of one group have together in `version`, where its distribution is `global`."""
-    members = list(pieces)
-    return kept_cells(sum(piece.grid.cells for piece in members), members[0].group.sparsity_at(version))
+def global_count(pieces: Collection[SparsePiece], version: int) -> int:
+    """How many cells the pieces of one group have together in `version`, where its distribution is `global`: each has at
+    least one."""
+    cells, group = sum(piece.grid.cells for piece in pieces), next(iter(pieces)).group
+    if not group.sparse_at(version):
+        return cells
+    return max(len(pieces), kept_cells(cells, group.sparsity_at(version)))
 
 
 def sparse_pieces(
@@ -122,10 +126,10 @@ def sparse_pieces(
     Args:
         pieces: whole tensors and panels, as `blocks.cut` leaves them.
         dense: names that only a group with `include_all` takes (`dense_by_default`).
-        given_counts: cells of given masks, by the pieces' own names (`str(parameter)`).
+        given_counts: cells where the settings do not say how many, by the pieces' own names (`str(parameter)`).
 
     Raises:
-        ConfigError: a group that matches nothing, blocks that do not divide a piece, a given mask that is missing.
+        ConfigError: a group that matches nothing, blocks that do not divide a piece.
     """
     chosen: list[tuple[Parameter, SparsityGroup]] = []
     matched: set[int] = set()
@@ -136,7 +140,7 @@ def sparse_pieces(
         if piece.name in dense and not group.include_all:
             continue
         matched.add(id(group))
-        if group.sparsity != 0.0 or group.given is not None:
+        if group.sparsity != 0.0 or group.masks_given:
             chosen.append((piece, group))
     for group in sparsity.groups:
         if id(group) not in matched:
@@ -148,6 +152,8 @@ def sparse_pieces(
     for piece, group in chosen:
         whole = piece.shape if piece.rows is None else (piece.rows, *piece.shape[1:])
         families.setdefault(id(group), {})[piece.name] = whole
+    for number, family in families.items():  # in order of name: that of pieces changes with the blocks of a model
+        families[number] = dict(sorted(family.items()))
     return tuple(_sparse_piece(piece, group, families[id(group)], given_counts or {}) for piece, group in chosen)
 
 
@@ -155,9 +161,7 @@ def _sparse_piece(
     piece: Parameter, group: SparsityGroup, family: Mapping[str, Shape], given_counts: Mapping[str, int]
 ) -> SparsePiece:
     grid = Grid.of(piece.shape, group.block, name=str(piece))
-    given = given_counts.get(str(piece)) if group.given is not None else None
-    if group.given is not None and given is None:
-        raise ConfigError(f"sparsity: {group.given} has no mask of {str(piece)!r}; add it, or give another init")
+    given = None if group.counted else given_counts.get(str(piece))
     _aligned(piece, grid)
     return SparsePiece(piece, group, grid, tuple(family.values()), list(family).index(piece.name), given)
 

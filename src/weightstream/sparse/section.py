@@ -44,8 +44,8 @@ class SparsityGroupConfig(Section):
     begin: int = Field(default=0, ge=0)
     end: int | None = Field(default=None, ge=1)
     """The step at which mask updates end; by default at three quarters of training."""
-    init: Literal["random", "magnitude"] | Path = "random"
-    """How the first mask is chosen, or a safetensors file with a mask by parameter name."""
+    init: Literal["random", "magnitude", "zeros"] | Path | None = None
+    """How the first mask is chosen, or a safetensors file with a mask by parameter name; at random if weights are not given."""
     dense_until: int = Field(default=0, ge=0)
     """The step after which these parameters become sparse."""
     dense_from: int | None = Field(default=None, ge=1)
@@ -70,7 +70,7 @@ class SparsityGroupConfig(Section):
             every=self.every,
             begin=self.begin,
             end=self._end(training_steps),
-            init=str(self.init),
+            init=None if self.init is None else str(self.init),
             dense_until=self.dense_until,
             dense_from=self.dense_from,
             include_all=self.include_all,

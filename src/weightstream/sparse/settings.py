@@ -5,7 +5,7 @@ Version n of a record is what training step n leaves, steps counting from 1; ver
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, assert_never, get_args
 
@@ -68,8 +68,9 @@ class SparsityGroup:
     every: int = 100
     begin: int = 0
     end: int | None = None
-    init: str = "random"
-    """`random`, `magnitude`, or the path of a safetensors file with masks by parameter name."""
+    init: str | None = None
+    """How masks begin: `random`; `magnitude`; `zeros`, given weights that are not zero exist; or the path of a safetensors
+    file with masks by parameter name. None says nothing: at random, but not of weights that are given."""
     dense_until: int = 0
     dense_from: int | None = None
     include_all: bool = False
@@ -95,18 +96,28 @@ class SparsityGroup:
             self.algorithm == "gmp" or not isinstance(self.sparsity, Ramp),
             "sparsity", f"a number with {self.algorithm}; schedules of sparsity go with algorithm: gmp",
         )  # fmt: skip
+        ramp = self.sparsity if isinstance(self.sparsity, Ramp) and self.distribution == "global" else None
         self._require(
-            self.distribution != "global" or self.algorithm == "gmp" or (self.algorithm, self.init) == ("static", "magnitude"),
-            "distribution", "uniform or erdos_renyi; global goes with gmp, or with static and init: magnitude",
+            ramp is None or ramp.curve == "constant" or ramp.initial <= ramp.final,
+            "sparsity", "a schedule that rises with distribution: global, which only prunes",
+        )  # fmt: skip
+        self._require(
+            ramp is None or ramp.initial == 0 or self.init == "magnitude",
+            "init", "magnitude with distribution: global and gmp that begins sparse",
         )  # fmt: skip
         self._require(
             self.dense_until >= 0 and (self.dense_from is None or self.dense_from > self.dense_until),
             "dense_from", f"a step after dense_until ({self.dense_until})",
         )  # fmt: skip
         self._require(
-            self.given is None or self.algorithm != "gmp",
+            not self.masks_given or self.algorithm != "gmp",
             "init",
             "random or magnitude with gmp, which prunes by itself",
+        )
+        self._require(
+            not self.masks_given or not self.dense_until,
+            "init",
+            "random or magnitude after a dense phase, since a given mask is that of the beginning",
         )
 
     def _require(self, holds: bool, field: str, expected: str) -> None:
@@ -119,7 +130,33 @@ class SparsityGroup:
     @property
     def given(self) -> str | None:
         """The file of given masks."""
-        return None if self.init in ("random", "magnitude") else self.init
+        return None if self.init in (None, "random", "magnitude", "zeros") else self.init
+
+    @property
+    def masks_given(self) -> bool:
+        """Whether first masks say themselves how many cells exist: those of a file, or where given weights are not zero."""
+        return self.given is not None or self.init == "zeros"
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether masks begin at random."""
+        return self.init in (None, "random")
+
+    @property
+    def counted(self) -> bool:
+        """Whether counts of cells follow from these settings; else masks say them, or a search finds them."""
+        return not (self.masks_given or self.searched)
+
+    @property
+    def searched(self) -> bool:
+        """Whether only a search over all pieces of the group tells how many cells each keeps: what is pruned by magnitude
+        under `distribution: global`. What is chosen at random has its share of each piece, as with `uniform`."""
+        return self.distribution == "global" and (self.algorithm == "gmp" or self.init == "magnitude")
+
+    @property
+    def settled(self) -> bool:
+        """Whether counts of cells stay as they are in version 0."""
+        return self.algorithm != "gmp" and self.dense_until == 0 and self.dense_from is None
 
     @property
     def last(self) -> int:
@@ -176,6 +213,21 @@ class Sparsity:
 
     def group_of(self, name: str) -> SparsityGroup | None:
         return next((group for group in self.groups if group.matches(name)), None)
+
+    def saying(self, made: Mapping[str, Any] | None) -> "Sparsity":
+        """The same with how masks begin where a group does not say it: as the store was made with, else at random.
+
+        Args:
+            made: `to_json` of the settings that a store was made with, if there is one.
+        """
+        found = made.get("groups", ()) if made is not None else ()
+        said = [group.get("init") for group in found] if len(found) == len(self.groups) else [None] * len(self.groups)
+        return Sparsity(
+            tuple(
+                replace(group, init=init or "random") if group.init is None else group
+                for group, init in zip(self.groups, said, strict=True)
+            )
+        )
 
     def to_json(self) -> dict[str, Any]:
         """`{"groups": [{"patterns": …, "algorithm": "rigl", …}]}`; `from_json` reads it."""

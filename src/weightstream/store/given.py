@@ -5,7 +5,7 @@ completes it; it can never pass for a whole one with random values in it. The sa
 from the values (by magnitude, or where they are not zero), or from masks beside them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -122,13 +122,7 @@ def fill(store: "Store", values: Mapping[str, Tensor], masks: Masks | None = Non
             dense = dense or buffer.tensors("param")
             for spec in layout.part("param").tensors:
                 master = dense[spec.name]
-                if spec.name in values:
-                    if value is None:
-                        value = values[spec.name]
-                    _take(store, spec, value, master)
-                    value = None if spec.last else value
-                else:
-                    _generate(store, spec, master)
+                value = _begin(store, spec, values, value, master)
                 mask = _mask(store, unit, spec, master, masks)
                 if mask is not None:
                     kept[spec.name] = mask
@@ -151,6 +145,34 @@ def fill(store: "Store", values: Mapping[str, Tensor], masks: Masks | None = Non
     finally:
         buffer.close()
     store.commit(0, {}).result()
+
+
+def first_values(
+    store: "Store", values: Mapping[str, Tensor], names: Collection[str]
+) -> Iterator[tuple[TensorSpec, Tensor]]:
+    """The values that pieces of these parameters have before any mask, in order, as `fill` takes them; fp32, each in memory
+    of its own."""
+    value: Tensor | None = None
+    for unit in store.units:
+        for spec in store.layout_of(unit.index, DENSE).part("param").tensors:
+            if spec.name in names:
+                master = torch.empty(spec.shape)
+                value = _begin(store, spec, values, value, master)
+                yield spec, master
+
+
+def _begin(
+    store: "Store", spec: TensorSpec, values: Mapping[str, Tensor], value: Tensor | None, master: Tensor
+) -> Tensor | None:
+    """Puts the values of a piece into `master`: given ones, else by its recipe. `value` is that of a tensor whose panels
+    come one after another, as this returned it for the panel before."""
+    if spec.name not in values:
+        _generate(store, spec, master)
+        return None
+    if value is None:
+        value = values[spec.name]
+    _take(store, spec, value, master)
+    return None if spec.last else value
 
 
 def _bound(buffer: RecordBuffer, layout: RecordLayout) -> RecordBuffer:

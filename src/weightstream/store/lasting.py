@@ -1,7 +1,7 @@
 """Memory of pinned parts that outlives the process.
 
 Ranks that are started anew after a loss had the RAM tier in memory a moment ago. Where their launcher names a folder on a
-memory file system (`VARIABLE` in the environment), a pinned part is a file there, mapped shared, and the next process
+memory file system (`LASTING_VARIABLE` in the environment), a pinned part is a file there, mapped shared, and the next process
 finds it. Whether that is the version which the last commit holds is told by the checksum that the commit has of the part:
 neither a copy that was cut short nor a step that was undone can pass. What does not pass is read from the disk.
 """
@@ -11,13 +11,12 @@ import mmap
 import os
 from pathlib import Path
 
+from weightstream.cluster import LASTING_VARIABLE
 from weightstream.store.layout import ALIGN_PART
 from weightstream.store.segments import AlignedBuffer
 from weightstream.units import align
 
 log = logging.getLogger("weightstream.store")
-
-VARIABLE = "WEIGHTSTREAM_LASTING"
 
 
 class LastingBuffer(AlignedBuffer):
@@ -54,7 +53,7 @@ class LastingMemory:
     """The memory of one store's pinned parts: files where the environment names a folder, else the process's own."""
 
     def __init__(self, store_id: str) -> None:
-        named = os.environ.get(VARIABLE)
+        named = os.environ.get(LASTING_VARIABLE)
         self._folder = Path(named) if named and hasattr(os, "posix_fallocate") else None
         self._store_id = store_id
 

@@ -6,16 +6,19 @@ that this rank owns; of some blocks that may be none. A rank that owns everythin
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightstream.blocks import Block, Unit, cut
+from weightstream.sparse.codec import Places, decoding_steps
+from weightstream.sparse.grid import Grid
 from weightstream.store.futures import done, gather
 from weightstream.store.images import Image, gradient_image, owned_gradients, slab_image
 from weightstream.store.layout import MASK, Precision, RecordLayout, TensorSpec, record_layout
+from weightstream.store.masks import grid_of
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.sparsity import DENSE, Sparsity
@@ -33,7 +36,8 @@ class BlockBytes:
 
     `loaded` and `written` are what an update reads and writes, `gradients` what it is given: only units with trained
     parameters have updates. `stored` are the images of all, `fetched` what is moved of the whole block for a slab: less
-    than it where it is sparse. `nonzeros` are those of its sparse tensors, and `sparse` says whether it has any.
+    than it where it is sparse. `places` is what the numbers of the non-zeros of its sparse tensors take, `decoding` how many
+    steps it takes to find them from their masks, and `sparse` says whether it has any.
     """
 
     streamed: int
@@ -42,7 +46,8 @@ class BlockBytes:
     gradients: int
     stored: int
     fetched: int
-    nonzeros: int = 0
+    places: int = 0
+    decoding: int = 0
     sparse: bool = False
 
 
@@ -51,11 +56,13 @@ class Largest:
     """How sparse the versions of units may be, for room that is enough for each of them.
 
     `records` has for each unit that may be sparse some that need most room, of one kind or another; `gradients` how sparse
-    its gradients always are.
+    its gradients always are. In units of `mixed` any piece may be whole while others are not: beside the values of the
+    largest there is room for all masks.
     """
 
     records: Mapping[int, Sequence[Sparsity]]
     gradients: Mapping[int, Sparsity]
+    mixed: frozenset[int] = frozenset()
 
 
 NEVER_SPARSE = Largest({}, {})
@@ -71,28 +78,53 @@ def block_bytes(
     layout_of: Callable[[Unit, Sparsity], RecordLayout],
     owned: Collection[int] | None = None,
     largest: Largest = NEVER_SPARSE,
+    driven: Collection[str] = (),
 ) -> BlockBytes:
     """Of a block that has these units; of a frozen one, as if it were updated as a whole.
 
     Args:
         owned: indices of units; all by default.
         largest: how sparse they may be; there is room for each version.
+        driven: parameters that are not expanded, so that nobody asks for the places of their non-zeros.
     """
     trainable = any(unit.trainable for unit in units)
     dense = [layout_of(unit, DENSE) for unit in units]
     choices = [[layout_of(unit, sparsity) for sparsity in largest.records.get(unit.index, (DENSE,))] for unit in units]
-    held = [(u, found) for u, found in zip(units, choices, strict=True) if owned is None or u.index in owned]
-    updated = [found for unit, found in held if unit.trainable or not trainable]
+    beside = [
+        _masks_beside(each) if unit.index in largest.mixed else 0 for unit, each in zip(units, choices, strict=True)
+    ]
+    every = list(zip(units, choices, beside, strict=True))
+    held = [each for each in every if owned is None or each[0].index in owned]
+    updated = [each for each in held if each[0].trainable or not trainable]
+    masks = [[_masks(layout, driven) for layout in found] for found in choices]
     return BlockBytes(
         streamed=sum(layout.streamed.nbytes for layout in dense),
-        loaded=sum(max(sum(part.nbytes for part in layout.states) for layout in found) for found in updated),
-        written=sum(max(layout.image_nbytes for layout in found) for found in updated),
-        gradients=owned_gradients([unit for unit, _ in held], largest.gradients).nbytes,
-        stored=sum(max(layout.image_nbytes for layout in found) for _, found in held),
-        fetched=sum(max(layout.fetched_nbytes for layout in found) for found in choices),
-        nonzeros=sum(max(sum(p.nonzeros for p in layout.sparsity) for layout in found) for found in choices),
+        loaded=sum(
+            max(sum(part.nbytes for part in layout.states) for layout in found) + more for _, found, more in updated
+        ),
+        written=sum(max(layout.image_nbytes for layout in found) + more for _, found, more in updated),
+        gradients=owned_gradients([unit for unit, *_ in held], largest.gradients).nbytes,
+        stored=sum(max(layout.image_nbytes for layout in found) + more for _, found, more in held),
+        fetched=sum(max(layout.fetched_nbytes for layout in found) + more for _, found, more in every),
+        places=sum(max(sum(Places.nbytes_of(*mask) for mask in each) for each in found) for found in masks),
+        decoding=sum(
+            max(sum(decoding_steps(g.cells, count) for g, count in each) for each in found) for found in masks
+        ),
         sparse=any(layout.sparsity for found in choices for layout in found),
     )
+
+
+def _masks_beside(choices: Sequence[RecordLayout]) -> int:
+    """What masks take in a record, in its parts and its header."""
+    masks = max((layout.part(MASK).nbytes for layout in choices if layout.has(MASK)), default=0)
+    headers = [layout.header_nbytes for layout in choices]
+    return masks + max(headers) - min(headers)
+
+
+def _masks(layout: RecordLayout, driven: Collection[str]) -> list[tuple[Grid, int]]:
+    """The masks of a record that are expanded: their cells, and how many exist."""
+    tensors = layout.part(MASK).tensors if layout.has(MASK) else ()
+    return [(grid_of(spec), spec.sparse[0].ones) for spec in tensors if spec.name not in driven]
 
 
 def bytes_of_blocks(
@@ -204,7 +236,7 @@ class Holding:
         self.whole: frozenset[tuple[str, int]] = frozenset()
         """Sparse pieces, by name and first row, whose gradients are dense at present."""
         now = Largest({unit: (found,) for unit, found in self.sparsity.items()}, self.sparsity)
-        self.largest = Largest({**now.records, **largest.records}, largest.gradients) if largest else now
+        self.largest = replace(largest, records={**now.records, **largest.records}) if largest else now
         self.slabs: tuple[Image, ...] = tuple(slab_image(found) for found in dense)
         """Where each block's tensors lie in a slab: dense, whatever is stored of them."""
         self.bytes: tuple[BlockBytes, ...] = tuple(

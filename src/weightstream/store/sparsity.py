@@ -7,12 +7,14 @@ non-zeros and a mask. A version in which a piece is dense says nothing of it.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightstream.blocks import Parameter, Unit
 from weightstream.errors import ConfigError, StoreError
-from weightstream.sparse.codec import Form, mask_form
 from weightstream.sparse.grid import Grid
+
+if TYPE_CHECKING:
+    from weightstream.sparse.codec import Form
 
 Rule = Literal["random", "given", "dense"]
 
@@ -67,8 +69,10 @@ def cells_of(shape: Sequence[int], block: tuple[int, int]) -> int:
     return prod(shape) // prod(block)
 
 
-def form_of(shape: Sequence[int], piece: SparsePiece) -> tuple[Form, int]:
+def form_of(shape: Sequence[int], piece: SparsePiece) -> "tuple[Form, int]":
     """How a mask is written, and its bytes."""
+    from weightstream.sparse.codec import mask_form  # with torch, which a glance at a manifest does without
+
     return mask_form(cells_of(shape, piece.block), piece.ones)
 
 

@@ -1,11 +1,14 @@
-"""Sparse blocks between the link and the slab: non-zeros and masks land beside it, and are expanded when they are needed.
+"""Sparse blocks between the link and the slab: non-zeros and masks land beside it, and are expanded as soon as they are there.
 
 A block without sparse parameters lands in its slab. Of another one the places of its non-zeros are kept as long as it is
 in a slab, so that gradients, which autograd forms densely, are gathered there before they are summed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,16 +19,22 @@ from weightstream.sparse.driving import drive
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.masks import Mask
 from weightstream.sparse.structure import Structure
+from weightstream.store.futures import chain, done
+from weightstream.store.futures import gather as gather_all
 from weightstream.store.layout import MASK, RecordLayout, TensorSpec
 from weightstream.store.masks import mask_of
 from weightstream.store.owned import Holding
 from weightstream.store.segments import part_tensors
+from weightstream.worker.places import KeptPlaces
 from weightstream.worker.slabs import Slab
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class _Panel:
-    """The non-zeros of a tensor's elements [`start`, `stop`): those of `places`, or all."""
+    """The non-zeros of a tensor's elements [`start`, `stop`): those of `places`, or all. Places go to the device with the
+    first gradient."""
 
     row: int
     start: int
@@ -47,37 +56,88 @@ class Driven:
     nonzeros: int
 
 
+@dataclass(slots=True)
+class _Landing:
+    """A sparse block on its way: what its bytes are, and whether they are expanded; with what each piece came to."""
+
+    layouts: tuple[RecordLayout, ...]
+    expanded: "Future[list[tuple[str, _Panel | Mask]]] | None" = None
+
+
 class Expansion:
     """Where blocks land, and where their non-zeros are while they are in slabs.
+
+    A block is expanded as soon as its bytes are there, beside whatever is computed meanwhile: piece by piece, by as many
+    threads as torch computes with.
 
     Args:
         driven: by name the parameters that kernels multiply by: of these a slab has the non-zeros, where else the dense
             tensor would begin.
         device: where products are computed.
+        places: what is kept from one fetch to the next.
     """
 
     def __init__(
-        self, holding: Holding, driven: Mapping[str, Driven] | None = None, device: torch.device | str = "cpu"
+        self,
+        holding: Holding,
+        driven: Mapping[str, Driven] | None = None,
+        device: torch.device | str = "cpu",
+        places: KeptPlaces | None = None,
     ) -> None:
         self._holding, self._driven, self._device = holding, driven or {}, device
+        self._places = KeptPlaces() if places is None else places
+        self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="expand")
         self._undo: dict[int, list[Callable[[], None]]] = {}
-        self._landed: dict[int, tuple[RecordLayout, ...]] = {}
+        self._landings: dict[int, _Landing] = {}
         self._panels: dict[int, dict[str, list[_Panel]]] = {}
 
     def landing(self, block: int, slab: Slab) -> memoryview:
         """Where a block that comes to a slab has to land."""
         if not self._holding.is_sparse(block):
             return slab.landing
-        self._landed[block] = tuple(self._holding.layout(unit) for unit in self._holding.store.units_of(block))
+        layouts = tuple(self._holding.layout(unit) for unit in self._holding.store.units_of(block))
+        self._landings[block] = _Landing(layouts)
         return slab.compressed
 
-    def expand(self, block: int, slab: Slab) -> bool:
-        """Fills a slab with the block that has landed; whether there was anything to do."""
-        layouts = self._landed.pop(block, None)
-        if layouts is None:
+    def begin(self, block: int, slab: Slab, arrived: "Future[Any]") -> None:
+        """Once a block has landed, fills its slab and sends that to the device; if it is one that is expanded."""
+        landing = self._landings.get(block)
+        if landing is None:
+            return
+
+        def start() -> "Future[list[tuple[str, _Panel | Mask]]]":
+            arrived.result()
+            return gather_all([self._threads.submit(piece) for piece in self._pieces(block, slab, landing.layouts)])
+
+        filled = chain([arrived], start)
+        landing.expanded = chain([filled], lambda: _uploaded(filled, slab))
+
+    def finish(self, block: int) -> bool:
+        """Waits until the slab of a block is full, and on its way to the device; kernels multiply by what is in it from now
+        on. Whether it is one that is expanded."""
+        landing = self._landings.get(block)
+        if landing is None:
             return False
+        assert landing.expanded is not None, "it was begun"
+        pieces = landing.expanded.result()
+        del self._landings[block]
         panels: dict[str, list[_Panel]] = {}
-        masks_of: dict[str, list[Mask]] = {}
+        masks: dict[str, list[Mask]] = {}
+        for name, piece in pieces:
+            if isinstance(piece, Mask):
+                masks.setdefault(name, []).append(piece)
+            else:
+                panels.setdefault(name, []).append(piece)
+        self._panels[block] = {
+            name: found for name, found in panels.items() if any(panel.places is not None for panel in found)
+        }
+        self._undo[block] = [self._drive(self._driven[name], found) for name, found in masks.items()]
+        return True
+
+    def _pieces(
+        self, block: int, slab: Slab, layouts: Sequence[RecordLayout]
+    ) -> Iterator[Callable[[], tuple[str, _Panel | Mask]]]:
+        """What fills a slab with what has landed beside it: piece by piece, in any order."""
         offsets: dict[str, int] = {}
         targets = iter(self._holding.slabs[block].pieces)
         start = 0
@@ -91,22 +151,28 @@ class Expansion:
             for spec in streamed.tensors:
                 target = next(targets)
                 assert (target.name, target.row) == (spec.name, spec.row), "a slab has what is streamed, in its order"
+                own, mask = values[spec.name], masks.get(spec.name)
                 if spec.name in self._driven:
+                    assert mask is not None
                     at = offsets.get(spec.name, target.offset)
-                    _copy(slab, spec, values[spec.name], at)
                     offsets[spec.name] = at + spec.nbytes
-                    masks_of.setdefault(spec.name, []).append(mask_of(spec, masks[spec.name]))
-                    continue
-                places = None if spec.piece is None else Places.of(mask_of(spec, masks[spec.name]))
-                _fill(slab, target, values[spec.name], places)
-                first = spec.first_element
-                stop = first + target.nbytes // target.dtype.itemsize
-                panels.setdefault(spec.name, []).append(_Panel(spec.row, first, stop, places))
-        self._panels[block] = {
-            name: found for name, found in panels.items() if any(panel.places is not None for panel in found)
-        }
-        self._undo[block] = [self._drive(self._driven[name], found) for name, found in masks_of.items()]
-        return True
+                    yield partial(_copy_nonzeros, slab, spec, at, own, mask)
+                else:
+                    yield partial(self._fill, block, slab, spec, target, own, mask)
+
+    def _fill(
+        self, block: int, slab: Slab, spec: TensorSpec, target: TensorSpec, values: Tensor, mask: Tensor | None
+    ) -> tuple[str, _Panel]:
+        """Writes a piece to its place in a slab's host memory, of which no graph knows."""
+        count, first = target.nbytes // target.dtype.itemsize, spec.first_element
+        if spec.piece is None:
+            _copy(slab, target.offset, values)
+            return spec.name, _Panel(spec.row, first, first + count, None)
+        assert mask is not None, "a sparse piece has a mask"
+        places = self._places.of(block, spec, mask)
+        dense = torch.frombuffer(slab.landing, dtype=target.dtype, count=count, offset=target.offset)
+        expand(values, places, dense)
+        return spec.name, _Panel(spec.row, first, first + count, places)
 
     def _drive(self, driven: Driven, masks: Sequence[Mask]) -> Callable[[], None]:
         """The module of a parameter multiplies by what its slab has, until this is undone."""
@@ -115,10 +181,16 @@ class Expansion:
 
     def forget(self, block: int) -> None:
         """The block leaves its slab."""
-        self._landed.pop(block, None)
+        landing = self._landings.pop(block, None)
+        if landing is not None and landing.expanded is not None:
+            landing.expanded.exception()  # waits: nothing may be written to the slab any more
         self._panels.pop(block, None)
         for undo in self._undo.pop(block, ()):
             undo()
+
+    def close(self) -> None:
+        """Ends its threads."""
+        self._threads.shutdown()
 
     def gathered(self, block: int, name: str, grad: Tensor) -> Tensor:
         """A dense gradient at the non-zeros that are summed, (non-zeros, 1); itself where all of it is."""
@@ -138,6 +210,7 @@ class Expansion:
             if panel.places is None:
                 target.copy_(part.view(-1, 1))
             else:
+                panel.places = panel.places.to(grad.device)
                 gather(part, panel.places, target)
         return out
 
@@ -146,19 +219,19 @@ def _whole(panel: _Panel) -> _Panel:
     return _Panel(panel.row, panel.start, panel.stop, None)
 
 
-def _copy(slab: Slab, spec: TensorSpec, values: Tensor, offset: int) -> None:
+def _copy_nonzeros(slab: Slab, spec: TensorSpec, offset: int, values: Tensor, mask: Tensor) -> tuple[str, Mask]:
     """Writes non-zeros as they are to a place in a slab's host memory."""
-    count = spec.nbytes // spec.dtype.itemsize
-    torch.frombuffer(slab.landing, dtype=spec.dtype, count=count, offset=offset).copy_(values.view(-1))
+    _copy(slab, offset, values)
+    return spec.name, mask_of(spec, mask)
 
 
-def _fill(slab: Slab, target: TensorSpec, values: Tensor, places: Places | None) -> None:
-    """Writes a piece to its place in a slab's host memory, of which no graph knows."""
-    count = target.nbytes // target.dtype.itemsize
-    if not count:
-        return
-    dense = torch.frombuffer(slab.landing, dtype=target.dtype, count=count, offset=target.offset)
-    if places is None:
-        dense.copy_(values.reshape(-1))
-    else:
-        expand(values, places, dense)
+def _copy(slab: Slab, offset: int, values: Tensor) -> None:
+    if values.numel():
+        source = values.reshape(-1).view(torch.uint8).numpy()
+        np.copyto(np.frombuffer(slab.landing, np.uint8, source.size, offset), source)
+
+
+def _uploaded(filled: "Future[T]", slab: Slab) -> "Future[T]":
+    found = filled.result()
+    slab.upload()
+    return done(found)
