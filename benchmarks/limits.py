@@ -1,7 +1,7 @@
-"""A hard memory limit on a process, set by the operating system, and what it says when the limit kills.
+"""Hard limits on a process, set by the operating system: on its memory, with what it says when that kills; on its disk.
 
 A memory cgroup (v1 or v2) below the one this process is in, where one can be made; else RLIMIT_DATA, under which an
-allocation fails instead.
+allocation fails instead. A disk is held to a speed by a cgroup or not at all.
 """
 
 import os
@@ -54,11 +54,15 @@ class MemoryGroup:
         return int(self._peak.read_text()) if self._peak.exists() else 0
 
     def remove(self) -> None:
-        for _ in range(50):  # the kernel lets go of a group a moment after its last process
-            with suppress(OSError):
-                self.path.rmdir()
-                return
-            time.sleep(0.1)
+        _remove(self.path)
+
+
+def _remove(group: Path) -> None:
+    for _ in range(50):  # the kernel lets go of a group a moment after its last process
+        with suppress(OSError):
+            group.rmdir()
+            return
+        time.sleep(0.1)
 
 
 class DataLimit:
@@ -82,6 +86,45 @@ class DataLimit:
         pass
 
 
+class DiskGroup:
+    """A new cgroup whose reads from and writes to the disk of a folder each reach so many bytes per second, if they are
+    direct (version 1 does not see to whom buffered writes belong); `enter` as above.
+
+    Raises:
+        OSError: no such group can be made here.
+    """
+
+    def __init__(self, limit_bytes_per_s: int, folder: Path) -> None:
+        version, parent = _own_group("blkio", "io")
+        self.path = parent / f"weightstream-benchmark-{os.getpid()}-{time.monotonic_ns()}"
+        self.path.mkdir()
+        disk = _disk_of(folder)
+        try:
+            if version == 1:
+                for way in ("read", "write"):
+                    (self.path / f"blkio.throttle.{way}_bps_device").write_text(f"{disk} {limit_bytes_per_s}")
+            else:
+                (self.path / "io.max").write_text(f"{disk} rbps={limit_bytes_per_s} wbps={limit_bytes_per_s}")
+        except OSError:
+            self.path.rmdir()
+            raise
+
+    def enter(self) -> None:
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+    def remove(self) -> None:
+        _remove(self.path)
+
+
+def _disk_of(folder: Path) -> str:
+    """`major:minor` of the whole disk that a folder is on, of which it may be a partition."""
+    number = folder.stat().st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve(strict=True)
+    if (device / "partition").exists():
+        device = device.parent
+    return (device / "dev").read_text().strip()
+
+
 def memory_limit(limit_bytes: int) -> MemoryGroup | DataLimit:
     """The hardest limit that can be had here."""
     try:
@@ -90,16 +133,16 @@ def memory_limit(limit_bytes: int) -> MemoryGroup | DataLimit:
         return DataLimit(limit_bytes)
 
 
-def _own_group() -> tuple[int, Path]:
-    """(cgroup version, folder) of the memory controller's group that this process is in."""
+def _own_group(first: str = "memory", second: str = "memory") -> tuple[int, Path]:
+    """(cgroup version, folder) of the group that this process is in, of a controller by its names in versions 1 and 2."""
     mounts = [line.split() for line in _MOUNTS.read_text().splitlines()]
     for line in _GROUPS.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         for _, folder, kind, options, *_ in mounts:
-            if kind == "cgroup" and "memory" in controllers.split(",") and "memory" in options.split(","):
+            if kind == "cgroup" and first in controllers.split(",") and first in options.split(","):
                 return 1, Path(folder) / path.lstrip("/")
             if kind == "cgroup2" and not controllers:
                 group = Path(folder) / path.lstrip("/")
-                if (group / "memory.max").exists() or "memory" in (group / "cgroup.controllers").read_text().split():
+                if (group / f"{second}.max").exists() or second in (group / "cgroup.controllers").read_text().split():
                     return 2, group
-    raise FileNotFoundError("no memory cgroup is mounted")
+    raise FileNotFoundError(f"no {first} cgroup is mounted")

@@ -115,7 +115,7 @@ def predicted_of(run: dict[str, Any], profile: Profile, store: Path, idle: int) 
     return {
         "predicted_s": found.seconds_per_step, "binds": found.binds,
         "predicted_read": found.read_bytes, "predicted_written": found.written_bytes,
-        "predicted_memory_bytes": cluster.size * (found.memory_bytes + idle),
+        "predicted_memory_bytes": found.all_memory_bytes + cluster.size * idle,
         "predicted_seconds": found.seconds_by_kind(),
     }  # fmt: skip
 

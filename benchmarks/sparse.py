@@ -2,14 +2,16 @@
 
     python benchmarks/sparse.py --json
 
-Two streamed runs of one model in turn, one with nine tenths of every layer's matrices missing (static random masks,
-multiplied densely), the other dense; everything on disk, no RAM tier. Embedding and head are dense in both.
+Streamed runs of one model in turn: dense; with nine tenths of every layer's matrices missing (static random masks,
+multiplied densely); and with as many missing in blocks, multiplied by a kernel. Everything on disk, no RAM tier; embedding
+and head are dense in all. `--disk-limit` holds the disk to so many bytes per second each way, as a slower one would.
 
 Keys: `store_bytes_ratio`, `streamed_bytes_ratio` (sparse over dense, of the layers' matrices with their masks, as records
 have them), `optimizer_ratio` (updates of the layers: gradients scaled, AdamW, the cast, checksums), `dense_s`, `sparse_s`
-(median seconds per step), `disk_bound_speedup`, `bytes_ratio` (read and written per step, all parameters),
-`codec_gb_per_s` (dense bf16 output of one thread, places of non-zeros kept), `codec_cold_gb_per_s` (from the mask as it is
-stored). Products with non-zeros only: `sparse_kernels.py`.
+(median seconds per step), `disk_bound_speedup`, of the run in blocks `block_s`, `disk_bound_block_speedup`,
+`bytes_ratio` (read and written per step, all parameters; not in blocks), `codec_gb_per_s` (dense bf16 output of one thread,
+places of non-zeros kept), `codec_cold_gb_per_s` (from the mask as it is stored). Products with non-zeros only:
+`sparse_kernels.py`.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from limits import DiskGroup
 from results import SCRATCH, provenance, summary, write
 from scratch import scratch
 from turns import Side, in_turn
@@ -29,6 +32,7 @@ from workload import Workload
 from weightstream.sparse.codec import Places, encode_mask, expand
 from weightstream.sparse.grid import Grid
 from weightstream.sparse.masks import random_mask
+from weightstream.units import parse_bytes
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,7 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     Workload.add_arguments(parser, tokens=128, micro_batches=1)
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--block", type=int, nargs=2, default=[1, 1])
+    parser.add_argument("--block", type=int, nargs=2, default=[1, 1], help="of the run that is multiplied densely")
+    parser.add_argument("--kernel", default="gathered", help="of the run in blocks; none: there is no such run")
+    parser.add_argument("--kernel-block", type=int, nargs=2, default=[32, 32])
+    parser.add_argument(
+        "--disk-limit", help="bytes per second, such as 500MB, of reads and of writes; results are kept apart"
+    )
     parser.add_argument("--device-memory", default="512MiB")
     parser.add_argument("--host-memory", default="2GiB")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -49,10 +58,11 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
     arguments = parser.parse_args()
     workload = Workload.of(arguments)
+    named = "sparse" if arguments.disk_limit is None else f"sparse-disk-{arguments.disk_limit}"
     with scratch(arguments.scratch, "sparse") as folder:
-        result = {"benchmark": "sparse"} | compare(workload, arguments, folder)
+        result = {"benchmark": named} | compare(workload, arguments, folder)
     result |= codec((workload.width, workload.width * 11 // 4), arguments)
-    write("sparse", result | provenance(arguments.turns), as_json=arguments.json, record=not arguments.no_record)
+    write(named, result | provenance(arguments.turns), as_json=arguments.json, record=not arguments.no_record)
 
 
 def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -61,21 +71,37 @@ def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> 
     common += ["--threads", str(arguments.threads), "--device-memory", arguments.device_memory]
     common += ["--host-memory", arguments.host_memory]
     ways = {"dense": [], "sparse": ["--sparsity", str(arguments.sparsity), "--block", *map(str, arguments.block)]}
+    if arguments.kernel != "none":
+        blocks = ["--block", *map(str, arguments.kernel_block), "--kernel", arguments.kernel]
+        ways["block"] = ["--sparsity", str(arguments.sparsity), *blocks]
     sides: dict[str, Side] = {}
+    limit_bytes_per_s = None if arguments.disk_limit is None else parse_bytes(arguments.disk_limit)
+    limit = None if limit_bytes_per_s is None else DiskGroup(limit_bytes_per_s, folder)
     try:
         for name, own in ways.items():
             command = [*common, *own, "--store", folder / name]
-            sides[name] = Side(name, command, log=folder / f"{name}.log")
+            enter = None if limit is None else limit.enter
+            sides[name] = Side(name, command, log=folder / f"{name}.log", enter=enter)
         in_turn(list(sides.values()), turns=arguments.turns, steps=arguments.steps_per_turn, warm_up=arguments.warm_up)
         closed = {name: side.close() for name, side in sides.items()}
     finally:
         for side in sides.values():
             side.abandon()
+        if limit is not None:
+            limit.remove()
     dense, sparse = sides["dense"], sides["sparse"]
     moved = {name: median(fact["read"] + fact["written"] for fact in side.facts) for name, side in sides.items()}
     updates = {name: [fact["layer_updates_s"] for fact in side.facts] for name, side in sides.items()}
-    had = {name: found["layer_bytes"] for name, found in closed.items()}
-    speedups = [one / other for one, other in zip(dense.turns, sparse.turns, strict=True)]
+    had = {name: facts["layer_bytes"] for name, facts in closed.items()}
+    found: dict[str, Any] = {}
+    if "block" in sides:
+        found = {
+            "kernel": arguments.kernel, "kernel_block": arguments.kernel_block,
+            **summary("block_updates_s", updates["block"]), **summary("block_s", sides["block"].turns),
+            **speedup("disk_bound_block_speedup", dense, sides["block"]),
+            "block_store_bytes_ratio": had["block"]["stored"] / had["dense"]["stored"],
+            "block_bytes": moved["block"], "block_seconds": sides["block"].facts[-1]["seconds"],
+        }  # fmt: skip
     return {
         "layers": workload.layers, "width": workload.width, "tokens": workload.tokens,
         "micro_batches": workload.micro_batches, "parameters": workload.parameter_count(),
@@ -86,14 +112,19 @@ def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> 
         "optimizer_ratio": median(updates["sparse"]) / median(updates["dense"]),
         **summary("dense_updates_s", updates["dense"]), **summary("sparse_updates_s", updates["sparse"]),
         **summary("dense_s", dense.turns), **summary("sparse_s", sparse.turns),
-        "disk_bound_speedup": median(dense.turns) / median(sparse.turns),
-        "disk_bound_speedup_spread": [min(speedups), max(speedups)],
+        **speedup("disk_bound_speedup", dense, sparse), "disk_limit_bytes_per_s": limit_bytes_per_s,
         "bytes_ratio": moved["sparse"] / moved["dense"], "dense_bytes": moved["dense"], "sparse_bytes": moved["sparse"],
         "dense_seconds": dense.facts[-1]["seconds"], "sparse_seconds": sparse.facts[-1]["seconds"],
         "stalled_s": {name: median(fact["stalled_s"] for fact in side.facts) for name, side in sides.items()},
         "peak_rss_bytes": {name: side.peak.nbytes for name, side in sides.items()},
-        "store_bytes": {name: found["disk_bytes"] for name, found in closed.items()},
-    }  # fmt: skip
+        "store_bytes": {name: facts["disk_bytes"] for name, facts in closed.items()},
+    } | found  # fmt: skip
+
+
+def speedup(key: str, slow: Side, fast: Side) -> dict[str, Any]:
+    """Of medians, and the least and most of any turn."""
+    each = [one / other for one, other in zip(slow.turns, fast.turns, strict=True)]
+    return {key: median(slow.turns) / median(fast.turns), f"{key}_spread": [min(each), max(each)]}
 
 
 def codec(shape: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,10 +9,11 @@ process, dense, kernel, kernel, …, `--turns` times after one turn that does no
 A kernel that took more than four times as long as the dense product is not measured at higher densities of the same layer.
 
 Keys: `crossover` by kernel, block and dtype: the density below which it wins, least over all layers (null: in one of them
-at least it never wins); `block_speedup`: the least speedup over all layers of `gathered` at 10% (null: not measured);
-`worst_error`: largest difference between a kernel's y and the dense one, by the largest element of that, by dtype;
-`curves`: by layer, kernel, block and dtype, `densities`, `speedups` (of medians), `crossover`, `kernel_s` and `dense_s`
-with `*_spread` (least and most).
+at least it never wins); `block_speedup`: the speedup of `gathered` in blocks of 32×32 at 10% where compute sets the pace,
+that is with the most tokens, the least over all shapes and dtypes (null: not measured); `block_speedups`: the same by block,
+dtype and tokens; `worst_error`: largest difference between a kernel's y and the dense one, by the largest element of that,
+by dtype; `curves`: by layer, kernel, block and dtype, `densities`, `speedups` (of medians), `crossover`, `kernel_s` and
+`dense_s` with `*_spread` (least and most). The curves are drawn in `results/sparse_kernels.html`.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from results import provenance, write
+from results import RESULTS, provenance, write
 
 from weightstream.machine.kernels import name_of
 from weightstream.machine.sparsity import dense_layer, sparse_layer, structure
+from weightstream.report.figures import Line, Section, curve, page
 from weightstream.sparse.choosing import crossover
 from weightstream.sparse.kernels import Kernel, multiply, supports
 from weightstream.sparse.structure import Structure
@@ -45,7 +47,7 @@ LOST = 0.25
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["1024x1024", "1024x4096", "4096x1024"], help="out x in")
+    parser.add_argument("--shapes", nargs="+", default=["1024x1024", "1024x2816", "2816x1024"], help="out x in")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
@@ -69,11 +71,16 @@ def main() -> None:
     named = "sparse_kernels" if arguments.device == "cpu" else f"sparse_kernels_{arguments.device}"
     result = {
         "benchmark": named, "threads": arguments.threads, "crossover": crossovers(curves),
-        "block_speedup": block_speedup(curves), "worst_error": errors, "curves": curves,
+        "block_speedup": block_speedup(curves), "block_speedups": block_speedups(curves), "worst_error": errors,
+        "curves": curves,
     }  # fmt: skip
     if arguments.device != "cpu":
         result["accelerator"] = torch.cuda.get_device_name(arguments.device)
-    write(named, result | provenance(arguments.turns), as_json=arguments.json, record=not arguments.no_record)
+    result |= provenance(arguments.turns)
+    write(named, result, as_json=arguments.json, record=not arguments.no_record)
+    if not arguments.no_record:
+        about = f"{result['machine']['cpu']}, {arguments.threads} threads, commit {result['commit']}"
+        (RESULTS / f"{named}.html").write_text(drawn(curves, about))
 
 
 def layer(
@@ -158,24 +165,53 @@ def largest_error(shape: tuple[int, int], dtype: torch.dtype, device: str) -> fl
 def crossovers(curves: list[dict[str, Any]]) -> dict[str, float | None]:
     """By kernel, block and dtype, the least over all layers."""
     found: dict[str, list[float | None]] = {}
-    for curve in curves:
-        a, b = curve["block"]
-        found.setdefault(f"{curve['kernel']} {a}x{b} {curve['dtype']}", []).append(curve["crossover"])
+    for one in curves:
+        a, b = one["block"]
+        found.setdefault(f"{one['kernel']} {a}x{b} {one['dtype']}", []).append(one["crossover"])
     return {key: None if None in each else min(one for one in each if one is not None) for key, each in found.items()}
 
 
+def block_speedups(curves: list[dict[str, Any]]) -> dict[str, float]:
+    """Of `gathered` at a tenth of the blocks, the least over all shapes, by block, dtype and tokens."""
+    found: dict[str, float] = {}
+    for one in curves:
+        a, b = one["block"]
+        key = f"{a}x{b} {one['dtype']} {one['tokens']}"
+        for density, speedup in zip(one["densities"], one["speedups"], strict=True):
+            if one["kernel"] == "gathered" and 0.09 <= density <= 0.11:
+                found[key] = min(speedup, found.get(key, speedup))
+    return found
+
+
 def block_speedup(curves: list[dict[str, Any]]) -> float | None:
-    """At a tenth of the blocks, the least over all layers."""
-    return min(
-        (
-            speedup
-            for curve in curves
-            if curve["kernel"] == "gathered"
-            for density, speedup in zip(curve["densities"], curve["speedups"], strict=True)
-            if 0.09 <= density <= 0.11
-        ),
-        default=None,
-    )
+    """The least of those of 32×32 with the most tokens."""
+    most = max(one["tokens"] for one in curves)
+    keys = [f"32x32 {name_of(dtype)} {most}" for dtype in DTYPES.values()]
+    found = block_speedups(curves)
+    return min((found[key] for key in keys if key in found), default=None)
+
+
+def drawn(curves: list[dict[str, Any]], about: str) -> str:
+    """One figure for each layer and dtype: every kernel's curve, and a cross where it meets the dense product."""
+    sections = []
+    layers = dict.fromkeys((tuple(one["shape"]), one["tokens"], one["dtype"]) for one in curves)
+    for shape, tokens, dtype in layers:
+        own = [one for one in curves if (tuple(one["shape"]), one["tokens"], one["dtype"]) == (shape, tokens, dtype)]
+        lines = [
+            Line(
+                f"{one['kernel']} {one['block'][0]}×{one['block'][1]}", one["densities"], one["speedups"], markers=True
+            )
+            for one in own
+        ]
+        figure = curve(lines, x="density", y="times as fast as dense", log_x=True, log_y=True)
+        figure.add_hline(y=1, line={"dash": "dot", "width": 1})
+        marked = [one["crossover"] for one in own if one["crossover"] is not None]
+        figure.add_scatter(
+            x=marked, y=[1] * len(marked), mode="markers", name="crossover",
+            marker={"symbol": "x", "size": 9, "color": "black"},
+        )  # fmt: skip
+        sections.append(Section(f"{shape[0]}×{shape[1]}, {tokens} tokens, {dtype}", [figure]))
+    return page("Products with non-zeros only, forward and both gradients", sections, subtitle=about)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def open_engine(workload: Workload, arguments: argparse.Namespace) -> ws.Engine:
         threads_per_worker=arguments.threads,
         ram_tier=arguments.ram_tier,
         sparsity=sparsity_of(arguments),
+        kernels=dict.fromkeys(LAYER_MATRICES, arguments.kernel) if arguments.kernel else None,
     )
 
 
@@ -110,6 +111,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.0, help="of the matrices of every layer")
     parser.add_argument(
         "--block", type=int, nargs=2, default=[1, 1], help="rows and columns that are zero or not together"
+    )
+    parser.add_argument(
+        "--kernel", help="multiplies by their non-zeros (see the package); by default they are expanded"
     )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--replace", action="store_true", help="remove what is at --store first")

@@ -381,8 +381,17 @@ def test_a_plan_predicts_where_the_machine_was_measured(shell: Shell) -> None:
     assert found.code == 0, found.err
     assert "is of another machine" in found.err
     assert " binds: compute " in found.out
-    predicted = shell("plan", "config.yaml", "--profile", "profile.toml", "--json").json()["predicted"]
+    assert "blocks are fetched 2 ahead" in found.out
+    assert "the disk holds a model like this of" in found.out
+    assert "links per step" not in found.out
+    told = shell("plan", "config.yaml", "--profile", "profile.toml", "cluster.workers=2", "--json").json()
+    predicted, moved = told["predicted"], told["moved_per_step"]
     assert predicted["run_s"] > predicted["seconds_per_step"] > 0
+    assert predicted["disk_s"] > 0 < predicted["link_s"]
+    for way in ("disk_written", "down", "up"):
+        assert moved[way]["bytes"] >= moved[way]["least_bytes"] > 0, way
+    assert moved["disk_read"]["bytes"] == 0 < moved["ram_read"]["bytes"]  # all of it stays in RAM
+    assert "links per step    down" in told["text"]
     (shell.folder / "profile.toml").write_text("format = ")
     refused = shell("plan", "config.yaml", "--profile", "profile.toml")
     assert refused.code == 2

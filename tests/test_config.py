@@ -162,3 +162,4 @@ def test_sparsity_reaches_the_engine(file: Path) -> None:
     settings = engine_settings(load_config(file, overrides))
     assert settings["sparsity"].groups[0].end == 7  # three quarters of 10 steps
     assert settings["kernels"] == {"*.mlp.*": "gathered"}
+    assert engine_settings(load_config(file, ["sparsity.kernels=auto"]))["kernels"].tokens == 4 * 512

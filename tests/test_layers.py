@@ -19,7 +19,7 @@ LAYERS = (
     ("store",),
     ("fabric",),
     ("worker",),
-    ("masking", "apportioning", "runtime", "keeping", "improvising", "simulator", "streaming"),
+    ("masking", "apportioning", "touching", "past", "runtime", "keeping", "improvising", "simulator", "streaming"),
     ("captures", "multiplying", "planning", "opening", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report", "census", "costing", "hosts", "machine", "predicting"),
     ("config", "architectures", "presets", "board", "folders", "processes", "launcher", "agent", "ranks"),

@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightstream import nn
     from weightstream.blocks import Block, Parameter
     from weightstream.engine import Engine
+    from weightstream.machine.sparsity import auto_kernels
     from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
     from weightstream.store.families import Family
     from weightstream.store.optimizers import SGD, Adafactor, AdamW, Group, Lion, Torch
@@ -35,9 +37,11 @@ __all__ = [
     "SparsityGroup",
     "Store",
     "Torch",
+    "auto_kernels",
     "constant",
     "cosine",
     "linear",
+    "nn",
     "wsd",
 ]
 
@@ -46,6 +50,7 @@ _HOMES = {
     "Store": "weightstream.store.store",
     "Block": "weightstream.blocks",
     "Parameter": "weightstream.blocks",
+    "auto_kernels": "weightstream.machine.sparsity",
     "Family": "weightstream.store.families",
     "Recipe": "weightstream.store.recipes",
     "RecordBuffer": "weightstream.store.segments",
@@ -56,6 +61,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return import_module("weightstream.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'weightstream' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -159,6 +159,7 @@ def take(
     *,
     dtype: torch.dtype,
     forwards: Mapping[str, Callable[..., Any]] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     share_like: bool = True,
 ) -> Census:
     """Counts what one micro-batch runs.
@@ -168,12 +169,13 @@ def take(
         visits: the modules that are called as blocks, in order, one for each call.
         dtype: what parameters stream in.
         forwards: the modules' own forward, where the model's was replaced.
+        shapes: of parameters, by name, that have another one than the model's code expects.
         share_like: count blocks that are alike once.
 
     Raises:
         PlanError: the model makes other calls.
     """
-    return _Taking(model, visits, dtype, forwards or {}, share_like).take(loss_fn, micro_batch)
+    return _Taking(model, visits, dtype, forwards or {}, shapes or {}, share_like).take(loss_fn, micro_batch)
 
 
 @dataclass(slots=True)
@@ -195,12 +197,14 @@ class _Taking:
         visits: Sequence[str],
         dtype: torch.dtype,
         forwards: Mapping[str, Callable[..., Any]],
+        shapes: Mapping[str, Sequence[int]],
         share_like: bool,
     ) -> None:
         self.model, self.names, self.dtype = model, list(visits), dtype
         self.modules = {name: model.get_submodule(name) for name in dict.fromkeys(visits)}
         self.forwards = {name: forwards.get(name, module.forward) for name, module in self.modules.items()}
         self.share_like = share_like
+        self.shapes = {id(model.get_parameter(name)): tuple(shape) for name, shape in shapes.items()}
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self.counting = _Counting()
         self.census = Census([VisitCensus() for _ in visits])
@@ -261,11 +265,12 @@ class _Taking:
     def _parameter(self, parameter: nn.Parameter, *, fake: bool) -> nn.Parameter:
         """Zeros that take no room where it is used between blocks."""
         dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
+        shape = self.shapes.get(id(parameter), tuple(parameter.shape))
         if not fake:
-            zeros = torch.zeros((), dtype=dtype).expand(parameter.shape)
+            zeros = torch.zeros((), dtype=dtype).expand(shape)
             return nn.Parameter(zeros, requires_grad=parameter.requires_grad)
         with self.fakes:
-            return nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
+            return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=parameter.requires_grad)
 
     def _interception(self, name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -197,6 +197,13 @@ def simulate(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the step's operations for Perfetto.")
     ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(metavar="PART", help="Zeros in every matrix of the layers, such as 0.9.")
+    ] = None,
+    block: Annotated[str, typer.Option(metavar="RxC", help="What is zero or not together, with --sparsity.")] = "1x1",
+    multiply: Annotated[
+        Literal["dense", "nonzeros"], typer.Option(help="What products of sparse matrices compute.")
+    ] = "dense",
     validate: Annotated[bool, typer.Option("--validate", help="Predict published figures.")] = False,
     claims: Annotated[bool, typer.Option("--claims", help="Print docs/claims.md.")] = False,
     as_json: AsJson = False,
@@ -219,6 +226,7 @@ def simulate(
     asked = simulating.Asked(
         model=model, cluster=cluster, workers=workers, batch=batch, sequence=sequence, tokens=tokens, clipping=clipping,
         stragglers=stragglers, failures_per_hour=failures, recovery_s=recovery, seed=seed, profile=profile,
+        sparsity=sparsity, block=simulating.block_of(block), multiply=multiply,
     )  # fmt: skip
     found = simulating.simulated(asked, config, _say, html=html, trace=trace)
     _print(found, simulating.text, as_json)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from weightstream.census import Census, Kernel, Kernels, VisitCensus
 from weightstream.cluster import Cluster
-from weightstream.machine.profile import Compute, Executor, Profile
+from weightstream.errors import PlanError
+from weightstream.machine.profile import CodecRates, Compute, Executor, Profile
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.planner import Allotment, Facts
 from weightstream.simulator.durations import Durations
@@ -132,6 +133,33 @@ def _between(sizes: Sequence[int], rates: Sequence[float], point: Sequence[float
     return math.exp(sum(share * math.log(rates[index]) for index, share in corners))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A linear layer that a kernel multiplies by the non-zeros of its weight, `shape` (out, in), so many times as fast."""
+
+    shape: tuple[int, int]
+    speedup: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse:
+    """What of a block is sparse.
+
+    Args:
+        nonzeros: that are expanded into its slab, by the width of the blocks that they come in.
+        elements: of the tensors that are expanded.
+        decoding_steps: bits or gaps of their masks.
+        parameters: of all of the block's trained parameters, as many as they would be if none were sparse.
+        products: what is not expanded, but multiplied by kernels.
+    """
+
+    nonzeros: Mapping[int, int]
+    elements: int
+    decoding_steps: int
+    parameters: int
+    products: Sequence[Product] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Seconds on one rank of a machine that was measured.
@@ -165,6 +193,7 @@ class Costs:
         clipped: bool,
         dtype: str,
         owners: int = 1,
+        sparse: Mapping[int, Sparse] | None = None,
     ) -> Durations:
         """What the simulator needs of one rank.
 
@@ -174,19 +203,22 @@ class Costs:
             clipped: whether gradients are scaled before the update.
             dtype: of the copy that streams.
             owners: how many ranks own records; each has an equal part of every block.
+            sparse: by block, where anything of it is.
         """
-        tables = self.tables
+        tables, sparse = self.tables, sparse or {}
         at_reduce = self._sums_at_reduce(facts, allotment)
         forward, recompute, backward = [], [], []
         link = self.profile.link if self.ranks > 1 else None
         down_s = link.broadcast_cpu_s_per_byte if link else 0.0
         for place, visit in zip(facts.visits, census.visits, strict=True):
             received = down_s * facts.blocks[place.block].fetched_bytes / facts.present
-            forward.append(self._run(tables, visit.forward, "forward") + received)
-            recompute.append(self._run(tables, visit.recompute, "forward"))
-            arriving = 0.0 if at_reduce else self._arriving(tables, visit)
-            backward.append(self._run(tables, visit.backward, "backward") + arriving)
-        counts = [self._gradients(census, facts, block.index) for block in facts.blocks]
+            own, block = sparse.get(place.block), facts.blocks[place.block]
+            forward.append(self._run(tables, visit.forward, "forward", own) + received)
+            recompute.append(self._run(tables, visit.recompute, "forward", own))
+            formed = _formed(block, own)
+            arriving = 0.0 if at_reduce else self._arriving(tables, visit, formed)
+            backward.append(self._run(tables, visit.backward, "backward", own) + arriving + self._gathered(own))
+        counts = [self._gradients(census, facts, block, sparse.get(block.index)) for block in facts.blocks]
         reduce = tuple(
             self._reduce(tables, block, counts[block.index], tensors[block.index], facts.present if at_reduce else 0)
             for block in facts.blocks
@@ -200,30 +232,53 @@ class Costs:
         return Durations(
             forward=tuple(forward), recompute=tuple(recompute), backward=tuple(backward),
             turn=self._run(tables, census.turn, "backward"), update=update, reduce=reduce,
+            expand=tuple(self._expanded(sparse.get(block.index)) for block in facts.blocks) if sparse else (),
             overhead={kind: value for kind, value in self.executor.operation_s.items() if kind != "begin"},
             between_steps=self.executor.between_steps_s + facts.present * begin + agreed,
         )  # fmt: skip
 
-    def _run(self, tables: Tables, kernels: Kernels, direction: str) -> float:
+    def _run(self, tables: Tables, kernels: Kernels, direction: str, sparse: Sparse | None = None) -> float:
         own = tables.seconds(kernels) + self.executor.kernel_s.get(direction, 0.0) * sum(kernels.values())
+        own -= sum(_saved(tables, kernels, product) for product in (sparse.products if sparse else ()))
         return own * self.executor.in_a_step.get(direction, 1.0) * self.slowdown
 
     def _sums_at_reduce(self, facts: Facts, allotment: Allotment) -> bool:
         """Whether all gradients of a block are held until its sum is closed."""
         return facts.present == 1 or allotment.held_gradients >= facts.present
 
-    def _gradients(self, census: Census, facts: Facts, block: int) -> Counter[str]:
+    def _gradients(self, census: Census, facts: Facts, block: BlockFacts, sparse: Sparse | None) -> Counter[str]:
         """Elements of a block's gradients from one micro-batch, by dtype; of a parameter used twice, twice."""
         found: Counter[str] = Counter()
         for visit, counted in zip(facts.visits, census.visits, strict=True):
-            if visit.block == block:
+            if visit.block == block.index:
                 found.update(counted.gradients)
-        return found
+        formed = _formed(block, sparse)
+        return Counter({dtype: round(count * formed) for dtype, count in found.items()})
 
-    def _arriving(self, tables: Tables, visit: VisitCensus) -> float:
-        """One micro-batch's gradients of a visit are added at once to what is there."""
+    def _expanded(self, sparse: Sparse | None) -> float:
+        """Filling a slab with what has arrived, by one thread: masks decoded, zeros written, non-zeros put in their places."""
+        if sparse is None:
+            return 0.0
+        codec = self._codec
+        clear_s = 2 * sparse.elements / codec.clear_bytes_per_s + codec.decode_s * sparse.decoding_steps
+        return clear_s + sum(_by_width(codec.expand_s, width) * count for width, count in sparse.nonzeros.items())
+
+    def _gathered(self, sparse: Sparse | None) -> float:
+        """One micro-batch's gradients at the non-zeros of what was expanded."""
+        nonzeros = sparse.nonzeros if sparse else {}
+        each = sum(_by_width(self._codec.gather_s, width) * count for width, count in nonzeros.items())
+        return each * self.slowdown
+
+    @property
+    def _codec(self) -> CodecRates:
+        rate = self.profile.memory_bytes_per_s
+        assumed = CodecRates(clear_bytes_per_s=rate, expand_s={1: 4 / rate}, gather_s={1: 4 / rate}, decode_s=1 / rate)
+        return self.profile.codec or assumed
+
+    def _arriving(self, tables: Tables, visit: VisitCensus, formed: float) -> float:
+        """One micro-batch's gradients of a visit, of which this part is summed, are added at once to what is there."""
         sums = tables.compute.sums
-        each = sum(sums[f"add {_half_or_whole(dtype)}"] * count for dtype, count in visit.gradients.items())
+        each = formed * sum(sums[f"add {_half_or_whole(dtype)}"] * count for dtype, count in visit.gradients.items())
         return (each + self.executor.tensor_s.get("reduce", 0.0) * visit.parameters / 2) * self.slowdown
 
     def _reduce(self, tables: Tables, block: BlockFacts, gradients: Counter[str], tensors: int, present: int) -> float:
@@ -260,6 +315,32 @@ class Costs:
         return (own + self.executor.tensor_s.get("update", 0.0) * tensors) * self.slowdown
 
 
+def _formed(block: BlockFacts, sparse: Sparse | None) -> float:
+    """The part of a block's gradients that is summed: all of it, or what there is at non-zeros."""
+    return 1.0 if sparse is None else min(1.0, block.gradient_bytes / max(1, 4 * sparse.parameters))
+
+
+def _by_width(rates: Mapping[int, float], width: int) -> float:
+    """The rate of the widest blocks that were measured and are no wider."""
+    return rates[max((known for known in rates if known <= width), default=min(rates))]
+
+
+def _saved(tables: Tables, kernels: Kernels, product: Product) -> float:
+    """Seconds that a kernel saves where a dense product of this layer was counted; negative if it is slower."""
+    found = [
+        kernel for kernel in kernels if kernel.flops and kernel.product is not None and _is_of(kernel, product.shape)
+    ]
+    return sum(map(tables.kernel_s, found)) * (1 - 1 / product.speedup)
+
+
+def _is_of(kernel: Kernel, shape: tuple[int, int]) -> bool:
+    """Whether this is the product of a linear layer: its output, its input's gradient, its weight's."""
+    assert kernel.product is not None
+    out, into = shape
+    _, m, n, k = kernel.product
+    return {"nt": (n, k) == (out, into), "nn": (n, k) == (into, out), "tn": (m, n) == (out, into)}[kernel.layout]
+
+
 def slowdown_of(profile: Profile, ranks: int, threads: int) -> float:
     """How many times slower a rank computes among so many of its host, beyond what sharing cores explains."""
     cores = profile.machine.cores
@@ -281,6 +362,11 @@ def hardware_of(
         PlanError: a cluster of several ranks, and the profile has no link.
     """
     disk, link = profile.disk, profile.link
+    if link is None and cluster.size > 1:
+        raise PlanError(
+            f"the profile has no link between processes, and {cluster.size} ranks need one: run `weightstream calibrate` "
+            "anew, or take one rank"
+        )
     return Hardware(
         cluster=cluster, hosts=tuple(hosts) if hosts is not None else (0,) * cluster.size,
         cores_per_host=profile.machine.cores, cores_per_rank=threads,

@@ -1,12 +1,12 @@
 """The public API: an engine that trains a model out of a store, within the memory that it is given."""
 
 import gc
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import Rule, call_order
+from weightstream.blocks import Block, Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.cluster import Cluster, owners
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
@@ -24,14 +24,18 @@ from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
-from weightstream.multiplying import driven, structure_bytes
+from weightstream.masking import Masking
+from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
+from weightstream.nn.attaching import check_places, known_beforehand, layers_of
 from weightstream.opening import Wanted, contract_of, opened
+from weightstream.past import Past
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
 from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
+from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
@@ -45,13 +49,16 @@ from weightstream.store.sparsity import Sparsity as StoredSparsity
 from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
+from weightstream.touching import Touched, TouchedFacts, Touching
 from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
 from weightstream.worker.allocator import Ceiling, give_back, keep_memory
 from weightstream.worker.audit import check_model
+from weightstream.worker.expanding import Driven
 from weightstream.worker.slabs import Parameters
 from weightstream.worker.worker import LossFunction, Worker
 
+_CROWD = 64  # fewer assignments than that may go to one expert by chance
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -82,7 +89,7 @@ class StepResult:
 
     `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took. `masks` say of
     each sparse parameter whose mask was changed during this step what it came to; with clipping that is the update that
-    the step before it led to.
+    the step before it led to. `experts` say of each layer of experts what the step reached of it.
     """
 
     step: int
@@ -96,6 +103,7 @@ class StepResult:
     skipped: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
     masks: Mapping[str, MaskFacts] = field(default_factory=dict)
+    experts: Mapping[str, TouchedFacts] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -150,8 +158,10 @@ class Engine:
         links: this rank's connections to the others (`fabric.distributed.connect`).
         sparsity: which parameters are sparse, and how; fixed when the store is made. What `initial` gives is made sparse only
             as a group's `init` says; groups that do not say it are as the store was made with.
-        kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; fixed when the store is
-            made, since it decides the order of sums.
+        kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; or `auto_kernels(…)`: those
+            with which a kernel was measured to be faster. Fixed when the store is made, since it decides the order of sums.
+        experts_memory: bytes, beside `host_memory`, for the experts that one step reaches (`nn.StreamedExperts`), with
+            their optimizer states, and for those of the step before while they are written.
 
     Raises:
         ConfigError: settings that do not go together, or weights given to sparse parameters without a word on their masks.
@@ -188,7 +198,8 @@ class Engine:
         cluster: Cluster | None = None,
         links: Links | None = None,
         sparsity: Sparsity | None = None,
-        kernels: Mapping[str, Kernel] | None = None,
+        kernels: Mapping[str, Kernel] | AutoKernels | None = None,
+        experts_memory: str | int = "1GiB",
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -207,7 +218,15 @@ class Engine:
         self._interval = Interval(commit_every)
         self._log = log or (lambda text: None)
         self._closed = False
-        self._kernels = dict(kernels or {})
+        if isinstance(kernels, str):
+            raise ConfigError(
+                f"kernels: expected {{pattern: kernel}}, or ws.auto_kernels(tokens=…) for what `weightstream calibrate` has "
+                f"measured, found {kernels!r}"
+            )
+        auto = kernels if isinstance(kernels, AutoKernels) else None
+        self._kernels: Mapping[str, Kernel] = (
+            {} if kernels is None or isinstance(kernels, AutoKernels) else dict(kernels)
+        )
         self.device = torch.device(device)
         self.threads = threads_per_worker or torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -230,15 +249,24 @@ class Engine:
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
         if self.device.type == "cpu":
             keep_memory()
+        self._layers = layers_of(self.model)
+        self._crowded: set[str] = set()
+        self._experts_memory = parse_bytes(experts_memory) if self._layers else 0
+        if self._layers and not self.ranks.alone:
+            raise ConfigError(
+                f"layer '{next(iter(self._layers))}' (StreamedExperts): training of experts on several ranks is not "
+                f"supported, found {self.ranks.cluster.size} ranks; run it as one process"
+            )
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
-        self._ceiling = Ceiling(self._budgets.host_memory + on_host)
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._experts_memory)
         self.model.train()
         check_model(self.model)
         contract = contract_of(
             self.model, optimizer=optimizer, device=self.device, precision=precision, seed=seed,
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
             **({"sparsity": sparsity.to_json()} if sparsity else {}),
-            **({"kernels": self._kernels} if self._kernels else {}),
+            **({"kernels": self._kernels or "auto"} if self._kernels or auto else {}),
+            **({"experts": {name: layer.facts() for name, layer in self._layers.items()}} if self._layers else {}),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
@@ -246,11 +274,22 @@ class Engine:
             max_block_bytes=None if max_block_bytes is None else parse_bytes(max_block_bytes), rules=block_rules,
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
             sparsity=sparsity, asked=asked, dense=dense_by_default(self.model),
+            kernels=self._kernels, choose_kernels=None if auto is None else partial(self._chosen, auto),
+            families=tuple(layer.family(name) for name, layer in self._layers.items()),
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
+            if auto is not None:
+                self._kernels = self.store.contract[CHOSEN_KERNELS]
             self._start()
 
+    def _chosen(self, auto: AutoKernels, blocks: Sequence[Block], masking: Masking | None) -> Mapping[str, Kernel]:
+        """The choice of kernels for a new store."""
+        return chosen(
+            self.model, blocks, masking, auto, DTYPES[self.precision], self.device, self.threads, warn=self._log
+        )
+
     def _start(self) -> None:
+        check_places(self._layers, self.store.blocks)
         cluster = self.ranks.cluster
         self.owner = self._owners(cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
@@ -268,6 +307,9 @@ class Engine:
         own = self.store.progress.get("(engine)", {})
         self.skipped_steps: int = own.get("skipped", 0)
         self._skipped_in_a_row: int = own.get("skipped_in_a_row", 0)
+        self._past = Past.from_json(own.get("past", {}))
+        self._past.goes_on(self.step_count + 1, self.optimizer)
+        self.touching = self._make_touching()
         visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
                        if m in self.worker.block_of_module)  # fmt: skip
         self._visits = visits
@@ -278,7 +320,7 @@ class Engine:
         self._next_loads: tuple[int, ...] = ()
         self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
         self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
-        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now)
+        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now, self._driven)
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
         self.store.watch(self.recorder.log)
         self._division = self._divide(cluster, self.owner)
@@ -297,11 +339,11 @@ class Engine:
         ]
         return {unit: sparsity_from_json(found) for each in self.gather(own) for unit, found in each}
 
-    def _divide(self, cluster: Cluster, owner: Sequence[int]) -> Division:
+    def _divide(self, cluster: Cluster, owner: Sequence[int], of: int | None = None) -> Division:
         groups = self._budgets.reduction_groups
         return divide(
-            self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking, driven=self._driven
-        )
+            self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking, driven=self._driven, of=of,
+        )  # fmt: skip
 
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
@@ -309,6 +351,25 @@ class Engine:
         return Worker(
             self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs, self._driven
         )
+
+    def _make_touching(self) -> Touching:
+        """The memory of experts, from which their layers take weights."""
+        families = {}
+        for name, layer in self._layers.items():
+            family = layer.family(name)
+            families[name] = Touched(
+                self.store, self.store.index(family.name, 0), family,
+                nbytes=self._experts_memory // len(self._layers), dtype=DTYPES[self.precision], device=self.device,
+                groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
+                walking=lambda: None if self.worker.outside is not None else self.worker.walking,
+                replayed=self._past.at if layer.untouched == "dense" else None,
+            )  # fmt: skip
+            layer.attach(families[name])
+        return Touching(families)
+
+    def _begin_touching(self, micro_batches: int, own: Iterable[Any]) -> None:
+        """Begins to read the experts that a step is known to reach."""
+        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, known_beforehand(self._layers, own))
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
@@ -322,7 +383,7 @@ class Engine:
         )  # fmt: skip
         keeper = Keeper(
             self.holding, facts, allotment, staging, self._interval, lambda future: self.runtime.wait(future),
-            self.masking,
+            self.masking, self.touching, self.clip_norm,
         )  # fmt: skip
         peers: Peers = Alone(staging, facts.reduction_groups)
         if self.ranks.links is not None:
@@ -385,9 +446,48 @@ class Engine:
         facts = self._facts(micro_batches, self._divide(cluster, self._owners(cluster)))
         return facts, allot(facts)
 
-    def whole_facts(self, micro_batches: int) -> Facts:
-        """The facts of a step with the bytes of whole blocks, whoever owns them."""
-        return self._facts(micro_batches, self._divide(Cluster(), [0] * len(self.store.units)))
+    def facts_of_rank(self, rank: int, cluster: Cluster, micro_batches: int) -> Facts:
+        """The facts of such steps with the bytes that this rank owns, where a plan has the most that any does."""
+        return self._facts(micro_batches, self._divide(cluster, self._owners(cluster), rank))
+
+    def sparsity_at(self, step: int | None = None) -> dict[int, StoredSparsity]:
+        """How sparse each unit is that may be, when a training step begins; by default as they are now."""
+        if self.masking is None:
+            return {}
+        return dict(self.holding.sparsity) if step is None else self.masking.expected(step - 1)
+
+    def facts_at(self, cluster: Cluster, micro_batches: int, step: int | None = None, *, whole: bool = False) -> Facts:
+        """The facts of one training step on a cluster, with the bytes that blocks and gradients have then; those of
+        `planned_for` have room for every step.
+
+        Args:
+            step: by default any one with what is sparse as it is now, in which no dense gradient is summed.
+            whole: the bytes of whole blocks, whoever owns them.
+        """
+        if whole:
+            cluster, owner = Cluster(), (0,) * len(self.store.units)
+        else:
+            owner = self._owners(cluster)
+        largest = NEVER_SPARSE
+        if self.masking is not None:
+            now = self.sparsity_at(step)
+            dense = frozenset() if step is None else self.masking.whole(step)
+            rows = {(unit, p.name): p.row for unit in now for p in self.store.units[unit].parameters}
+            gradients = {
+                unit: tuple(piece for piece in found if (piece.name, rows[unit, piece.name]) not in dense)
+                for unit, found in now.items()
+            }
+            largest = Largest({unit: (found,) for unit, found in now.items()}, gradients)
+        groups = self._budgets.reduction_groups
+        return self._facts(
+            micro_batches,
+            divide(self.store, cluster, owner, groups, sparse=largest, masking=self.masking, driven=self._driven),
+        )
+
+    @property
+    def multiplied(self) -> Mapping[str, Driven]:
+        """By name the sparse parameters that kernels multiply by; all others are expanded."""
+        return self._driven
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
@@ -463,6 +563,7 @@ class Engine:
         schedule = self._plan(count)
         number = self.step_count + 1
         measuring = self.worker.measuring = self._measured is None
+        self._begin_touching(count, own.values())
         outcome = self.runtime.step(
             schedule if self._known else None, own, dict(enumerate(weights)), loss_fn,
             count=count, seed=self.seed, step=number, progress=self._progress_after,
@@ -471,17 +572,15 @@ class Engine:
         self._learn(outcome, measuring)
         self.step_count = number
         norm = outcome.norm
-        if self.clip_norm is not None:
-            coefficient = self.clip_norm / (norm + 1e-6) if math.isfinite(norm) else 1.0
-            self.runtime.keeper.coefficient = min(1.0, coefficient)
         self._count_skipped(outcome, number)
+        self._warn_of_crowds()
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         moved = self._moved()
         elapsed = time.perf_counter() - start
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds), masks=self._mask_facts(outcome.grown),
+            seconds=dict(outcome.seconds), masks=self._mask_facts(outcome.grown), experts=dict(self.touching.facts),
         )  # fmt: skip
 
     @property
@@ -538,6 +637,7 @@ class Engine:
             micro_batch = _to_device(micro_batch, self.device)
         schedule = self._plan(1)
         self.worker.measuring = True
+        self._begin_touching(1, [micro_batch])
         outcome = self.runtime.step(
             schedule, {0: micro_batch}, {0: 1.0}, loss_fn, count=1, seed=self.seed, step=self.step_count + 1,
             progress=self._progress_after, rehearsal=True,
@@ -548,10 +648,12 @@ class Engine:
 
     def _progress_after(self, finite: bool) -> dict[str, Any]:
         """What is committed with a step: the caller's progress, and how many steps were skipped."""
-        own = {
+        own: dict[str, Any] = {
             "skipped": self.skipped_steps + (not finite),
             "skipped_in_a_row": 0 if finite else self._skipped_in_a_row + 1,
         }
+        if any(layer.untouched == "dense" for layer in self._layers.values()):
+            own["past"] = self._past.to_json(() if finite else (self.step_count + 1,))
         return {**self.progress, "(engine)": own}
 
     def _count_skipped(self, outcome: StepOutcome, number: int) -> None:
@@ -559,6 +661,7 @@ class Engine:
         self.skipped_steps, self._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
         if outcome.finite:
             return
+        self._past.skipped.append(number)
         self._log(f"step {number} skipped: the gradient of {outcome.first_bad} is not finite")
         if self._skipped_in_a_row > self.max_skipped_steps:
             raise NonFiniteError(
@@ -566,6 +669,17 @@ class Engine:
                 f"{outcome.first_bad}; the store holds the last good state: lower the learning rate or look at the data, "
                 f"then run again (limit: max_skipped_steps={self.max_skipped_steps})"
             )
+
+    def _warn_of_crowds(self) -> None:
+        """Says once of each layer whose router sends more than half of what it routes to one expert."""
+        for name, facts in self.touching.facts.items():
+            if name not in self._crowded and facts.assignments >= _CROWD and 2 * facts.most > facts.assignments:
+                self._crowded.add(name)
+                self._log(
+                    f"layer '{name}': one expert of {self._layers[name].experts:,} got {facts.most:,} of {facts.assignments:,} "
+                    f"assignments, the step reached {facts.touched:,}; look at the token ids or hash more tokens, or balance "
+                    f"the router"
+                )
 
     def _learn(self, outcome: StepOutcome, measuring: bool) -> None:
         """Takes what the step has shown into the facts of the next one."""
@@ -631,6 +745,11 @@ class Engine:
         found = self.densities()
         return sum(nonzeros for nonzeros, _ in found.values()), sum(elements for _, elements in found.values())
 
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """By name, the parameters that kernels multiply by; the other sparse ones are expanded and multiplied densely."""
+        return {name: each.kernel for name, each in self._driven.items()}
+
     def _mask_facts(self, grown: Mapping[str, int]) -> dict[str, MaskFacts]:
         """Of the parameters whose masks have changed, by how many of their elements came to exist."""
         densities = self.densities() if grown else {}
@@ -667,12 +786,14 @@ class Engine:
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()
+        self._begin_touching(0, ())
         self.worker.outside = streamed.call
         try:
             with torch.no_grad():
                 yield self.model
         finally:
             self.worker.outside = None
+            self.touching.drop()
             self._restore_cache = without_cache(self.model)
             self.model.train()
             streamed.close()
@@ -681,6 +802,15 @@ class Engine:
         """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""
         self.runtime.drain()
         self._next_loads = ()
+
+    def make_up_experts(self) -> None:
+        """Brings all experts of layers with `untouched="dense"` to the present step, and commits: for small families, as it
+        reads and writes each of them. Otherwise an expert makes up for missed steps when it is next reached."""
+        self.commit()
+        self._begin_touching(0, ())
+        for writing in self.touching.make_up():
+            self.runtime.wait(writing)
+        self.store.commit(self.step_count, self.store.progress).result()
 
     def snapshot(self, name: str) -> None:
         """Holds the present state under a name: commits, then one row. With several ranks all of them call it."""
@@ -715,6 +845,7 @@ class Engine:
         try:
             self.runtime.close()
         finally:
+            self.touching.close()
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
 

@@ -5,6 +5,7 @@ before it is next served; without, as soon as its gradient is complete. Of a blo
 nothing is done; all ranks nevertheless agree on what is due.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ from weightstream.errors import StoreError
 from weightstream.fabric.staging import Pool, Staging
 from weightstream.masking import Masking
 from weightstream.schedule.operations import Load, Operation, Update, Write
-from weightstream.schedule.planner import Allotment, Facts
+from weightstream.schedule.planner import Allotment, Facts, sharing_records
 from weightstream.store.futures import chain
 from weightstream.store.interval import Interval
 from weightstream.store.owned import Checksums, Holding, WorkingBuffer
+from weightstream.touching import Touching
 
 Wait = Callable[["Future[Any]"], Any]
 
@@ -39,6 +41,8 @@ class Keeper:
     Args:
         wait: waits for bytes, and notes the time for which compute stood still.
         masking: of the sparse parameters, if there are any.
+        touching: of the records of families that steps touch.
+        clip_norm: the global norm that gradients are clipped to.
     """
 
     def __init__(
@@ -50,12 +54,19 @@ class Keeper:
         interval: Interval,
         wait: Wait,
         masking: Masking | None = None,
+        touching: Touching | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         self.holding, self.store, self.staging, self.masking = holding, holding.store, staging, masking
+        self.touching, self._clip_norm = touching or Touching(), clip_norm
         self.deferred = facts.deferred
         self._record_buffers = allotment.record_buffers
         own = [block for block in facts.blocks if block.resident and block.trainable]
-        self._shared = Pool([WorkingBuffer(allotment.record_bytes) for _ in range(allotment.record_buffers)])
+        sharing = sharing_records(facts.blocks)
+        if allotment.record_buffers < len(sharing):
+            self._shared = Pool([WorkingBuffer(allotment.record_bytes) for _ in range(allotment.record_buffers)])
+        else:  # each as large as its block's record
+            self._shared, own = Pool([]), own + sharing
         self._own = {block.index: Pool([WorkingBuffer(block.record_bytes)]) for block in own}
         for index in allotment.pinned_copies:
             holding.pin_copies(index)
@@ -201,13 +212,20 @@ class Keeper:
             self.release(sharing[0])
 
     def _records_of(self, block: int) -> Pool[WorkingBuffer]:
-        """Where a block's working buffer comes from: a resident block's is its own."""
+        """Where a block's working buffer comes from: a resident block has its own, as all have where there are enough."""
         return self._own.get(block, self._shared)
 
     # steps
 
-    def accept_gradients(self, step: int, progress: dict[str, Any]) -> None:
+    def update_touched(self, step: int) -> None:
+        """Updates the records of families that a step touched, at its end; they are written with its commit."""
+        self._writes.append(self.touching.update(step, self.coefficient))
+
+    def accept_gradients(self, step: int, progress: dict[str, Any], norm: float) -> None:
         """With clipping, at the end of a step: what is due now waits for the next one."""
+        if self._clip_norm is not None:
+            self.coefficient = min(1.0, self._clip_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
+        self.update_touched(step)
         self.pending, self.pending_step, self.pending_progress = frozenset(self.due), step, progress
         if not self.pending:
             self.commit(step, progress)
@@ -216,6 +234,7 @@ class Keeper:
         """The step does not count: its gradients are dropped."""
         self.staging.clear()
         self.due.clear()
+        self.touching.drop()
         self.drop_loaded()
 
     def publish_pending(self) -> None:
@@ -292,6 +311,7 @@ class Keeper:
         A record that was being updated is neither old nor new: then only the last commit is whole.
         """
         self.broken |= self._updating is not None
+        self.touching.drop()
         self.staging.abort()
         if not self.pending:
             self.staging.clear()

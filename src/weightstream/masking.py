@@ -114,6 +114,29 @@ class Masking:
                     del found[name]
         return tuple(found[p.name] for p in self.units[unit].parameters if p.name in found)
 
+    def expected(self, version: int) -> dict[int, kept.Sparsity]:
+        """How sparse units are in a version, from the settings alone; where counts are searched for, in proportion."""
+        found: dict[int, kept.Sparsity] = {}
+        for unit, pieces in self.of_unit.items():
+            own = []
+            for piece in pieces:
+                cells = piece.count(version)
+                if cells is None:
+                    cells = _likely(piece, version)
+                own += [] if cells == piece.grid.cells else [_kept(piece, cells)]
+            found[unit] = self._ordered(unit, own)
+        return found
+
+    def alike(self, steps: int) -> list[tuple[int, int]]:
+        """Training steps that differ in how many non-zeros there are or in which gradients are dense, in order: the last of
+        those that are alike, and how many there are from 1 to `steps`."""
+        groups = {id(piece.group): piece for piece in self.pieces.values()}.values()
+        found: dict[tuple[tuple[float, bool], ...], tuple[int, int]] = {}
+        for step in range(1, steps + 1):
+            key = tuple((piece.group.sparsity_at(step - 1), turn(piece, step, 0).dense_gradient) for piece in groups)
+            found[key] = step, found.get(key, (0, 0))[1] + 1
+        return sorted(found.values())
+
     def turn(self, piece: SparsePiece, before: kept.Sparsity, step: int) -> Turn:
         """What the update of a piece consists of."""
         return turn(piece, step, self.cells(piece, before), self.found(piece, step))
@@ -287,11 +310,16 @@ def _kept(piece: SparsePiece, cells: int) -> kept.SparsePiece:
     return kept.SparsePiece(piece.parameter.name, cells * piece.grid.cell_elements, piece.grid.block)
 
 
+def _likely(piece: SparsePiece, version: int) -> int:
+    """The cells of a piece whose count is not known beforehand; of zeros that nobody has looked at nothing is known."""
+    searched = piece.group.searched
+    return kept_cells(piece.grid.cells, piece.group.sparsity_at(version)) if searched else piece.grid.cells
+
+
 def _in_proportion(piece: SparsePiece) -> list[kept.SparsePiece]:
     cells = piece.count(0)
-    if cells is None:  # of zeros that nobody has looked at nothing is known
-        searched = piece.group.searched
-        cells = kept_cells(piece.grid.cells, piece.group.sparsity_at(0)) if searched else piece.grid.cells
+    if cells is None:
+        cells = _likely(piece, 0)
     return [] if cells == piece.grid.cells else [_kept(piece, cells)]
 
 

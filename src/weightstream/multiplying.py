@@ -1,6 +1,7 @@
 """Which sparse parameters are multiplied by kernels, by their non-zeros, instead of being expanded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -10,11 +11,24 @@ from torch import nn
 from weightstream.blocks import Block
 from weightstream.errors import ConfigError
 from weightstream.masking import Masking
+from weightstream.sparse.choosing import DENSE, Curve, Piece, choose
 from weightstream.sparse.driving import drivable
 from weightstream.sparse.kernels import KERNELS, Kernel, supports
+from weightstream.sparse.settings import SparsityGroup
 from weightstream.worker.expanding import Driven
 
 _ENTRY_BYTES = 64  # eight indices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoKernels:
+    """Of each sparse parameter: multiplied by the kernel that was measured to be fastest, or expanded where none was faster.
+
+    `tokens` are those of a micro-batch. `curves` is asked when a store is made, never again: the store keeps the choice.
+    """
+
+    tokens: int
+    curves: Callable[[], Sequence[Curve]]
 
 
 def driven(
@@ -32,12 +46,10 @@ def driven(
     """
     if not kernels:
         return {}
-    groups = {name: piece.group for (name, _), piece in masking.pieces.items()} if masking else {}
-    called = {name for block in blocks for name in block.modules}
-    modules = {name: module for name, module in drivable(model).items() if name.rpartition(".")[0] not in called}
+    modules = _products(model, blocks)
     found: dict[str, Driven] = {}
     taken = set()
-    for name, group in groups.items():
+    for name, group in _groups(masking).items():
         pattern = next((pattern for pattern in kernels if fnmatchcase(name, pattern)), None)
         if pattern is None:
             continue
@@ -45,18 +57,7 @@ def driven(
         kernel = kernels[pattern]
         assert masking is not None
         nonzeros = masking.constant(name)
-        reason = None
-        if kernel not in KERNELS:
-            reason = f"expected one of {', '.join(KERNELS)}, found {kernel!r}"
-        elif name not in modules:
-            reason = "it is no weight of an nn.Linear within a block, used there alone"
-        elif nonzeros is None:
-            reason = "the number of its non-zeros changes"
-        elif group.algorithm == "rigl":
-            reason = "rigl needs its dense gradient"
-        elif not supports(kernel, group.block, dtype, device):
-            rows, columns = group.block
-            reason = f"'{kernel}' has no product of {dtype} with blocks of {rows}×{columns} on {device.type}"
+        reason = _obstacle(kernel, modules.get(name), group, nonzeros, dtype, device)
         if reason is not None:
             raise ConfigError(f"kernels: parameter '{name}': {reason}; leave it out of kernels to have it expanded")
         assert nonzeros is not None
@@ -64,6 +65,78 @@ def driven(
     for pattern in kernels.keys() - taken:
         raise ConfigError(f"kernels: '{pattern}' matches no sparse parameter; correct it or remove it")
     return found
+
+
+def chosen(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    masking: Masking | None,
+    auto: AutoKernels,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    warn: Callable[[str], None],
+) -> dict[str, Kernel]:
+    """By name the sparse parameters that a kernel multiplies faster than a dense product, by what was measured."""
+    groups, modules = _groups(masking), _products(model, blocks)
+    curves = auto.curves()
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    if groups and not any((curve.dtype, curve.device) == (name_of_dtype, device.type) for curve in curves):
+        warn(
+            f"kernels: auto: products with non-zeros were not measured in {name_of_dtype} on {device.type}: all sparse "
+            "weights are expanded and multiplied densely; run `weightstream calibrate` before a store is made"
+        )
+    found: dict[str, Kernel] = {}
+    for name, group in groups.items():
+        assert masking is not None
+        nonzeros = masking.constant(name)
+        possible = [
+            one for one in curves if _obstacle(one.kernel, modules.get(name), group, nonzeros, dtype, device) is None
+        ]
+        if nonzeros is None or not possible:
+            continue
+        piece = Piece(
+            block=group.block, density=nonzeros / modules[name].weight.numel(), dtype=name_of_dtype, tokens=auto.tokens,
+            threads=threads, device=device.type,
+        )  # fmt: skip
+        kernel = choose(possible, piece)
+        if kernel != DENSE:
+            found[name] = kernel
+    return found
+
+
+def _groups(masking: Masking | None) -> dict[str, SparsityGroup]:
+    """The group of each sparse parameter."""
+    return {name: piece.group for (name, _), piece in masking.pieces.items()} if masking else {}
+
+
+def _products(model: nn.Module, blocks: Sequence[Block]) -> dict[str, nn.Linear]:
+    """The linear layers within blocks, by the names of their weights."""
+    called = {name for block in blocks for name in block.modules}
+    return {name: module for name, module in drivable(model).items() if name.rpartition(".")[0] not in called}
+
+
+def _obstacle(
+    kernel: str,
+    module: nn.Linear | None,
+    group: SparsityGroup,
+    nonzeros: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Why a kernel cannot multiply by a parameter; None if it can."""
+    if kernel not in KERNELS:
+        return f"expected one of {', '.join(KERNELS)}, found {kernel!r}"
+    if module is None:
+        return "it is no weight of an nn.Linear within a block, used there alone"
+    if nonzeros is None:
+        return "the number of its non-zeros changes"
+    if group.algorithm == "rigl":
+        return "rigl needs its dense gradient"
+    if not supports(kernel, group.block, dtype, device):
+        rows, columns = group.block
+        return f"'{kernel}' has no product of {dtype} with blocks of {rows}×{columns} on {device.type}"
+    return None
 
 
 def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven]) -> dict[int, int]:

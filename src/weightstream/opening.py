@@ -3,9 +3,10 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from weightstream.apportioning import FirstMasks
-from weightstream.blocks import PANEL_ELEMENTS, Rule, Unit, cut
+from weightstream.blocks import PANEL_ELEMENTS, Block, Rule, Unit, cut
 from weightstream.errors import StoreMismatchError
 from weightstream.fabric.ranks import Ranks
 from weightstream.masking import Masking, counts_now, given_counts, require_said
 from weightstream.planning import Budgets, check_blocks, check_disk, split_within
+from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
+from weightstream.store.families import Family
 from weightstream.store.given import fill, first_values, unfilled
 from weightstream.store.glance import committed_step
 from weightstream.store.initial import Recipe
@@ -52,6 +55,12 @@ class Wanted:
     """The same as it was asked for, where not every group may say how masks begin."""
     dense: frozenset[str] = frozenset()
     """Parameters that stay dense unless a group of `sparsity` says otherwise."""
+    kernels: Collection[str] = ()
+    """Patterns of the parameters that kernels multiply by, where they are given."""
+    choose_kernels: Callable[[Sequence[Block], Masking | None], Mapping[str, str]] | None = None
+    """Which parameters kernels multiply by, where that is decided when the store is made."""
+    families: tuple[Family, ...] = ()
+    """Those of the model's layers of experts, in order; what they are is part of the contract."""
 
     def masking(self, units: Sequence[Unit], now: Mapping[int, StoredSparsity] | None = None) -> Masking | None:
         """The sparse parameters of a model that is cut into these units.
@@ -188,16 +197,22 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], ini
             masking = wanted.masking(units, masking.in_proportion())
         return NEVER_SPARSE if masking is None else masking.largest()
 
+    driven = [name for name, _ in model.named_parameters() if any(fnmatchcase(name, one) for one in wanted.kernels)]
     sizes = partial(
-        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements
-    )
+        bytes_of_blocks, precision=wanted.precision, optimizer=wanted.optimizer, panel_elements=panel_elements,
+        driven=driven,
+    )  # fmt: skip
     blocks = split_within(model, wanted.budgets, partial(sizes, largest_of=largest_of), **wanted.splitting)
     in_sum = partial(largest_of, in_sum=True)
     check_disk(wanted.path, sizes(blocks, largest_of=in_sum), deferred=wanted.budgets.deferred)
     masking = wanted.masking(cut(blocks, panel_elements=panel_elements, panels=wanted.optimizer.elementwise))
+    contract = dict(wanted.contract)
+    if wanted.choose_kernels is not None:
+        contract[CHOSEN_KERNELS] = dict(wanted.choose_kernels(blocks, masking))
     return Store.create(
         wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
-        contract=wanted.contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
+        contract=contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
+        families=wanted.families,
     )  # fmt: skip
 
 
@@ -209,6 +224,8 @@ def _reopen(wanted: Wanted, model: nn.Module, ranks: Ranks) -> Store:
         contract = dict(wanted.contract)
         if wanted.allow_other_numerics:
             contract["numerics"] = store.contract.get("numerics")
+        if wanted.choose_kernels is not None and CHOSEN_KERNELS in store.contract:
+            contract[CHOSEN_KERNELS] = store.contract[CHOSEN_KERNELS]
         store.check_contract(contract)
         found = {p.name: p.shape for block in store.blocks for p in block.parameters}
         needed = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1,17 +1,35 @@
-"""A plan as a person reads it: blocks, who has which memory, bytes per step against their bound."""
+"""A plan as a person reads it: blocks, who has which memory, bytes per step against their bound, how much larger a model
+there is room for."""
 
+import shutil
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from weightstream.planning import disk_bytes
+from weightstream.cluster import Cluster
+from weightstream.planning import Reach, disk_bytes, reach
+from weightstream.schedule.flows import Flow, Flows, flows_of
+from weightstream.schedule.planner import Allotment, Facts, records_room, sharing_records
+from weightstream.store.owned import bytes_of_blocks
 from weightstream.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from weightstream.engine import Engine
 
 
-def plan_text(engine: "Engine") -> str:
-    """The blocks of an engine's model and its present allotment, as a table of plain lines."""
-    facts, allotment = engine.runtime.facts, engine.allotment
+def plan_text(
+    engine: "Engine", *, cluster: Cluster | None = None, micro_batches: int | None = None, step: int | None = None
+) -> str:
+    """The blocks of an engine's model and who has which memory, as a table of plain lines.
+
+    Args:
+        cluster, micro_batches: whose plan is asked for; by default the engine's own.
+        step: of training, whose bytes are counted; by default with what is sparse as it is now.
+    """
+    if cluster is None or micro_batches is None:
+        facts, allotment = engine.runtime.facts, engine.allotment
+    else:
+        facts, allotment = engine.planned_for(cluster, micro_batches)
+    several = cluster is not None and cluster.size > 1
     sparse = engine.masking is not None
     compressed = f"  {'compressed':>10}" if sparse else ""
     lines = [f"{'block':>5}  {'parameters':>10}  {'streamed':>10}{compressed}  {'record':>10}  name"]
@@ -26,24 +44,32 @@ def plan_text(engine: "Engine") -> str:
             f"{format_bytes(block.record_bytes):>10}  {spec.name}{note}"
         )
     state = sum(block.load_bytes for block in facts.blocks)
-    bound = engine.bytes_bound()
     images, most = disk_bytes(engine.holding.bytes, deferred=facts.deferred)
     staged = f"{len(allotment.staged_in_ram)} of {sum(b.trainable for b in facts.blocks)} blocks in RAM"
     kept = "not measured yet" if facts.kept_bytes is None else f"{len(allotment.keep)} of {len(facts.visits)} visits"
+    waiting = ", ".join(
+        f"{allotment.boundaries.count(tier)} {where}"
+        for tier, where in (("device", "on the device"), ("host", "in host memory"), ("disk", "on disk"))
+        if tier in allotment.boundaries
+    )
     lines += [
         "",
         f"parameters        {format_count(sum(block.numel for block in engine.store.blocks))}, "
-        f"masters and moments {format_bytes(state)}",
-        f"device memory     {format_bytes(allotment.device_bytes)} of {format_bytes(facts.device_memory)}: "
+        f"masters and moments {format_bytes(state)}{' of one rank' if several else ''}",
+        f"micro-batches     {facts.micro_batches} a step"
+        + (f", {facts.present} of one rank at most" if several else "")
+        + f"; blocks are fetched {facts.prefetch} ahead",
+        f"device memory     {format_bytes(allotment.device_bytes)} of {format_bytes(facts.device_memory)}"
+        f"{', on each rank' if several else ''}: "
         f"{allotment.slabs} slabs of {format_bytes(allotment.slab_bytes)}{_beside(allotment.beside_bytes)}, resident "
         f"{format_bytes(allotment.resident_bytes)}, {allotment.partial_sums} partial gradient sums of "
         f"{format_bytes(allotment.partial_bytes)}, {allotment.held_gradients} gradients of a block held at once",
         f"host memory       {format_bytes(allotment.host_bytes)} of {format_bytes(facts.host_memory)}: "
-        f"{allotment.record_buffers} record buffers of {format_bytes(allotment.record_bytes)}, staged gradients of "
+        f"{_record_buffers(facts, allotment)}, staged gradients of "
         f"{staged}",
         f"RAM tier          copies of {len(allotment.pinned_copies)} blocks, states of {len(allotment.pinned_states)}",
-        f"activations kept  {kept}",
-        f"bytes per step    read {format_bytes(bound.read)}, written {format_bytes(bound.written)} (lower bound)",
+        f"activations kept  {kept}" + ("" if facts.kept_bytes is None else f"; inputs of visits wait {waiting}"),
+        *_moved(flows_now(engine, cluster, micro_batches, step), several),
         f"disk              {format_bytes(images)} once all is written, up to {format_bytes(most)} (three versions, and "
         f"{format_bytes(most - 3 * images)} of staged gradients); each snapshot up to {format_bytes(images)} more",
     ]
@@ -52,14 +78,80 @@ def plan_text(engine: "Engine") -> str:
         lines.append(
             f"sparse            {format_count(nonzeros)} of {format_count(elements)} in "
             f"{len(engine.densities())} parameters; figures above are of their largest versions, "
-            "bytes per step of the present ones"
+            f"bytes per step {'of the present ones' if step is None else f'of those of step {step}'}"
         )
         places = [facts.blocks[index].kept_places_bytes for index in allotment.kept_places]
-        lines.append(
+        by_kernel = Counter(engine.kernels.values())
+        expanded = len(engine.densities()) - by_kernel.total()
+        products = [f"{count} parameters by {kernel}" for kernel, count in sorted(by_kernel.items())]
+        lines += [
             f"places kept       where the non-zeros of {len(places)} of {sum(b.kept_places_bytes > 0 for b in facts.blocks)} "
-            f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch"
-        )
+            f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch",
+            "products          " + ", ".join([*products, f"{expanded} expanded"]),
+        ]
+    lines.append(_room(*reach_of(engine)))
     return "\n".join(lines)
+
+
+def _record_buffers(facts: Facts, allotment: Allotment) -> str:
+    if allotment.record_buffers < len(sharing_records(facts.blocks)):
+        return f"{allotment.record_buffers} record buffers of {format_bytes(allotment.record_bytes)}"
+    room = records_room(facts.blocks, allotment.record_buffers)
+    return f"a record buffer for each of {allotment.record_buffers} blocks, {format_bytes(room)}"
+
+
+def flows_now(
+    engine: "Engine", cluster: Cluster | None = None, micro_batches: int | None = None, step: int | None = None
+) -> Flows:
+    """What a steady step moves, with what is sparse as it is then; of the engine's own plan by default."""
+    if cluster is None or micro_batches is None:
+        facts, allotment = engine.runtime.facts, engine.allotment
+        return flows_of(
+            engine.facts_at(engine.cluster, facts.micro_batches, step), allotment, ranks=engine.cluster.size
+        )
+    _, allotment = engine.planned_for(cluster, micro_batches)
+    return flows_of(engine.facts_at(cluster, micro_batches, step), allotment, ranks=cluster.size)
+
+
+def reach_of(engine: "Engine") -> tuple[Reach, Reach | None]:
+    """How large a model like this one the disk and `host_memory` hold; and, if this one is sparse, how large a dense one."""
+    facts, store = engine.runtime.facts, engine.store
+    parameters = sum(block.numel for block in store.blocks)
+    free_bytes = shutil.disk_usage(store.path).free
+    own = reach(
+        engine.holding.bytes, parameters, free_bytes=free_bytes, host_memory=facts.host_memory, deferred=facts.deferred
+    )
+    if engine.masking is None:
+        return own, None
+    dense = bytes_of_blocks(
+        store.blocks, precision=engine.precision, optimizer=engine.optimizer, panel_elements=store.panel_elements
+    )
+    return own, reach(dense, parameters, free_bytes=free_bytes, host_memory=facts.host_memory, deferred=facts.deferred)
+
+
+def _room(own: Reach, dense: Reach | None) -> str:
+    def against(count: int) -> str:
+        return "" if dense is None else f" ({format_count(count)} were it dense)"
+
+    return (
+        f"room              the disk holds a model like this of {format_count(own.disk)} parameters"
+        f"{against(0 if dense is None else dense.disk)}, host memory all records of one of {format_count(own.ram)}"
+        f"{against(0 if dense is None else dense.ram)}"
+    )
+
+
+def _moved(flows: Flows, several: bool) -> list[str]:
+    def text(flow: Flow) -> str:
+        return f"{format_bytes(flow.planned)} (at least {format_bytes(flow.least)})"
+
+    lines = [
+        f"bytes per step    disk: read {text(flows.disk_read)}, written {text(flows.disk_written)}; RAM: read "
+        f"{format_bytes(flows.ram_read.planned)}, written {format_bytes(flows.ram_written.planned)}"
+        + (" of the rank that moves most" if several else "")
+    ]
+    if several:
+        lines.append(f"links per step    down {text(flows.down)}, up {text(flows.up)}, of all ranks together")
+    return lines
 
 
 def _beside(nbytes: int) -> str:

@@ -71,16 +71,19 @@ def divide(
     *,
     sparse: Largest = NEVER_SPARSE,
     masking: Masking | None = None,
+    of: int | None = None,
     driven: Collection[str] = (),
 ) -> Division:
     """The division of a store's records among the memory ranks that own them (`owner`, by unit).
 
     Args:
+        of: count what this rank owns, not the most that any does.
         sparse: how sparse versions may be: there is room for all of them.
         masking: of the sparse parameters, if their masks change.
         driven: those that kernels multiply by.
     """
-    owned = [{unit for unit, rank in enumerate(owner) if rank == memory} for memory in cluster.memory_ranks]
+    counted = cluster.memory_ranks if of is None else (of,)
+    owned = [{unit for unit, rank in enumerate(owner) if rank == one} for one in counted]
     records, gradients, largest_unit = [], [], 0
 
     def layout_of(unit: Unit, sparsity: Sparsity) -> RecordLayout:
@@ -242,6 +245,24 @@ def disk_bytes(records: Sequence[BlockBytes], *, deferred: bool) -> tuple[int, i
     images = sum(record.stored for record in records)
     staged = sum(record.gradients for record in records) if deferred else 0
     return images, 3 * images + staged
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Parameters of the largest model like this one that a budget holds: with its disk alone, and with all records in RAM."""
+
+    disk: int
+    ram: int
+
+
+def reach(
+    records: Sequence[BlockBytes], parameters: int, *, free_bytes: int, host_memory: int, deferred: bool
+) -> Reach:
+    """What budgets hold of a model, were it larger in proportion: a disk what `disk_bytes` counts, RAM copies, masters,
+    states and staged gradients."""
+    _, most = disk_bytes(records, deferred=deferred)
+    kept = sum(each.fetched + each.loaded + (each.gradients if deferred else 0) for each in records)
+    return Reach(parameters * free_bytes // max(1, most), parameters * host_memory // max(1, kept))
 
 
 def check_disk(path: Path, records: Sequence[BlockBytes], *, deferred: bool) -> None:

@@ -3,6 +3,7 @@
 Each function here is a command without its printing; what it returns is what `--json` prints.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,14 @@ from weightstream.errors import StoreError
 from weightstream.hosts import free_memory_bytes
 from weightstream.hub import initial_values
 from weightstream.machine.profile import DEFAULT_PATH, Profile, load_profile
-from weightstream.predicting import predict, prediction_text
+from weightstream.machine.sparsity import auto_kernels
+from weightstream.multiplying import AutoKernels
+from weightstream.plan_text import flows_now, plan_text, reach_of
+from weightstream.predicting import Stretch, census_of, commonest, predict, prediction_text, stretches
 from weightstream.preflight import require_memory, require_same_text, store_exists
 from weightstream.ranks import ALONE, Ranks
 from weightstream.sizing import Choice, choose, divided, micro_batch_of, predicted_step, trained_with
+from weightstream.sparse.kernels import Kernel
 from weightstream.store.glance import glance
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
@@ -114,7 +119,7 @@ def _try(config: RunConfig, ranks: Ranks, *, rehearse: bool) -> None:
 
 
 @contextmanager
-def _temporary(config: RunConfig) -> Iterator[Engine]:
+def _temporary(config: RunConfig, say: Say | None = None) -> Iterator[Engine]:
     """An engine as the run would have it, before there is any text: its store is a temporary one beside the run's own.
 
     The tokenizer is taken to have all the tokens that were asked for. Weights are not read, and masks that would follow from
@@ -131,7 +136,7 @@ def _temporary(config: RunConfig) -> Iterator[Engine]:
     _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
     near = next(folder for folder in config.store.absolute().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".weightstream-plan-", dir=near) as folder:
-        engine = _engine(config, Path(folder) / "store", build, None)
+        engine = _engine(config, Path(folder) / "store", build, say)
         try:
             yield engine
         finally:
@@ -184,7 +189,7 @@ def _engine(
     ranks: Ranks = ALONE,
 ) -> Engine:
     optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
-    settings = engine_settings(config)
+    settings = engine_settings(config, say or (lambda text: None))
     threads = threads_of(config)
     if ranks.links is not None:  # the first rank has the store, and hosts may differ in cores
         threads = ranks.gather(threads or torch.get_num_threads())[0]
@@ -202,7 +207,7 @@ def threads_of(config: RunConfig) -> int | None:
     return None if found is None else found.contract.get("numerics", {}).get("threads_per_worker")
 
 
-def engine_settings(config: RunConfig) -> dict[str, Any]:
+def engine_settings(config: RunConfig, say: Say = lambda text: None) -> dict[str, Any]:
     """The keywords of `Engine` that a configuration gives."""
     settings = config.engine
     return {
@@ -224,8 +229,17 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "commit_every": settings.commit_every,
         "allow_other_numerics": settings.allow_other_numerics,
         "sparsity": config.sparsity.settings(config.training.steps),
-        "kernels": config.sparsity.kernels,
+        "kernels": _kernels(config, say),
     }
+
+
+def _kernels(config: RunConfig, say: Say) -> Mapping[str, Kernel] | AutoKernels:
+    """Which products are by kernels; `auto` by this machine's profile, if it was ever measured."""
+    kernels = config.sparsity.kernels
+    if kernels != "auto":
+        return kernels
+    training = config.training
+    return auto_kernels(tokens=training.micro_batch_size * training.sequence_length, warn=say)
 
 
 def _weights(config: RunConfig, say: Say) -> Mapping[str, Tensor] | None:
@@ -315,23 +329,42 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
     been measured, how long it would take."""
     chosen = _chosen(config, profile, say) if config.training.micro_batch == "auto" else None
     config = config if chosen is None else divided(config, chosen)
-    with _temporary(config) as engine:
+    with _temporary(config, say) as engine:
         _rehearse(engine, config)
-        allotment, bound = engine.allotment, engine.bytes_bound()
-        text, predicted = _predicted(engine, config, say, profile)
+        cluster, micro_batches = config.cluster.roles, config.training.micro_batches
+        pieces = _predicted(engine, config, say, profile)
+        step = commonest(pieces).step if pieces else None
+        whose: dict[str, Any] = {"cluster": cluster, "micro_batches": micro_batches, "step": step}
+        _, allotment = engine.planned_for(cluster, micro_batches)
+        flows, (own, dense) = flows_now(engine, **whose), reach_of(engine)
+        disk_bytes = shutil.disk_usage(engine.store.path).total
+        each = config.training.micro_batch_size * config.training.sequence_length
+        told = "seconds per step  not known: run `weightstream calibrate` first"
+        if pieces:
+            told = prediction_text(pieces, tokens_per_micro_batch=each, disk_bytes=disk_bytes)
         return {
             "text": "\n".join(
-                [engine.plan, *_unsettled(config), *([] if chosen is None else [chosen.describe()]), text]
+                [
+                    plan_text(engine, **whose),
+                    *_unsettled(config),
+                    *([] if chosen is None else [chosen.describe()]),
+                    told,
+                ]
             ),
-            "micro_batches": config.training.micro_batches,
+            "micro_batches": micro_batches,
             "micro_batch_size": config.training.micro_batch_size,
-            "predicted": predicted,
+            "prefetch": config.engine.prefetch,
+            "predicted": _figures(pieces, each),
             "parameters": sum(block.numel for block in engine.store.blocks),
             "state_bytes": _state_bytes(engine.store),
             "device_bytes": allotment.device_bytes,
             "host_bytes": allotment.host_bytes,
-            "read_bytes_per_step": bound.read,
-            "written_bytes_per_step": bound.written,
+            "read_bytes_per_step": flows.disk_read.planned,
+            "written_bytes_per_step": flows.disk_written.planned,
+            "moved_per_step": flows.to_json(),
+            "room_parameters": {"disk": own.disk, "ram": own.ram},
+            "room_parameters_dense": None if dense is None else {"disk": dense.disk, "ram": dense.ram},
+            "kernels": engine.kernels,
             "blocks": [
                 {
                     "name": block.name,
@@ -351,28 +384,41 @@ def _profile(path: Path | None, say: Say) -> Profile | None:
     return load_profile(path or DEFAULT_PATH, say)
 
 
-def _predicted(engine: Engine, config: RunConfig, say: Say, path: Path | None) -> tuple[str, dict[str, Any] | None]:
-    """The prediction as lines of the plan, and as figures; without a profile, how to come by one."""
+def _predicted(engine: Engine, config: RunConfig, say: Say, path: Path | None) -> list[Stretch]:
+    """The run as it is predicted; nothing without a profile."""
     profile = _profile(path, say)
     if profile is None:
-        return "seconds per step  not known: run `weightstream calibrate` first", None
-    training = config.training
-    found = predicted_step(
-        engine, config, profile, size=training.micro_batch_size, micro_batches=training.micro_batches
-    )
-    each = training.micro_batch_size * training.sequence_length
-    figures = {
+        return []
+    training, census = config.training, census_of(engine, micro_batch_of(config.training))
+    return stretches(
+        engine,
+        training.steps,
+        lambda step: predicted_step(
+            engine, config, profile, size=training.micro_batch_size, micro_batches=training.micro_batches, step=step,
+            census=census,
+        ),
+    )  # fmt: skip
+
+
+def _figures(pieces: Sequence[Stretch], tokens_per_micro_batch: int) -> dict[str, Any] | None:
+    if not pieces:
+        return None
+    found = commonest(pieces).found
+    return {
         "seconds_per_step": found.seconds_per_step,
         "binds": found.binds,
         "compute_s": found.compute_s,
         "optimizer_s": found.optimizer_s,
         "disk_s": found.disk_s,
         "link_s": found.link_s,
-        "compute_bound_tokens_per_step": found.compute_bound_micro_batches() * each,
-        "run_s": found.seconds_per_step * training.steps,
-        "run_written_bytes": found.written_bytes * training.steps,
+        "compute_bound_tokens_per_step": found.compute_bound_micro_batches() * tokens_per_micro_batch,
+        "run_s": sum(piece.found.seconds_per_step * piece.steps for piece in pieces),
+        "run_written_bytes": sum(piece.found.written_bytes * piece.steps for piece in pieces),
+        "steps_like": [
+            {"step": piece.step, "steps": piece.steps, "seconds_per_step": piece.found.seconds_per_step}
+            for piece in pieces
+        ],
     }
-    return prediction_text(found, tokens_per_micro_batch=each, steps=training.steps), figures
 
 
 def measure(config: RunConfig, say: Say, *, sequences: int | None) -> dict[str, Any]:
@@ -427,6 +473,7 @@ def _report(run: Run, outcome: Outcome, samples: list[dict[str, str]], compared:
         "seconds": outcome.seconds,
         "stalled_s": outcome.stalled_s,
         "skipped_steps": outcome.skipped_steps,
+        "kernels": run.engine.kernels,
         "state_bytes": _state_bytes(run.engine.store),
         "device_memory_bytes": config.engine.device_memory,
         "host_memory_bytes": config.engine.host_memory,

@@ -217,7 +217,7 @@ class Runtime:
             self.keeper.apportion(self._step, self.peers.gather)
         else:
             self.keeper.forget_gradients()
-        self.keeper.accept_gradients(self._step, self._progress(outcome.finite))
+        self.keeper.accept_gradients(self._step, self._progress(outcome.finite), outcome.norm)
 
     def _agree(self) -> None:
         """Every rank learns what the others found: losses, squares, what is due, and whether anything is not finite."""
@@ -325,6 +325,9 @@ class Runtime:
         if self.keeper.poisoned:
             self.keeper.undo_writes()
             self.outcome.grown.clear()
+            self.keeper.touching.drop()
+        else:
+            self.keeper.update_touched(self._step)
         self.keeper.due.clear()
         self.keeper.commit(self._step, self._progress(self.outcome.finite))
 
@@ -435,19 +438,25 @@ class Runtime:
         total = self.wait(future)
         with self._computing():
             reduced = self.peers.finish(block, total)
-        self.outcome.squares.update(reduced.squares)
-        for (name, _), value in reduced.squares.items():
-            if not math.isfinite(value) and self.outcome.first_bad is None:
-                self.outcome.first_bad = f"parameter '{name}' of block '{self.blocks[block].name}'"
-                self.keeper.poisoned |= not self.facts.deferred
+        self._note_squares(reduced.squares, f" of block '{self.blocks[block].name}'")
         if self.keeper.poisoned:
             self.keeper.staging.release(block)
         elif reduced.found:
             self.keeper.due.add(block)
 
+    def _note_squares(self, squares: Squares, of_block: str) -> None:
+        self.outcome.squares.update(squares)
+        for (name, _), value in squares.items():
+            if not math.isfinite(value) and self.outcome.first_bad is None:
+                self.outcome.first_bad = f"parameter '{name}'{of_block}"
+                self.keeper.poisoned |= not self.facts.deferred
+
     def _settle_all(self) -> None:
         for block in list(self._reducing):
             self.settle(block)
+        with self._computing():
+            squares = self.keeper.touching.close_sums()
+        self._note_squares(squares, "")
 
     # between steps
 

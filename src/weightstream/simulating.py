@@ -1,22 +1,30 @@
 """`weightstream simulate`: a job out of names or a configuration, its simulated step, and what follows for a run."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+from weightstream.blocks import Parameter, Unit
 from weightstream.config import RunConfig
 from weightstream.errors import ConfigError
 from weightstream.machine.as_cluster import cluster_of
 from weightstream.machine.profile import load_profile
+from weightstream.masking import given_counts
 from weightstream.report.figures import Line, Section, page, preformatted, timeline, utilisation
 from weightstream.report.figures import curve as figure_of
 from weightstream.simulator.clusters import CLUSTERS, THIS_MACHINE, ClusterPreset, cluster_named
 from weightstream.simulator.jobs import Job
-from weightstream.simulator.models import ModelShape, model_named
+from weightstream.simulator.models import ModelShape, SparseShape, model_named
 from weightstream.simulator.outcomes import Failures, Outcome, curve, run, stragglers
 from weightstream.simulator.validation import Row, calibrate_efficiency, validate
+from weightstream.sparse.choosing import Piece, choose, speedup_of
+from weightstream.sparse.kernels import KERNELS
+from weightstream.sparse.pieces import dense_by_default, kept_cells, sparse_pieces
 from weightstream.trace.perfetto import export
 from weightstream.units import format_bytes, format_count, format_seconds
 
@@ -40,6 +48,9 @@ class Asked:
     recovery_s: float = 600.0
     seed: int = 0
     profile: Path | None = None
+    sparsity: float | None = None
+    block: tuple[int, int] = (1, 1)
+    multiply: Literal["dense", "nonzeros"] = "dense"
 
 
 Say = Callable[[str], None]
@@ -76,7 +87,101 @@ def job_of(asked: Asked, config: RunConfig | None, say: Say = lambda text: None)
         sequence=sequence,
         clipping=clipping,
         slowdown=slowdown,
+        sparse=sparse_shape(asked, config, cluster, say),
     )
+
+
+def block_of(text: str) -> tuple[int, int]:
+    """`32x32` as rows and columns.
+
+    Raises:
+        ConfigError: something else.
+    """
+    rows, _, columns = text.lower().replace("×", "x").partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise ConfigError(f"--block {text}: expected rows and columns of at least 1, such as 32x32")
+    return int(rows), int(columns)
+
+
+def sparse_shape(asked: Asked, config: RunConfig | None, cluster: ClusterPreset, say: Say) -> SparseShape | None:
+    """How sparse the layers are: as given, else as the configuration's groups have them where they are sparsest.
+
+    Raises:
+        ConfigError: a sparsity outside [0, 1), or settings that do not fit the model.
+    """
+    if asked.sparsity is not None and not 0 <= asked.sparsity < 1:
+        raise ConfigError(f"--sparsity {asked.sparsity:g}: expected at least 0 and below 1, the part that is zero")
+    if asked.sparsity is None and (asked.block != (1, 1) or (asked.multiply == "nonzeros" and config is None)):
+        raise ConfigError(
+            "--block and --multiply say how a model is sparse, and nothing says that it is; give --sparsity 0.9"
+        )
+    found: SparseShape | None = None
+    if asked.sparsity is not None:
+        found = SparseShape(
+            density=1 - asked.sparsity, block=asked.block, says="every matrix of every layer is so sparse"
+        )
+    elif config is not None and config.sparsity.groups:
+        found = _configured(config)
+    if found is None or found.density >= 1:
+        return None
+    multiplied = asked.multiply == "nonzeros" or (config is not None and bool(config.sparsity.kernels))
+    return _multiplied(found, cluster, asked, say) if multiplied else found
+
+
+def _configured(config: RunConfig) -> SparseShape | None:
+    """The layers of a configuration as sparse as they become."""
+    from weightstream.architectures import architecture
+
+    _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
+    with torch.device("meta"):
+        model = build()
+    parameters = [Parameter(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+    settings, steps = config.sparsity.settings(config.training.steps), config.training.steps
+    heads = dense_by_default(model)
+    given = given_counts(settings, [Unit(0, 0, "model", tuple(parameters))], heads)
+    pieces = sparse_pieces(settings, parameters, dense=heads, given_counts=given)
+    if not pieces:
+        return None
+
+    def kept(version: int) -> int:
+        found = 0
+        for piece in pieces:
+            cells = piece.count(version)
+            if cells is None:  # of zeros that nobody has looked at nothing is known
+                likely = kept_cells(piece.grid.cells, piece.group.sparsity_at(version))
+                cells = likely if piece.group.searched else piece.grid.cells
+            found += cells * piece.grid.cell_elements
+        return found
+
+    marks = {0, steps} | {v for p in pieces for v in (p.group.dense_until, p.group.last, (p.group.dense_from or 1) - 1)}
+    sparsest = min((version for version in marks if 0 <= version <= steps), key=kept)
+    elements = sum(piece.grid.elements for piece in pieces)
+    layers = sum(p.numel for p in parameters if p.name not in heads and len(p.shape) > 1)
+    block: Counter[tuple[int, int]] = Counter()
+    for piece in pieces:
+        block[piece.grid.block] += piece.grid.elements
+    return SparseShape(
+        density=kept(sparsest) / elements, block=block.most_common(1)[0][0], share=min(1.0, elements / layers),
+        says=f"{len(pieces)} parameters as sparse as after step {sparsest}, spread evenly over all layers",
+    )  # fmt: skip
+
+
+def _multiplied(found: SparseShape, cluster: ClusterPreset, asked: Asked, say: Say) -> SparseShape:
+    """What products by non-zeros gain: as measured on this machine, elsewhere as much as there are fewer of them."""
+    if cluster.name != THIS_MACHINE:
+        return replace(
+            found, speedup=1 / found.density,
+            says=f"{found.says}; unverified: only non-zeros are multiplied, at the efficiency of dense products",
+        )  # fmt: skip
+    curves = load_profile(asked.profile, lambda text: None).sparse
+    piece = Piece(block=found.block, density=found.density, dtype="bfloat16", tokens=512, threads=1)
+    chosen = choose(curves, piece)
+    kernel = next((kernel for kernel in KERNELS if kernel == chosen), None)
+    if kernel is None:
+        say("no kernel was measured to be faster at this density and block: products are dense")
+        return found
+    speedup = speedup_of(curves, kernel, piece) or 1.0
+    return replace(found, speedup=speedup, says=f"{found.says}; '{kernel}' measured {speedup:.3g} times as fast")
 
 
 def _cluster(asked: Asked, config: RunConfig | None, say: Say) -> ClusterPreset:
@@ -205,6 +310,9 @@ def report(
         "critical_path_s": dict(found.critical_path),
         "down_bytes": found.down_bytes, "up_bytes": found.up_bytes, "read_bytes": found.read_bytes,
         "written_bytes": found.written_bytes, "scaling": [asdict(point) for point in points],
+        "nonzeros": job.nonzeros, "sparsity": None if job.sparse is None else asdict(job.sparse),
+        "store_bytes": job.needed_bytes, "room_parameters": job.reachable,
+        "room_parameters_dense": None if job.sparse is None else replace(job, sparse=None).reachable,
         "tokens": tokens, "goodput": goodput, "hours": hours, "energy_kwh": hours * found.watts / 1000,
         "simulated": {"layers": found.layers, "of_layers": job.model.layers},
         "rests_on": _rests_on(job, found),
@@ -215,9 +323,23 @@ def _rests_on(job: Job, found: Outcome) -> list[str]:
     lines = [job.cluster.describe(), f"model: {job.model.source}"]
     lines += [f"source: {source}" for source in job.cluster.sources]
     if found.layers < job.model.layers:
-        lines.append(
-            f"{found.layers} of {job.model.layers} layers were simulated, and half of that; the rest costs the same again"
+        spilled = found.prepared.spilled
+        how = (
+            "exact, since all of them are alike"
+            if spilled in (0.0, 1.0)
+            else f"to about 1%, since {spilled:.0%} of activations leave the device, in whole layers"
         )
+        lines.append(
+            f"{found.layers} of {job.model.layers} layers were simulated, and half of that; each further one adds as much: "
+            f"{how}"
+        )
+    if found.prepared.layers < job.model.layers:
+        lines.append(
+            f"{found.prepared.blocks} blocks were planned from {found.prepared.layers} of {job.model.layers} layers, with "
+            "memory divided for all of them: it may spill a little more than a plan of every block would"
+        )
+    if job.sparse is not None:
+        lines.append(f"sparse: {job.sparse.says}; expanding them on the device takes no time")
     if not job.slowdown:
         lines.append("systems that do the same at the same time are simulated once")
     lines += [f"unverified: {what}" for what in (job.model.unverified, *job.cluster.unverified) if what]
@@ -237,6 +359,14 @@ def text(found: Mapping[str, Any]) -> str:
         "critical path     " + ", ".join(f"{key} {format_seconds(seconds)}" for key, seconds in path if seconds > 0),
         f"link of a system  {format_bytes(found['down_bytes'])} down, {format_bytes(found['up_bytes'])} up a step",
         f"device memory     {format_bytes(found['device_bytes'])}; {found['spilled']:.0%} of activations leave it",
+        *_sparse_lines(found),
+        f"store             {format_bytes(found['store_bytes'])}; it has room for a model like this of "
+        f"{format_count(found['room_parameters'])} parameters"
+        + (
+            ""
+            if found["room_parameters_dense"] is None
+            else f" ({format_count(found['room_parameters_dense'])} were it dense)"
+        ),
         f"run               {format_count(found['tokens'])} tokens: {found['hours']:.4g} h, {found['energy_kwh']:.4g} kWh"
         + (f"; goodput {found['goodput']:.2%} with failures" if found["goodput"] < 1 else ""),
         "",
@@ -248,6 +378,27 @@ def text(found: Mapping[str, Any]) -> str:
         for point in found["scaling"]
     ]
     return "\n".join([*lines, "", *found["rests_on"]])
+
+
+def _sparse_lines(found: Mapping[str, Any]) -> list[str]:
+    shape = found["sparsity"]
+    if shape is None:
+        return []
+    rows, columns = shape["block"]
+    products = "dense" if shape["speedup"] == 1 else f"{shape['speedup']:.3g} times as fast"
+    return [
+        f"sparse            {format_count(found['nonzeros'])} parameters exist: {shape['density']:.3g} of {shape['share']:.0%} "
+        f"of each layer, in blocks of {rows}×{columns}; products {products}"
+    ]
+
+
+def _store_line(found: Mapping[str, Any]) -> str:
+    dense = found["room_parameters_dense"]
+    against = "" if dense is None else f" ({format_count(dense)} were it dense)"
+    return (
+        f"store             {format_bytes(found['store_bytes'])}; there is room for a model like this of "
+        f"{format_count(found['room_parameters'])} parameters{against}"
+    )
 
 
 def validation() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weightstream.census import Census
 from weightstream.config import RunConfig
 from weightstream.engine import Engine
 from weightstream.errors import PlanError
@@ -62,8 +63,21 @@ def micro_batch_of(training: TrainingConfig, size: int | None = None) -> dict[st
     return {"input_ids": ids, "labels": ids}
 
 
-def predicted_step(engine: Engine, config: RunConfig, profile: Profile, *, size: int, micro_batches: int) -> Prediction:
+def predicted_step(
+    engine: Engine,
+    config: RunConfig,
+    profile: Profile,
+    *,
+    size: int,
+    micro_batches: int,
+    step: int | None = None,
+    census: Census | None = None,
+) -> Prediction:
     """A steady step of the run that a configuration describes, on its cluster, with the ranks that it has on one host.
+
+    Args:
+        step: of training, which says how sparse the model is; by default as it is now.
+        census: of one of its micro-batches, where it is known already.
 
     Raises:
         PlanError: it does not fit.
@@ -72,6 +86,7 @@ def predicted_step(engine: Engine, config: RunConfig, profile: Profile, *, size:
     return predict(
         engine, micro_batch_of(config.training, size), profile, micro_batches=micro_batches, cluster=cluster,
         threads=config.engine.threads_per_worker or (None if cluster.size == 1 else max(1, cores() // cluster.size)),
+        step=step, census=census,
     )  # fmt: skip
 
 

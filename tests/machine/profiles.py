@@ -34,6 +34,8 @@ def profile(**changes: Any) -> Profile:
             "operation_s": {"forward": 1e-4, "begin": 1e-3}, "kernel_s": {"forward": 1e-6, "backward": 1e-6},
             "tensor_s": {"reduce": 1e-5, "update": 1e-5}, "between_steps_s": 1e-3, "process_bytes": 1 << 20,
         },
+        "codec": {"clear_bytes_per_s": 1e9, "decode_s": 1e-9, "expand_s": {1: 1e-9, 32: 1e-10},
+                  "gather_s": {1: 1e-9, 32: 1e-10}},
         "sparse": [{"kernel": "gathered", "dtype": "float32", "block": (32, 32), "tokens": 512, "threads": 1,
                     "densities": (0.01, 0.1, 1.0), "speedups": (100.0, 10.0, 0.1)}],
         "contention": {"io_compute_s_per_byte": 0.0, "ranks": {"2x1": 1.25, "4x1": 2.5}},

@@ -31,6 +31,8 @@ def test_everything_is_measured_and_nothing_stays(tmp_path: Path) -> None:
     assert set(compute.optimizer) == {"AdamW", "SGD", "Lion", "Adafactor"}
     assert all(row[-1] > row[0] for name, row in compute.kernels.items() if name.startswith("_log_softmax "))
     assert profile.link is not None
+    assert profile.codec is not None
+    assert set(profile.codec.expand_s) == set(profile.codec.gather_s) == {1, 32}
     assert set(profile.contention.ranks) == {"2x1", "4x1"}
     assert {"forward", "backward", "turn", "update", "reduce", "load", "write", "begin"} <= set(
         profile.executor.operation_s

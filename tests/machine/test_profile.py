@@ -22,11 +22,12 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_a_profile_from_before_sparse_products_is_read(tmp_path: Path) -> None:
     path = tmp_path / "p.toml"
-    profile(sparse=()).save(path)
+    profile(sparse=(), codec=None).save(path)
     text = path.read_text()
     path.write_text(text.replace("sparse = []\n", ""))
     assert path.read_text() != text
     assert load_profile(path).sparse == ()
+    assert load_profile(path).codec is None
 
 
 def test_rows_are_lines(tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_rows_are_lines(tmp_path: Path) -> None:
     profile().save(tmp_path / "p.toml")
     text = (tmp_path / "p.toml").read_text()
     assert '"nt bfloat16" = [1000000000.0, 1000000000.0,' in text
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 160
 
 
 def test_another_machine_is_warned_of(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_another_machine_is_warned_of(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (lambda text: text[: len(text) // 2], "no TOML|Field required"),
-        (lambda text: text.replace("threads = 1", "threads = 0"), "compute.0.threads: Input should be greater"),
+        (lambda text: text.replace("threads = 1", "threads = 0"), "compute.0.threads: expected greater"),
         (lambda text: text.replace("cores", "kores"), "machine.cores: Field required"),
         (lambda text: "speed = 3\n" + text, "Extra inputs are not permitted"),
         (lambda text: text.replace("format = 1", "format = 2"), "format 2, this version reads 1"),

@@ -23,6 +23,20 @@ def block(index: int, numel: int = 1024, **settings: Any) -> BlockFacts:
     )  # fmt: skip
 
 
+def sparse(dense: BlockFacts, tenths: int, decoding_steps: int) -> BlockFacts:
+    """The same with so many tenths of its parameters, and what it needs beside its slab."""
+    fewer = {
+        name: -(-getattr(dense, name) * tenths // 10)
+        for name in ("load_bytes", "record_bytes", "gradient_bytes", "tied_bytes")
+    }
+    numel = dense.streamed_bytes // 4
+    return replace(
+        dense, **fewer, compressed_bytes=-(-dense.streamed_bytes * tenths // 10) + -(-numel // 8),
+        places_bytes=4 * numel * tenths // 10, kept_places_bytes=4 * numel * tenths // 10, decoding_steps=decoding_steps,
+        masks_bytes=64 * numel if dense.trainable else 0,
+    )  # fmt: skip
+
+
 def chain(count: int = 4, *, micro_batches: int = 2, root: bool = True, **settings: Any) -> Facts:
     """An embedding, layers and a head, each used once, with a resident root before them."""
     blocks = [block(0, 64, resident=True)] if root else []
@@ -59,13 +73,9 @@ def facts(draw: st.DrawFn) -> Facts:
         resident = count > 1 and index == 0 and draw(st.booleans())
         numel = draw(st.integers(1, 4096))
         tied = 8 * numel if draw(st.integers(0, 4)) == 0 else 0
-        kept = (
-            {"kept_places_bytes": numel, "decoding_steps": draw(st.integers(0, 8 * numel))}
-            if draw(st.booleans())
-            else {}
-        )
-        trainable = draw(st.integers(0, 4)) > 0
-        blocks.append(block(index, numel, resident=resident, trainable=trainable, tied_bytes=tied, **kept))
+        some = block(index, numel, resident=resident, trainable=draw(st.integers(0, 4)) > 0, tied_bytes=tied)
+        tenths, steps = draw(st.integers(1, 9)), draw(st.integers(0, 8 * numel))
+        blocks.append(sparse(some, tenths, steps) if draw(st.booleans()) else some)
     streaming = [b.index for b in blocks if not b.resident]
     order = draw(st.lists(st.sampled_from(streaming), min_size=1, max_size=9))
     visits = tuple(Visit(index, f"b{index}.{position}") for position, index in enumerate(order))

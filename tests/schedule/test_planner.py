@@ -10,7 +10,7 @@ from tests.schedule.examples import KIB, block, chain, facts, smallest, tight_fa
 
 from weightstream.errors import PlanError
 from weightstream.schedule.cost import StepBytes, lower_bound
-from weightstream.schedule.planner import Facts, allot
+from weightstream.schedule.planner import Facts, allot, records_room
 from weightstream.units import MIB, parse_bytes
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -76,7 +76,7 @@ def test_an_allotment_is_within_its_budgets(some: Facts) -> None:
     assert allotment.slabs >= min(2, len({visit.block for visit in some.visits}))
     sizes = {b.index: b for b in some.blocks}
     held = (
-        allotment.record_buffers * allotment.record_bytes
+        records_room(some.blocks, allotment.record_buffers)
         + allotment.gradient_buffers * allotment.gradient_bytes
         + sum(sizes[index].gradient_bytes for index in allotment.staged_in_ram)
         + sum(sizes[index].streamed_bytes for index in allotment.pinned_copies)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.schedule.examples import chain as chain_of
 
 from weightstream.schedule.cost import BlockFacts, lower_bound
-from weightstream.schedule.planner import Facts, allot
+from weightstream.schedule.planner import Facts, allot, records_room
 from weightstream.schedule.residency import Candidate, most_saved
 
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 13])
@@ -73,7 +73,8 @@ def test_a_plan_moves_the_least_bytes(sizes: list[int], frozen: set[int], deferr
     found = allot(facts)
     assert found.host_bytes <= facts.host_memory
     # record buffers beyond the third take what pins leave
-    spare = facts.host_memory - found.host_bytes + max(0, found.record_buffers - 3) * found.record_bytes
+    later = records_room(blocks_now, found.record_buffers) - records_room(blocks_now, min(3, found.record_buffers))
+    spare = facts.host_memory - found.host_bytes + max(0, later)
     room_bytes = sum(_bytes(facts, found.pinned_copies, found.pinned_states)) + spare  # copies for evaluation included
     visited = {visit.block for visit in facts.visits}
     considered = [block for block in facts.blocks if block.index in visited or block.resident]

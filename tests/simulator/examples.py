@@ -89,7 +89,8 @@ def cases(draw: st.DrawFn, *, quiet: bool = False, alone: bool = False) -> Case:
     visits, blocks = len(some.visits), len(some.blocks)
     chosen = Durations(
         forward=each(visits), recompute=each(visits), backward=each(visits), turn=draw(seconds),
-        update=each(blocks), reduce=each(blocks), between_steps=draw(seconds),
+        update=each(blocks), reduce=each(blocks), expand=each(blocks) if not quiet and draw(st.booleans()) else (),
+        between_steps=draw(seconds),
         overhead=dict.fromkeys(draw(st.sets(st.sampled_from(["forward", "load", "fetch", "evict", "commit"]))), TICK),
     )  # fmt: skip
     rates = st.sampled_from([2.0**power for power in range(10, 22)])

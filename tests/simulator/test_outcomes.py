@@ -43,7 +43,9 @@ def test_two_shorter_models_stand_for_a_deep_one(each: int, monkeypatch: pytest.
     monkeypatch.setattr(outcomes, "MOST_OPERATIONS", 100)
     two = run(asked)
     assert two.layers < asked.model.layers
-    assert two.step_s == pytest.approx(whole.step_s, rel=0.01)
+    # exact where all layers are alike; else some spill and others do not, and so many of few are not quite the same part
+    assert (whole.prepared.spilled == 0) == (each == 1)
+    assert two.step_s == pytest.approx(whole.step_s, rel=1e-9 if each == 1 else 0.01)
     assert two.down_bytes == pytest.approx(whole.down_bytes, rel=0.01)
     for resource in ("compute", "down", "up"):
         assert two.busy_s[resource] == pytest.approx(whole.busy_s[resource], rel=0.02)

@@ -12,7 +12,7 @@ from weightstream.schedule.verify import verify
 from weightstream.simulator import jobs
 from weightstream.simulator.clusters import CLUSTERS, cluster_named
 from weightstream.simulator.jobs import PROVISIONED_BYTES, Job, prepare, shortened
-from weightstream.simulator.models import MODELS, ModelShape, model_named
+from weightstream.simulator.models import MODELS, ModelShape, SparseShape, model_named
 
 
 def job(model: str, cluster: str = "cs-2", *, workers: int = 1, each: float = 2, **settings: object) -> Job:
@@ -110,7 +110,7 @@ def refused(wrong: Job) -> str:
 
 def test_a_cluster_without_a_link_or_without_its_bandwidth_is_impossible() -> None:
     without = replace(CLUSTERS["cs-2"], link=None)
-    with pytest.raises(PlanError, match="need a link"):
+    with pytest.raises(PlanError, match="no link between its wafers"):
         without.hardware(2)
     link = CLUSTERS["cs-2"].link
     assert link is not None
@@ -152,3 +152,53 @@ def test_a_plan_by_a_few_layers_promises_no_more_than_one_by_all(monkeypatch: py
         assert few.each <= whole.each
         assert whole.spilled <= few.spilled <= whole.spilled + 1 / len(few.facts.visits)
         assert few.allotment.device_bytes <= asked.cluster.device_memory
+
+
+@given(
+    density=st.floats(0.01, 1), rows=st.sampled_from([1, 4, 32]), columns=st.sampled_from([1, 4, 32]),
+    share=st.sampled_from([0.0, 0.5, 1.0]), parameters=st.integers(1, 10_000_000),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_sparse_layer_keeps_whole_blocks_and_a_mask(
+    density: float, rows: int, columns: int, share: float, parameters: int
+) -> None:
+    shape = SparseShape(density=density, block=(rows, columns), share=share)
+    sparse = round(share * parameters)
+    kept = shape.nonzeros(parameters) - (parameters - sparse)
+    assert 0 <= kept <= sparse
+    assert kept % (rows * columns) == 0
+    assert abs(kept - density * sparse) <= rows * columns * (1 + density)
+    assert shape.mask_bytes(parameters) <= -(-sparse // (8 * rows * columns))  # never more than a bit for each block
+
+
+def test_a_sparse_job_moves_and_stores_what_exists_and_its_masks() -> None:
+    """By hand: a fifth of the layers' parameters and a bit for each element; tables and computing stay as they are."""
+    dense = job("gpt-j-6b", workers=2, each=8)
+    sparse = replace(dense, sparse=SparseShape(density=0.2))
+    tables = 2 * dense.model.table_parameters
+    layers = dense.model.parameters - tables
+    plans = prepare(dense), prepare(sparse)
+    for found, exists, mask_bits in ((plans[0], layers, 0), (plans[1], layers // 5, layers)):
+        fetched = sum(block.fetched_bytes for block in found.facts.blocks)
+        assert fetched == pytest.approx(2 * (tables + exists) + mask_bits / 8, rel=1e-6)
+        records = sum(block.record_bytes for block in found.facts.blocks)
+        assert records == pytest.approx(14 * (tables + exists) + mask_bits / 8, rel=1e-6) == found.job.record_bytes
+        assert sum(block.gradient_bytes for block in found.facts.blocks) == pytest.approx(
+            4 * (tables + exists), rel=1e-6
+        )
+    assert plans[0].durations.forward == plans[1].durations.forward
+    assert sum(plans[1].durations.update) == pytest.approx(
+        sum(plans[0].durations.update) * sparse.nonzeros / dense.nonzeros
+    )
+    assert sparse.reachable > 3 * dense.reachable
+    by_kernel = prepare(replace(dense, sparse=SparseShape(density=0.2, speedup=5)))
+    assert by_kernel.job.compute_s < dense.compute_s / 3  # the head and attention's scores stay dense
+    assert replace(dense, sparse=SparseShape(density=1.0)).record_bytes == dense.record_bytes
+
+
+def test_a_model_that_a_disk_does_not_hold_is_there_if_it_is_sparse() -> None:
+    asked = job("llama-70b", "rtx-4090")
+    assert "--sparsity" in refused(asked)
+    found = prepare(replace(asked, sparse=SparseShape(density=0.1)))
+    assert found.job.needed_bytes <= CLUSTERS["rtx-4090"].disk_bytes
+    assert found.job.reachable >= asked.model.parameters > asked.reachable

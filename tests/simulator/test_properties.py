@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.simulator.examples import Case, as_alone, cases
 
+from weightstream.schedule.flows import flows_of
 from weightstream.schedule.operations import Backward, Fetch, Forward, Load, Reduce, Restore, Spill, Turn, Update, Write
 from weightstream.schedule.verify import verify
 from weightstream.simulator.durations import Durations
@@ -28,6 +29,8 @@ def test_a_step_ends_within_its_memory_and_takes_as_long_as_what_it_does(case: C
     found = run(case)
     assert found.peak_device_bytes <= case.allotment.device_bytes
     assert found.peak_host_bytes <= case.allotment.host_bytes
+    flows = flows_of(case.facts, case.allotment, ranks=case.hardware.cluster.size)
+    assert (flows.down.planned, flows.up.planned) == (found.down_bytes, found.up_bytes)
     for name, seconds in found.busy_s.items():
         assert seconds <= found.step_s * NEARLY, name
     assert isclose(sum(found.path_s.values()), found.step_s, rel_tol=1e-9, abs_tol=1e-9)
@@ -79,7 +82,7 @@ def test_the_bytes_of_a_step_are_those_of_its_operations(case: Case, rate: float
                     written += facts.blocks[index].staged_bytes
             case Fetch(index):
                 if index not in just_updated and index not in allotment.pinned_copies:
-                    read += facts.blocks[index].streamed_bytes
+                    read += facts.blocks[index].fetched_bytes
             case Spill(visit) if allotment.boundaries[visit] == "disk":
                 written += boundary[visit]
             case Restore(visit) if allotment.boundaries[visit] == "disk":
@@ -87,6 +90,8 @@ def test_the_bytes_of_a_step_are_those_of_its_operations(case: Case, rate: float
             case _:
                 pass
     assert (found.read_bytes, found.written_bytes) == (read, written)
+    flows = flows_of(facts, allotment)
+    assert (flows.disk_read.planned, flows.disk_written.planned) == (read, written)
 
 
 def scaled(durations: Durations, factor: float) -> Durations:
@@ -96,6 +101,7 @@ def scaled(durations: Durations, factor: float) -> Durations:
     return Durations(
         forward=each(durations.forward), recompute=each(durations.recompute), backward=each(durations.backward),
         turn=factor * durations.turn, update=each(durations.update), reduce=each(durations.reduce),
+        expand=each(durations.expand),
         overhead={kind: factor * seconds for kind, seconds in durations.overhead.items()},
         between_steps=factor * durations.between_steps,
     )  # fmt: skip

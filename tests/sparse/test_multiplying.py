@@ -1,5 +1,6 @@
 """Sparse layers that are multiplied by kernels while the engine trains them: the same training but for the order of sums."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from weightstream.cluster import Cluster
 from weightstream.errors import AuditError, ConfigError, StoreMismatchError
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
+from weightstream.multiplying import AutoKernels
+from weightstream.sparse.choosing import Curve
 
 GATHERED = {"*.up.weight": "gathered", "*.down.weight": "gathered"}
 SETTINGS = {"algorithm": "set", "block": (8, 8), "begin": 0, "end": 9, "every": 3}
@@ -21,7 +24,7 @@ SETTINGS = {"algorithm": "set", "block": (8, 8), "begin": 0, "end": 9, "every": 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def open_engine(store: Path, kernels: dict[str, str] | None, build: Any = Model, **settings: Any) -> ws.Engine:
+def open_engine(store: Path, kernels: Any, build: Any = Model, **settings: Any) -> ws.Engine:
     chosen = {
         "clip_norm": 0.5,
         "threads_per_worker": 1,
@@ -33,9 +36,7 @@ def open_engine(store: Path, kernels: dict[str, str] | None, build: Any = Model,
     )
 
 
-def train(
-    store: Path, kernels: dict[str, str] | None, pieces: list[int], count: int = 3, **settings: Any
-) -> list[float]:
+def train(store: Path, kernels: Any, pieces: list[int], count: int = 3, **settings: Any) -> list[float]:
     losses = []
     for steps in pieces:
         with open_engine(store, kernels, **settings) as engine:
@@ -86,6 +87,19 @@ def test_evaluation_is_by_kernels_too(tmp_path: Path) -> None:
         assert found == pytest.approx(float(resident(micro_batches(9)[0])), abs=2e-6)
 
 
+def test_slabs_have_room_for_non_zeros_only(tmp_path: Path) -> None:
+    """A block of two matrices of 192×32 in fp32, a tenth of them left; the rest are vectors, and up to a page for each unit."""
+    found = []
+    for kernels in (None, GATHERED):
+        with open_engine(tmp_path / f"{bool(kernels)}", kernels, panel_elements=8192) as engine:
+            engine.step(micro_batches(1), loss_fn)
+            found.append(max(block.streamed_bytes for block in engine.runtime.facts.blocks))
+            assert engine.allotment.slab_bytes == found[-1]
+    expanded, thin = found
+    assert expanded > 4 * 2 * 192 * 32
+    assert thin < 4 * 2 * 192 * 32 / 10 + 4 * (192 + 4 * 32) + 3 * 4096
+
+
 class Penalised(Model):
     """One of its layers uses a weight beside its product."""
 
@@ -130,3 +144,58 @@ def test_models_are_as_they_were_when_nothing_is_present(tmp_path: Path) -> None
         engine.step(micro_batches(1), loss_fn)
         linear = [module for module in engine.model.modules() if isinstance(module, nn.Linear)]
         assert sum("forward" in vars(module) for module in linear) == 1  # the head, which is a block of its own
+
+
+def measured(*speedups: float) -> AutoKernels:
+    curve = Curve(
+        kernel="gathered", dtype="float32", block=(8, 8), tokens=16, threads=1, densities=(0.05, 0.5), speedups=speedups
+    )
+    return AutoKernels(tokens=16, curves=lambda: [curve])
+
+
+def never() -> Sequence[Curve]:
+    raise AssertionError("a store that is there has its choice")
+
+
+class TestChosenByWhatWasMeasured:
+    def test_where_it_is_faster_and_at_most_once(self, tmp_path: Path) -> None:
+        """Only `up` is thin enough; the bits are those of the same kernels by name, also where nothing was measured."""
+        both = (
+            group(**(SETTINGS | {"patterns": ("*.up.weight",)})).groups + group(**SETTINGS | {"sparsity": 0.3}).groups
+        )
+        settings = {"sparsity": ws.Sparsity(both)}
+        given = train(tmp_path / "given", {"*.up.weight": "gathered"}, [6], **settings)
+        begun = train(tmp_path / "chosen", measured(4.0, 1.5), [2], **settings)
+        with open_engine(tmp_path / "chosen", AutoKernels(tokens=16, curves=never), **settings) as engine:
+            assert engine.kernels == {f"layers.{layer}.up.weight": "gathered" for layer in range(3)}
+            assert "3 parameters by gathered, 3 expanded" in engine.plan
+        assert begun + train(tmp_path / "chosen", AutoKernels(tokens=16, curves=never), [4], **settings) == given
+        assert digest(tmp_path / "chosen") == digest(tmp_path / "given")
+        with ws.Store.open(tmp_path / "chosen", writable=False) as store:
+            found = store.info()["sparse"]
+        assert {name for name, kept in found.items() if kept.get("kernel") == "gathered"} == {
+            f"layers.{layer}.up.weight" for layer in range(3)
+        }
+
+    def test_slower_everywhere_is_dense(self, tmp_path: Path) -> None:
+        expanded = train(tmp_path / "expanded", None, [2])
+        assert train(tmp_path / "chosen", measured(0.9, 0.5), [2]) == expanded
+        assert digest(tmp_path / "chosen") == digest(tmp_path / "expanded")
+
+    @pytest.mark.parametrize("settings", [{"algorithm": "rigl"}, {"algorithm": "gmp"}, {"block": (1, 1)}])
+    def test_what_no_kernel_can_do_is_expanded(self, settings: Any, tmp_path: Path) -> None:
+        with open_engine(tmp_path / "store", measured(4.0, 4.0), sparsity=group(**(SETTINGS | settings))) as engine:
+            assert engine.kernels == {}
+
+    def test_nothing_measured_is_said(self, tmp_path: Path) -> None:
+        said: list[str] = []
+        auto = ws.auto_kernels(tokens=16, profile=tmp_path / "none.toml")
+        with open_engine(tmp_path / "store", auto, log=said.append) as engine:
+            assert engine.kernels == {}
+        assert len(said) == 1
+        assert "weightstream calibrate" in said[0]
+
+    def test_a_store_of_other_choices(self, tmp_path: Path) -> None:
+        train(tmp_path / "store", measured(4.0, 4.0), [1])
+        with pytest.raises(StoreMismatchError, match="kernels: the store has .*auto.*this run has nothing"):
+            open_engine(tmp_path / "store", None)

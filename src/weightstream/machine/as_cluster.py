@@ -30,7 +30,7 @@ def cluster_of(
     hardware = hardware_of(profile, Cluster(cores), threads=1) if profile.link else None
     alone = hardware_of(profile, Cluster(), threads=1)
     return ClusterPreset(
-        name=THIS_MACHINE, most_workers=cores if hardware else 1, apart=False, device_memory=device_memory or share,
+        name=THIS_MACHINE, most_workers=cores, apart=False, device_memory=device_memory or share,
         memory_bytes=cores * (host_memory or share), peak_flops=peak, efficiency=largest / peak,
         memory_bytes_per_s=profile.memory_bytes_per_s,
         update_bytes_per_s=UPDATE_BYTES / (compute.optimizer["AdamW"] + compute.cast_s["bfloat16"]), watts=0.0,

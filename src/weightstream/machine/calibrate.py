@@ -15,6 +15,7 @@ import torch
 
 from weightstream.costing import Tables
 from weightstream.machine import kernels, sharing, sparsity, storing
+from weightstream.machine.codec import codec_rates
 from weightstream.machine.executing import executor
 from weightstream.machine.profile import Compute, Contention, Profile, this_machine
 from weightstream.sparse.choosing import Curve
@@ -80,6 +81,7 @@ def _calibrate(folder: Path, threads: int, effort: Effort, step: Step) -> Profil
     torch.set_num_threads(threads)
     step("copies in memory", 0.7)
     memory_bytes_per_s = storing.memory_rate(effort.file_bytes)
+    codec = codec_rates(effort.parameters)
     step("the disk", 0.72)
     probe = storing.DiskProbe(folder / "disk", file_bytes=effort.file_bytes, files=effort.files)
     try:
@@ -106,6 +108,7 @@ def _calibrate(folder: Path, threads: int, effort: Effort, step: Step) -> Profil
         attention_width=kernels.ATTENTION_WIDTH, kernel_elements=effort.kernel_elements, compute=tuple(compute),
         memory_bytes_per_s=memory_bytes_per_s, disk=disk, link=link, executor=overheads,
         contention=Contention(io_compute_s_per_byte=io_compute_s_per_byte, ranks=ranks), sparse=tuple(sparse),
+        codec=codec,
     )  # fmt: skip
 
 

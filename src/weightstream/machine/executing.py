@@ -28,9 +28,6 @@ from weightstream.training.memory import peak_rss_bytes, rss_bytes
 _WIDTH, _TOKENS, _LAYERS, _MICRO_BATCHES = 32, 16, 4, 4
 _LARGE = 256
 _ORDINARY_WIDTH, _ORDINARY_TOKENS, _ORDINARY_STEPS = 448, 320, 7
-HOLES, HOLES_KEPT = 3.5, 2.0
-"""Room that the heap leaves between what is in use, in units of what one block computes in (the plan's `workspace`); less
-where activations are kept. Seen on this project's runs of 2 to 6 layers: 1.3 to 2.8 with recomputation, 1.3 without."""
 KernelSeconds = Callable[[Kernels], float]
 
 

@@ -70,6 +70,19 @@ class Compute(Section):
     checksum_bytes_per_s: Positive
 
 
+class CodecRates(Section):
+    """Non-zeros between a sparse block as it arrives and its slab, one thread, 16 bits each."""
+
+    clear_bytes_per_s: Positive
+    """Zeros into a slab."""
+    expand_s: dict[int, Positive] = Field(min_length=1)
+    """Seconds per non-zero to its place, by the width of the blocks that these come in."""
+    gather_s: dict[int, Positive] = Field(min_length=1)
+    """The same of a gradient, from its place."""
+    decode_s: Positive
+    """Per bit or gap of a mask, to find the places of what exists."""
+
+
 class DiskRates(Section):
     """Direct I/O in the store's own way, each direction alone."""
 
@@ -139,6 +152,8 @@ class Profile(Section):
     link: LinkRates | None = None
     executor: Executor
     contention: Contention
+    codec: CodecRates | None = None
+    """None in a profile from before it was measured: then non-zeros are taken to move as fast as copies in memory."""
     sparse: tuple[Curve, ...] = ()
     """Sparse products beside the dense one; none in a profile from before they were measured: then all is dense."""
 
@@ -198,7 +213,9 @@ def load_profile(path: Path | None = None, warn: Callable[[str], None] = lambda 
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise ConfigError(f"profile {path}: {where}: {first['msg']}; run `weightstream calibrate` anew") from None
+        said = first["msg"].replace("Input should be", "expected")
+        found = f", found {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
+        raise ConfigError(f"profile {path}: {where}: {said}{found}; run `weightstream calibrate` anew") from None
     differing = differences(profile.machine, this_machine())
     if differing:
         warn(f"profile {path} is of another machine ({'; '.join(differing)}): what it predicts may be far off here")

@@ -4,12 +4,15 @@ The dense side is the product alone, on a weight that lies there whole; what exp
 would cost it is left out, so that a kernel that wins here wins there too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from weightstream.machine.kernels import Call, in_turn, name_of, seconds, significant
+from weightstream.machine.profile import DEFAULT_PATH, load_profile
+from weightstream.multiplying import AutoKernels
 from weightstream.sparse.choosing import Curve
 from weightstream.sparse.kernels import Kernel, multiply, supports
 from weightstream.sparse.structure import Structure
@@ -94,4 +97,22 @@ def curves(
                 )  # fmt: skip
 
 
-__all__ = ["DENSITIES", "curves", "dense_layer", "sparse_layer", "structure"]
+def auto_kernels(
+    *, tokens: int, profile: Path | None = None, warn: Callable[[str], None] = lambda text: None
+) -> AutoKernels:
+    """For `Engine(kernels=...)`: each sparse parameter by the kernel that this machine was measured to be fastest with.
+
+    Args:
+        tokens: of one micro-batch.
+        profile: what `weightstream calibrate` wrote; by default where it does so. None there, or one from before such
+            products were measured: all is expanded and multiplied densely.
+    """
+    path = (profile or DEFAULT_PATH).expanduser()
+
+    def found() -> Sequence[Curve]:
+        return load_profile(path, warn).sparse if path.exists() else ()
+
+    return AutoKernels(tokens=tokens, curves=found)
+
+
+__all__ = ["DENSITIES", "auto_kernels", "curves", "dense_layer", "sparse_layer", "structure"]

@@ -125,7 +125,7 @@ def allot(facts: Facts) -> Allotment:
     each_slab = slab_bytes + beside_bytes
     gradient_bytes = max((block.gradient_bytes for block in trained), default=0)
     staged_bytes = max((block.staged_bytes for block in trained), default=0)
-    shared = [block for block in trained if not block.resident]
+    shared = sharing_records(facts.blocks)
     record_bytes = max((block.record_bytes for block in shared), default=0)
     partials = max(
         0,
@@ -182,9 +182,9 @@ def allot(facts: Facts) -> Allotment:
             slabs, device = slabs + 1, device + each_slab
 
     # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
-    buffers = min(2, len(shared))
+    buffers = _buffers_from(facts.blocks, min(2, len(shared)))
     ring = min(2 + len(often), len(trained))
-    host = buffers * record_bytes + ring * staged_bytes + 2 * largest_boundary
+    host = records_room(facts.blocks, buffers) + ring * staged_bytes + 2 * largest_boundary
     host += sum(block.staged_bytes + block.record_bytes for block in trained if block.resident)
     travelling = facts.sum_buffers * gradient_bytes + facts.fabric_bytes
     masks_bytes = max((block.masks_bytes for block in trained), default=0)
@@ -200,8 +200,9 @@ def allot(facts: Facts) -> Allotment:
         size = boundary[visit] * micro_batches
         if facts.boundary_bytes is not None and tiers[visit] == "disk" and host + size <= facts.host_memory:
             tiers[visit], host = "host", host + size
-    while buffers < min(3, len(shared)) and host + record_bytes <= facts.host_memory:
-        buffers, host = buffers + 1, host + record_bytes
+    while buffers < min(3, len(shared)) and host + _for_more(facts.blocks, buffers) <= facts.host_memory:
+        host += _for_more(facts.blocks, buffers)
+        buffers = _buffers_from(facts.blocks, buffers + 1)
     staged = {block.index for block in trained if block.resident}
     if facts.deferred:
         for block in trained:
@@ -219,8 +220,9 @@ def allot(facts: Facts) -> Allotment:
     kept_places = {index for kind, index in pins if kind == "places"}
     host += sum(block.kept_places_bytes for block in facts.blocks if block.index in kept_places)
     # what is left lets reads run ahead into the backward and writes trail into it, where the disk is idle otherwise
-    while buffers < len(shared) and host + record_bytes <= facts.host_memory:
-        buffers, host = buffers + 1, host + record_bytes
+    while buffers < len(shared) and host + _for_more(facts.blocks, buffers) <= facts.host_memory:
+        host += _for_more(facts.blocks, buffers)
+        buffers = _buffers_from(facts.blocks, buffers + 1)
     for block in streaming if facts.ram_tier else ():  # no step reads these again, but evaluation does
         if block.index not in pinned_copies and host + block.fetched_bytes <= facts.host_memory:
             pinned_copies.add(block.index)
@@ -234,6 +236,47 @@ def allot(facts: Facts) -> Allotment:
         keep=keep, boundaries=tuple(tiers),
         device_bytes=device, host_bytes=host, compressed_bytes=compressed_bytes, beside_bytes=beside_bytes,
         kept_places=frozenset(kept_places),
+    )  # fmt: skip
+
+
+def sharing_records(blocks: Sequence[BlockFacts]) -> list[BlockFacts]:
+    """Blocks whose records pass through working buffers: a resident block has its own."""
+    return [block for block in blocks if block.trainable and not block.resident]
+
+
+def records_room(blocks: Sequence[BlockFacts], buffers: int) -> int:
+    """Bytes of so many working buffers. Each takes any block's record, unless there is one for every block: then each is
+    as large as its own block's."""
+    sizes = [block.record_bytes for block in sharing_records(blocks)]
+    return sum(sizes) if buffers >= len(sizes) else buffers * max(sizes)
+
+
+def _buffers_from(blocks: Sequence[BlockFacts], least: int) -> int:
+    """So many working buffers, or one for every block where these take no more room."""
+    every = len(sharing_records(blocks))
+    return every if records_room(blocks, every) <= records_room(blocks, least) else least
+
+
+def _for_more(blocks: Sequence[BlockFacts], buffers: int) -> int:
+    """Bytes that the next working buffer takes."""
+    return records_room(blocks, _buffers_from(blocks, buffers + 1)) - records_room(blocks, buffers)
+
+
+def buffers_bytes(facts: Facts, allotment: Allotment) -> int:
+    """Host memory that is there from the beginning, whether it is full or not: all of a plan but activations."""
+    blocks = {block.index: block for block in facts.blocks}
+    trained = [block for block in facts.blocks if block.trainable]
+    return (
+        records_room(facts.blocks, allotment.record_buffers)
+        + allotment.gradient_buffers * max((block.staged_bytes for block in trained), default=0)
+        + sum(block.record_bytes for block in trained if block.resident)
+        + sum(blocks[index].staged_bytes for index in allotment.staged_in_ram)
+        + sum(blocks[index].fetched_bytes for index in allotment.pinned_copies)
+        + sum(blocks[index].load_bytes for index in allotment.pinned_states)
+        + sum(blocks[index].kept_places_bytes for index in allotment.kept_places)
+        + facts.sum_buffers * allotment.gradient_bytes + facts.fabric_bytes
+        + max((block.masks_bytes for block in trained), default=0)
+        + 2 * max(facts.boundary_bytes or (0,))
     )  # fmt: skip
 
 

@@ -73,6 +73,11 @@ class ClusterPreset:
                 f"cluster {self.name} has 1 to {self.most_workers} {self.system}s, --workers is {workers}; "
                 f"give a number in between"
             )
+        if workers > 1 and self.link is None:
+            raise PlanError(
+                f"cluster {self.name} has no link between its {self.system}s, --workers is {workers}: they could not work "
+                f"together; give --workers 1, or measure a link with `weightstream calibrate`"
+            )
 
     def ranks(self, workers: int) -> Cluster:
         """Who computes and who owns records."""

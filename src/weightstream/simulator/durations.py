@@ -10,8 +10,9 @@ class Durations:
 
     `forward`, `recompute` and `backward` are per visit and of one micro-batch: a visit whose activations are not kept takes
     `recompute` + `backward` on its way back. `turn` is one micro-batch's loss and the way back to the outputs of its last
-    visit. `update` and `reduce` are per block: the optimizer step on all that the block has, and closing its sum. `overhead`
-    is what the executor itself needs per operation, by kind; `between_steps` passes outside of all operations.
+    visit. `update` and `reduce` are per block: the optimizer step on all that the block has, and closing its sum. `expand`,
+    where anything is sparse, is also per block: one thread fills a slab with what has arrived, beside what computes.
+    `overhead` is what the executor itself needs per operation, by kind; `between_steps` passes outside of all operations.
     """
 
     forward: tuple[float, ...]
@@ -20,5 +21,6 @@ class Durations:
     turn: float
     update: tuple[float, ...]
     reduce: tuple[float, ...]
+    expand: tuple[float, ...] = ()
     overhead: Mapping[str, float] = field(default_factory=dict)
     between_steps: float = 0.0

@@ -87,7 +87,9 @@ class Hardware:
         if len(self.hosts) != self.cluster.size:
             raise PlanError(f"hardware names hosts of {len(self.hosts)} ranks, the cluster has {self.cluster.size}")
         if self.cluster.size > 1 and self.link is None:
-            raise PlanError(f"{self.cluster.size} ranks need a link between them, and the cluster has none")
+            raise PlanError(
+                f"{self.cluster.size} ranks need a link between them, and the cluster has none; give it one, or take one rank"
+            )
         for what, rate in (
             ("link.bytes_per_s", self.link.bytes_per_s if self.link else 1.0),
             ("disk.read_bytes_per_s", self.disk.read_bytes_per_s if self.disk else 1.0),

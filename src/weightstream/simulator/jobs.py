@@ -11,7 +11,7 @@ from weightstream.schedule.planner import RESTORE_AHEAD, Allotment, Facts, Tier,
 from weightstream.simulator.clusters import ClusterPreset
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Hardware
-from weightstream.simulator.models import ModelShape, Part
+from weightstream.simulator.models import ModelShape, Part, SparseShape
 from weightstream.units import format_bytes, format_count
 
 STREAMED_BYTES = 2  # per parameter and fetch, in 16 bits: twice a step, so 32 bits per parameter, step and direction …
@@ -19,6 +19,8 @@ GRADIENT_BYTES = 4  # … as there are on the way up, once a step in fp32
 STATE_BYTES = 12  # fp32 master and Adam's two moments
 PROVISIONED_BYTES = 20
 """Bytes per parameter that MemoryX is sized by: 4 TB for 200 billion, 2.4 PB for 120 trillion (vendor's glossary)."""
+PLACE_BYTES = 4
+"""Where a non-zero is while its block is on a device."""
 UPDATE_BYTES = 2 * STATE_BYTES + GRADIENT_BYTES + STREAMED_BYTES
 ACTIVATION_BYTES = 2
 LOGIT_BYTES = 6
@@ -41,6 +43,7 @@ class Job:
         clipping: by the global norm, so that a step's updates wait for the next one.
         slowdown: by number of the system, how many times slower it computes.
         efficiency: inside a layer; by default the cluster's.
+        sparse: how sparse its layers are, if they are.
     """
 
     model: ModelShape
@@ -51,6 +54,38 @@ class Job:
     clipping: bool = False
     slowdown: Mapping[int, float] = field(default_factory=dict)
     efficiency: float | None = None
+    sparse: SparseShape | None = None
+
+    @property
+    def nonzeros(self) -> int:
+        """Parameters that exist."""
+        if self.sparse is None:
+            return self.model.parameters
+        return self.model.parameters - sum(p.parameters - p.nonzeros(self.sparse) for p in self.parts())
+
+    @property
+    def record_bytes(self) -> int:
+        """Of one version of all records: masters, moments, the copy that streams, and masks."""
+        masks = sum(part.mask_bytes(self.sparse) for part in self.parts())
+        return (STATE_BYTES + STREAMED_BYTES) * self.nonzeros + masks
+
+    @property
+    def provisioned_bytes(self) -> int:
+        """Memory that a store apart has for it."""
+        return self.record_bytes + (PROVISIONED_BYTES - STATE_BYTES - STREAMED_BYTES) * self.nonzeros
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of a cluster's memory, or of its disk where that is where records are."""
+        if self.cluster.apart:
+            return self.provisioned_bytes
+        return 3 * self.record_bytes + (GRADIENT_BYTES if self.clipping else 0) * self.nonzeros
+
+    @property
+    def reachable(self) -> int:
+        """Parameters of the largest model like it that the cluster's store holds."""
+        room = self.cluster.memory_bytes if self.cluster.apart else self.cluster.disk_bytes
+        return self.model.parameters * room // max(1, self.needed_bytes)
 
     @property
     def tokens(self) -> float:
@@ -76,14 +111,14 @@ class Job:
     def compute_s(self) -> float:
         """Seconds that one system computes in a step in which every layer but the head is computed again."""
         parts = self.parts()
-        again = sum(part.forward_flops(self.sequence) for part in parts[:-1])
-        once = again + parts[-1].forward_flops(self.sequence)
+        again = sum(part.forward_flops(self.sequence, self.sparse) for part in parts[:-1])
+        once = again + parts[-1].forward_flops(self.sequence, self.sparse)
         return self.tokens / self.workers * (3 * once + again) / self.flops_per_s
 
     @property
     def update_s(self) -> float:
         """Seconds that all updates of a step take at their owners."""
-        return self.model.parameters * UPDATE_BYTES / self.cluster.update_bytes_per_s
+        return self.nonzeros * UPDATE_BYTES / self.cluster.update_bytes_per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,23 +216,19 @@ def _check_batch(job: Job) -> None:
 
 
 def _check_memory(job: Job) -> None:
-    parameters, cluster = job.model.parameters, job.cluster
+    parameters, cluster = job.nonzeros, job.cluster
+    existing = "" if job.sparse is None else " that exist"
     if cluster.apart:
-        need, has, what = PROVISIONED_BYTES * parameters, cluster.memory_bytes, "memory"
-        why = f"{PROVISIONED_BYTES} bytes for each of {format_count(parameters)} parameters"
+        has, what = cluster.memory_bytes, "memory"
+        why = f"{PROVISIONED_BYTES} bytes for each of {format_count(parameters)} parameters{existing}"
     else:
-        need, has, what = _disk_bytes(job), cluster.disk_bytes, "disk"
-        why = f"three versions of {format_count(parameters)} parameters with their optimizer state"
-    if need > has:
+        has, what = cluster.disk_bytes, "disk"
+        why = f"three versions of {format_count(parameters)} parameters{existing} with their optimizer state"
+    if job.needed_bytes > has:
         raise PlanError(
-            f"{job.model.name} needs {format_bytes(need)} of {what} ({why}), {cluster.name} has {format_bytes(has)}; take a "
-            f"smaller model or a cluster with more"
+            f"{job.model.name} needs {format_bytes(job.needed_bytes)} of {what} ({why}), {cluster.name} has "
+            f"{format_bytes(has)}; take a smaller model, a sparser one (--sparsity) or a cluster with more"
         )
-
-
-def _disk_bytes(job: Job) -> int:
-    versions = 3 * (STATE_BYTES + STREAMED_BYTES)
-    return (versions + (GRADIENT_BYTES if job.clipping else 0)) * job.model.parameters
 
 
 def _divisions(sequences: float) -> list[int]:
@@ -223,7 +254,7 @@ def _planned(job: Job, each: int, layers: int) -> Prepared:
                 record_buffers=min(allotment.record_buffers, RECORDS_AHEAD),
             )  # fmt: skip
     if job.cluster.apart:
-        allotment = replace(allotment, host_bytes=PROVISIONED_BYTES * job.model.parameters)
+        allotment = replace(allotment, host_bytes=job.provisioned_bytes)
     return Prepared(
         job=job, facts=facts, allotment=allotment, durations=_durations(job, each, layers),
         hardware=job.cluster.hardware(job.workers, job.slowdown), each=each, layers=layers,
@@ -252,7 +283,7 @@ def _facts(job: Job, each: int, layers: int) -> Facts:
     owners = len(ranks.memory_ranks)
     tokens = job.tokens / job.workers / each  # of one micro-batch
     blocks = tuple(
-        _block(index, part, owners, tied=model.tied and index == 0)
+        _block(index, part, owners, job.sparse, tied=model.tied and index == 0)
         for index, part in enumerate(parts[:-1] if model.tied else parts)
     )
     visits = tuple(
@@ -289,25 +320,29 @@ def _widest_head(parts: tuple[Part, ...], model: ModelShape) -> int:
     return max(part.parameters // model.width for part in parts if part.name.startswith("head"))
 
 
-def _block(index: int, part: Part, owners: int, *, tied: bool) -> BlockFacts:
-    gradient = GRADIENT_BYTES * part.parameters
-    owned = ceil(part.parameters / owners)  # cut in panels: every owner has an equal part of each block
+def _block(index: int, part: Part, owners: int, sparse: SparseShape | None, *, tied: bool) -> BlockFacts:
+    nonzeros, mask_bytes = part.nonzeros(sparse), part.mask_bytes(sparse)
+    gradient = GRADIENT_BYTES * nonzeros
+    owned = ceil(nonzeros / owners)  # cut in panels: every owner has an equal part of each block
+    owned_mask = ceil(mask_bytes / owners)
+    compressed = STREAMED_BYTES * nonzeros + mask_bytes if nonzeros < part.parameters else 0
     return BlockFacts(
         index=index, name=part.name, streamed_bytes=STREAMED_BYTES * part.parameters,
-        load_bytes=STATE_BYTES * owned, record_bytes=(STATE_BYTES + STREAMED_BYTES) * owned,
+        load_bytes=STATE_BYTES * owned + owned_mask, record_bytes=(STATE_BYTES + STREAMED_BYTES) * owned + owned_mask,
         gradient_bytes=gradient, tied_bytes=2 * gradient if tied else 0,
-        owned_gradient_bytes=GRADIENT_BYTES * owned,
+        owned_gradient_bytes=GRADIENT_BYTES * owned, compressed_bytes=compressed,
+        places_bytes=PLACE_BYTES * nonzeros if compressed else 0,
     )  # fmt: skip
 
 
 def _durations(job: Job, each: int, layers: int) -> Durations:
     parts = job.parts(layers)
     tokens = job.tokens / job.workers / each
-    forward = tuple(tokens * part.forward_flops(job.sequence) / job.flops_per_s for part in parts)
+    forward = tuple(tokens * part.forward_flops(job.sequence, job.sparse) / job.flops_per_s for part in parts)
     blocks = parts[:-1] if job.model.tied else parts
     # an owner has its part of each block, and its part of the rate
     rate = job.cluster.update_bytes_per_s / len(job.cluster.ranks(job.workers).memory_ranks)
-    update = tuple(part.parameters * UPDATE_BYTES / rate for part in blocks)
+    update = tuple(part.nonzeros(job.sparse) * UPDATE_BYTES / rate for part in blocks)
     return Durations(
         forward=forward, recompute=forward, backward=tuple(2 * seconds for seconds in forward), turn=0.0,
         update=update, reduce=(0.0,) * len(blocks),

@@ -1,6 +1,6 @@
 """What one rank holds in memory while it works, counted as the plan counts it."""
 
-from weightstream.schedule.planner import Allotment, Facts
+from weightstream.schedule.planner import Allotment, Facts, buffers_bytes
 
 
 class Memory:
@@ -15,30 +15,14 @@ class Memory:
         self._boundary = facts.boundary_bytes or (0,) * len(facts.visits)
         self._kept = facts.kept_bytes or (0,) * len(facts.visits)
         self._device = (
-            allotment.slabs * allotment.slab_bytes + allotment.resident_bytes
+            allotment.slabs * (allotment.slab_bytes + allotment.beside_bytes) + allotment.resident_bytes
             + allotment.partial_sums * allotment.partial_bytes + allotment.tied_bytes + allotment.held_bytes
             + facts.workspace_bytes + present * facts.lasting_bytes
         )  # fmt: skip
-        self._host = self._buffers()
+        self._host = buffers_bytes(facts, allotment)
         self._travelling: dict[int, int] = {}
         self._in_slabs: set[int] = set()
         self.peak_device_bytes, self.peak_host_bytes = self._device, self._host
-
-    def _buffers(self) -> int:
-        facts, allotment = self._facts, self._allotment
-        blocks = {block.index: block for block in facts.blocks}
-        trained = [block for block in facts.blocks if block.trainable]
-        return (
-            allotment.record_buffers * allotment.record_bytes
-            + allotment.gradient_buffers * max((block.staged_bytes for block in trained), default=0)
-            + sum(block.record_bytes for block in trained if block.resident)
-            + sum(blocks[index].staged_bytes for index in allotment.staged_in_ram)
-            + sum(blocks[index].fetched_bytes for index in allotment.pinned_copies)
-            + sum(blocks[index].load_bytes for index in allotment.pinned_states)
-            + sum(blocks[index].kept_places_bytes for index in allotment.kept_places)
-            + facts.sum_buffers * allotment.gradient_bytes + facts.fabric_bytes
-            + 2 * max(self._boundary, default=0)
-        )  # fmt: skip
 
     def _change(self, device: int = 0, host: int = 0) -> None:
         self._device += device

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from weightstream.errors import ConfigError
+from weightstream.sparse.codec import mask_form
 
 T = TypeVar("T")
 
@@ -18,6 +19,43 @@ FORWARD_PER_PARAMETER = 2.0
 ATTENTION_PER_POSITION = 4.0
 """FLOPs of a token per position of its sequence and element of the heads: scores and values, without the causal half
 left out, which is how the figure of 1.59 PFLOP/s for GPT-J comes about (6·P + 12·layers·width·sequence a token)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseShape:
+    """How sparse the matrices of all layers are; tables and the head are dense.
+
+    Args:
+        density: the part that exists, of what is sparse.
+        block: rows and columns that exist together or not.
+        share: the part of a layer's parameters that may be missing at all; the rest is dense.
+        speedup: how many times faster products with them are; 1 where they are expanded and multiplied densely.
+        says: where this comes from, for whoever reads the result.
+    """
+
+    density: float
+    block: tuple[int, int] = (1, 1)
+    share: float = 1.0
+    speedup: float = 1.0
+    says: str = ""
+
+    def nonzeros(self, parameters: int) -> int:
+        """Of so many parameters of layers, what exists of them: what is dense, and of the rest whole blocks."""
+        sparse = round(self.share * parameters)
+        each = self.block[0] * self.block[1]
+        return parameters - sparse + min(sparse, self._cells(sparse)[1] * each)
+
+    def mask_bytes(self, parameters: int) -> int:
+        return mask_form(*self._cells(round(self.share * parameters)))[1]
+
+    def _cells(self, sparse: int) -> tuple[int, int]:
+        cells = sparse // (self.block[0] * self.block[1])
+        return cells, min(cells, max(1, round(self.density * cells))) if cells else 0
+
+    @property
+    def cost(self) -> float:
+        """What the products of a layer take, against dense ones."""
+        return 1 - self.share + self.share / self.speedup
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +67,7 @@ class Part:
         attention: elements of the heads whose attention it computes.
         input_width: elements per token that its backward needs again.
         saved_width: elements per token that it saves besides while it goes backward.
+        in_layer: whether it is of a layer; what is not is never sparse.
     """
 
     name: str
@@ -37,10 +76,21 @@ class Part:
     attention: float
     input_width: float
     saved_width: float = 0.0
+    in_layer: bool = True
 
-    def forward_flops(self, sequence: float) -> float:
-        """Of one token in a sequence of so many."""
-        return FORWARD_PER_PARAMETER * self.active + ATTENTION_PER_POSITION * sequence * self.attention
+    def forward_flops(self, sequence: float, sparse: SparseShape | None = None) -> float:
+        """Of one token in a sequence of so many; with kernels that leave zeros out, dense ones that take as long."""
+        products = FORWARD_PER_PARAMETER * self.active
+        if sparse is not None and self.in_layer:
+            products *= sparse.cost
+        return products + ATTENTION_PER_POSITION * sequence * self.attention
+
+    def nonzeros(self, sparse: SparseShape | None) -> int:
+        """Parameters that exist."""
+        return self.parameters if sparse is None or not self.in_layer else sparse.nonzeros(self.parameters)
+
+    def mask_bytes(self, sparse: SparseShape | None) -> int:
+        return 0 if sparse is None or not self.in_layer else sparse.mask_bytes(self.parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,14 +179,16 @@ class ModelShape:
 
     def head(self) -> Part:
         """The last matrix, which makes scores over the vocabulary."""
-        return Part("head", self.table_parameters, self.table_parameters, 0, self.width)
+        return Part("head", self.table_parameters, self.table_parameters, 0, self.width, in_layer=False)
 
     def heads_within(self, most: float) -> tuple[Part, ...]:
         """The head in blocks of at most so many parameters; one that is tied cannot be cut apart from its embedding."""
         if self.tied:
             return (self.head(),)
         sizes = _cut(self.table_parameters, most)
-        return tuple(Part(f"head{mark}", size, size, 0, self.width / len(sizes)) for mark, size in sizes)
+        return tuple(
+            Part(f"head{mark}", size, size, 0, self.width / len(sizes), in_layer=False) for mark, size in sizes
+        )
 
     def layer_parts(self, layer: int, most: float) -> list[Part]:
         """One layer, in blocks of at most so many parameters."""
@@ -187,7 +239,7 @@ class ModelShape:
 @lru_cache(maxsize=64)
 def _parts(model: ModelShape, most: float, layers: int) -> tuple[Part, ...]:
     rows = model.table_parameters + model.positions * model.width
-    found = [Part(f"embedding{mark}", size, 0, 0, 0) for mark, size in _cut(rows, most)]
+    found = [Part(f"embedding{mark}", size, 0, 0, 0, in_layer=False) for mark, size in _cut(rows, most)]
     for layer in range(layers):
         found += model.layer_parts(layer, most)
     return tuple(found)

@@ -231,10 +231,28 @@ class Rank:
             local = yield from self.records.serve(operation, block)
         if self.alone:
             assert local is not None
-            self._arrivals[block] = local
+            self._arrivals[block] = self._expanded(operation, block, local)
             return
         number, self._meetings["down"] = self._meetings["down"], self._meetings["down"] + 1
-        self._arrivals[block] = self.env.process(self._broadcast(operation, block, number, local, self.cause, self.log))
+        arrival = self.env.process(self._broadcast(operation, block, number, local, self.cause, self.log))
+        self._arrivals[block] = self._expanded(operation, block, arrival) if self.share else arrival
+
+    def _expanded(self, operation: Fetch, block: int, arrival: simpy.Event) -> simpy.Event:
+        """When a block is in its slab: as it arrives, or once one thread has expanded what is sparse of it."""
+        seconds = self.durations.expand[block] if self.durations.expand else 0.0
+        if not seconds:
+            return arrival
+        return self.env.process(self._expand(operation, seconds, arrival, self.cause, self.log))
+
+    def _expand(
+        self, operation: Fetch, seconds: float, arrival: simpy.Event, cause: Work | None, log: Log
+    ) -> Process[Work]:
+        work = self.work(operation, "expand", log=log)
+        work.cause = yield from until(self.env, cause, arrival)
+        work.begun_s = self.env.now
+        yield self.host.cores.run(seconds * self.slow, min(1.0, self.hardware.cores_per_rank), work)
+        work.ended_s = self.env.now
+        return work
 
     def _broadcast(
         self, operation: Fetch, block: int, number: int, local: simpy.Event | None, cause: Work | None, log: Log

@@ -94,9 +94,11 @@ def _check(facts: Facts, durations: Durations, hardware: Hardware, steps: int) -
     if steps < 1:
         raise PlanError(f"steps={steps}: expected at least 1")
     for what, expected in (("visits", len(facts.visits)), ("blocks", len(facts.blocks))):
-        fields = ("forward", "recompute", "backward") if what == "visits" else ("update", "reduce")
+        fields = ("forward", "recompute", "backward") if what == "visits" else ("update", "reduce", "expand")
         for name in fields:
             found = len(getattr(durations, name))
+            if name == "expand" and not found:
+                continue  # nothing is sparse
             if found != expected:
                 raise PlanError(f"durations.{name} has {found} entries, the model has {expected} {what}")
     hardware.cluster.check(facts.micro_batches, facts.reduction_groups)

@@ -7,14 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from weightstream.section import Section
 from weightstream.sparse.kernels import Kernel
 
-DENSE = "dense"
+DENSE: Final = "dense"
+CHOSEN_KERNELS = "chosen_kernels"
+"""Of a store's contract: by name, the parameters that kernels multiply by, where that was left to be measured."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -80,13 +82,14 @@ def crossover(densities: Sequence[float], speedups: Sequence[float]) -> float | 
     return densities[-1]
 
 
-def choose(curves: Sequence[Curve], piece: Piece) -> str:
+def choose(curves: Sequence[Curve], piece: Piece) -> Kernel | Literal["dense"]:
     """`"dense"`, or the kernel that is fastest at the piece's density, if it is below that kernel's crossover.
 
     Of one kernel's curves the nearest is taken: the largest measured block that divides the piece's, then the nearest
     number of threads, then of tokens. So blocks that are smaller than all measured ones are not taken for fast.
     """
-    best, fastest = DENSE, 1.0
+    best: Kernel | Literal["dense"] = DENSE
+    fastest = 1.0
     for kernel in sorted({curve.kernel for curve in curves}):
         fitting = [curve for curve in curves if curve.kernel == kernel and _fits(curve, piece)]
         if not fitting:
@@ -96,6 +99,15 @@ def choose(curves: Sequence[Curve], piece: Piece) -> str:
         if limit is not None and piece.density < limit and speedup > fastest:
             best, fastest = kernel, speedup
     return best
+
+
+def speedup_of(curves: Sequence[Curve], kernel: Kernel, piece: Piece) -> float | None:
+    """How many times faster than the dense product one kernel is, by the nearest of its curves; None if none is like it."""
+    fitting = [curve for curve in curves if curve.kernel == kernel and _fits(curve, piece)]
+    if not fitting:
+        return None
+    nearest = min(fitting, key=lambda curve: _distance(curve, piece))
+    return nearest.speedup(piece.density) or nearest.speedups[-1]
 
 
 def _fits(curve: Curve, piece: Piece) -> bool:
@@ -112,4 +124,4 @@ def _distance(curve: Curve, piece: Piece) -> tuple[float, ...]:
     )
 
 
-__all__ = ["DENSE", "Curve", "Piece", "choose", "crossover"]
+__all__ = ["CHOSEN_KERNELS", "DENSE", "Curve", "Piece", "choose", "crossover", "speedup_of"]

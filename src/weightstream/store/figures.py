@@ -6,13 +6,15 @@ committed with every commit (table `life`), so that whoever looks later sees the
 
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.store import directory
 from weightstream.store.manifest import LifeRow
 from weightstream.store.shared import SHARED
@@ -112,6 +114,11 @@ def describe(found: dict[str, Any]) -> str:
             f"{len(sparse)} parameters, density {min(densities):.3g} to {max(densities):.3g}, "
             f"{format_count(sum(kept['nonzeros'] for kept in sparse.values()))} non-zeros"
         )
+        by_kernel = Counter(kept["kernel"] for kept in sparse.values() if "kernel" in kept)
+        if by_kernel:
+            lines["products"] = ", ".join(
+                f"{count} parameters by {kernel}" for kernel, count in sorted(by_kernel.items())
+            )
     for family in found["families"]:
         lines[f"family {family['name']}"] = (
             f"{family['records']} records, {format_count(family['parameters'])} parameters, {family['records_written']} "
@@ -157,13 +164,24 @@ def _life_left(found: dict[str, Any]) -> str:
 
 def _density(store: "Store") -> dict[str, Any]:
     """Of a store with sparse parameters: how much of each is kept in the newest versions."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | str]] = {}
     for name in sorted(store.masks):
         specs = [store.layout(index).spec("param", name) for index in store.units_with(name)]
         kept = sum(prod(spec.shape) for spec in specs if spec is not None)
         numel = sum(prod(spec.piece_shape) for spec in specs if spec is not None)
-        found[name] = {"nonzeros": kept, "density": kept / numel if numel else 1.0}
+        kernel = _kernel_of(store.contract, name)
+        found[name] = {"nonzeros": kept, "density": kept / numel if numel else 1.0} | (
+            {"kernel": kernel} if kernel else {}
+        )
     return {"sparse": found} if found else {}
+
+
+def _kernel_of(contract: Mapping[str, Any], name: str) -> str | None:
+    """What a run of this contract multiplies by a sparse parameter with, if it does not expand it."""
+    kernels = contract.get("kernels", {})
+    if kernels == "auto":
+        kernels = contract[CHOSEN_KERNELS]
+    return next((kernel for pattern, kernel in kernels.items() if fnmatchcase(name, pattern)), None)
 
 
 def _space(store: "Store") -> dict[str, Any]:

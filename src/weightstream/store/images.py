@@ -42,8 +42,15 @@ class Image:
 
 
 def slab_image(layouts: Sequence[RecordLayout]) -> Image:
-    """What is streamed of a block whose units have these layouts."""
-    return _image([(layout.streamed.tensors, layout.streamed.nbytes) for layout in layouts])
+    """What is streamed of a block whose units have these layouts: of a tensor that is sparse in them the non-zeros."""
+    return _image([_streamed(layout) for layout in layouts])
+
+
+def _streamed(layout: RecordLayout) -> tuple[Sequence[TensorSpec], int]:
+    tensors = layout.streamed.tensors
+    goes_on = bool(tensors) and tensors[-1].piece is not None and not tensors[-1].last
+    # the next panel's non-zeros follow without a gap; dense panels end on a page
+    return tensors, tensors[-1].offset + tensors[-1].nbytes if goes_on else layout.streamed.nbytes
 
 
 def gradient_image(units: Iterable[Unit], sparsity: Mapping[int, Sparsity] | None = None) -> Image:

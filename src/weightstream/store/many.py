@@ -7,6 +7,7 @@ reads under way at a time. What one record costs in Python, and in memory until 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightstream.errors import StoreError
@@ -24,6 +25,7 @@ Writing = tuple[int, RecordBuffer, int, int, Mapping[str, int] | None]
 """Index, image, version, optimizer steps, checksums of all parts if they are known."""
 
 _ASKED_AT_ONCE = 500
+_MADE_AT_ONCE = 16
 
 
 def write_many(versions: "Versions", records: Sequence[Writing]) -> "Future[None]":
@@ -135,7 +137,8 @@ def read_many(
 def _read_some(
     versions: "Versions", records: Sequence[tuple[int, RecordBuffer]], parts: Collection[str] | None, kind: str
 ) -> "list[Future[int]]":
-    """A future for each record. Those whose versions lie ready in shared files are read together, file by file."""
+    """A future for each record. Those whose versions lie ready in shared files are read together, file by file, and those
+    that were never written are made together."""
     wanted: list[list[Part]] = []
     for index, record in records:
         layout = versions.newest_layout(index)
@@ -144,7 +147,7 @@ def _read_some(
     futures: list[Future[int] | None] = [None] * len(records)
     files: dict[str, list[tuple[int, Entry]]] = defaultdict(list)
     with versions.shared.lock:
-        entries = _entries(versions, [index for index, _ in records])
+        entries, unwritten = _entries(versions, [index for index, _ in records])
         for number, (index, _) in enumerate(records):
             entry = entries.get(index)
             if entry is None or not wanted[number]:
@@ -157,18 +160,41 @@ def _read_some(
             versions.track(future)
         for name, found in files.items():  # a commit may move them as soon as the lock is let go
             _read_file(versions, name, found, records, wanted, kind, futures)
+    made = _made(versions, [(*records[n], wanted[n]) for n, (index, _) in enumerate(records) if index in unwritten])
     alone = []
     for number, (index, record) in enumerate(records):
+        if index in unwritten:
+            alone.append(made)
+            continue
         targets = {part.name: record.view(part.name) for part in wanted[number]}
         alone.append(futures[number] or versions.read(index, targets, kind))
     return alone
 
 
-def _entries(versions: "Versions", indices: Sequence[int]) -> dict[int, Entry]:
-    """The versions that lie ready in shared files. Of records that are not in memory a writer's manifest tells, at once
-    and without taking them there; a reader must see to it that each is of the commit that it opened."""
+def _made(versions: "Versions", records: Sequence[tuple[int, RecordBuffer, Sequence[Part]]]) -> "Future[int]":
+    """Records of families at version 0, by few tasks: one for each is more work than small records are."""
+    out: Future[int] = new_future()
+    if not records:
+        settle(out, lambda: 0)
+        return out
+
+    def make(some: Sequence[tuple[int, RecordBuffer, Sequence[Part]]]) -> None:
+        for _, record, parts in some:
+            for task in versions.generation(record.layout, {part.name: record.view(part.name) for part in parts}):
+                task()
+
+    tasks = [partial(make, records[start : start + _MADE_AT_ONCE]) for start in range(0, len(records), _MADE_AT_ONCE)]
+    versions.track(out)
+    versions.make(tasks).add_done_callback(lambda finished: settle(out, lambda: finished.result() or 0))
+    return out
+
+
+def _entries(versions: "Versions", indices: Sequence[int]) -> tuple[dict[int, Entry], set[int]]:
+    """The versions that lie ready in shared files, and which of the records were never written. Of records that are not in
+    memory a writer's manifest tells, at once and without taking them there; a reader must see to it that each is of the
+    commit that it opened."""
     found: dict[int, Entry] = {}
-    cold = []
+    cold, unwritten = [], set[int]()
     for index in indices:
         if not versions.layouts.is_member(index):
             continue
@@ -178,9 +204,12 @@ def _entries(versions: "Versions", indices: Sequence[int]) -> dict[int, Entry]:
         state = versions.records[index]
         if state.newest.offset and state.newest.ready.done() and not state.pinned:
             found[index] = state.newest
+        elif state.newest.slot is None and not state.pinned:
+            unwritten.add(index)
     for row in versions.shared.manifest.living(cold):
         found[row.block] = Entry(row.version, row.optimizer_steps, row.file, row.checksums, row.offset)
-    return found
+    unwritten.update(index for index in cold if index not in found)
+    return found, unwritten
 
 
 def _read_file(

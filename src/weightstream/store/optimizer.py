@@ -7,7 +7,7 @@ decides where numbers live. `optimizers.py` has the ones to use.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
@@ -94,6 +94,20 @@ class Optimizer(ABC):
             step: the training step from 1, for the learning rate.
             count: this record's own optimizer step from 1; differs from `step` where steps were skipped.
         """
+
+    def update_many(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[Mapping[str, Tensor]],
+        *,
+        names: Sequence[str],
+        step: int,
+        counts: Sequence[int],
+    ) -> None:
+        """`update` of many parameters, each by itself; in the same training step, each with its own count."""
+        for param, grad, state, name, count in zip(params, grads, states, names, counts, strict=True):
+            self.update(param, grad, state, name=name, step=step, count=count)
 
     def lr_at(self, step: int, name: str | None = None) -> float:
         """The learning rate of training step `step`, of parameter `name` if one is given."""

@@ -6,7 +6,8 @@ custom since GPT-2.
 """
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,6 +57,29 @@ class AdamW(Optimizer):
             lr=self.lr_at(step, name), beta1=self.betas[0], beta2=self.betas[1],
             weight_decay=self.weight_decay_of(name, param.dim()), eps=self.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
+
+    def update_many(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[Mapping[str, Tensor]],
+        *,
+        names: Sequence[str],
+        step: int,
+        counts: Sequence[int],
+    ) -> None:
+        # the same kernel, which goes through its lists tensor by tensor
+        alike: dict[tuple[float, float], list[int]] = defaultdict(list)
+        for place, (name, param) in enumerate(zip(names, params, strict=True)):
+            alike[self.lr_at(step, name), self.weight_decay_of(name, param.dim())].append(place)
+        steps = {count: torch.tensor(float(count)) for count in set(counts)}
+        for (lr, weight_decay), places in alike.items():
+            torch._fused_adamw_(
+                [params[p] for p in places], [grads[p] for p in places], [states[p]["exp_avg"] for p in places],
+                [states[p]["exp_avg_sq"] for p in places], [], [steps[counts[p]] for p in places],
+                lr=lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=weight_decay, eps=self.eps,
+                amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,11 +85,11 @@ def block_bytes(
     Args:
         owned: indices of units; all by default.
         largest: how sparse they may be; there is room for each version.
-        driven: parameters that are not expanded, so that nobody asks for the places of their non-zeros.
+        driven: parameters that are not expanded: a slab has their non-zeros, and nobody asks for the places of these.
     """
     trainable = any(unit.trainable for unit in units)
-    dense = [layout_of(unit, DENSE) for unit in units]
     choices = [[layout_of(unit, sparsity) for sparsity in largest.records.get(unit.index, (DENSE,))] for unit in units]
+    slab = [layout_of(unit, _only(found[0].sparsity, driven)) for unit, found in zip(units, choices, strict=True)]
     beside = [
         _masks_beside(each) if unit.index in largest.mixed else 0 for unit, each in zip(units, choices, strict=True)
     ]
@@ -98,7 +98,7 @@ def block_bytes(
     updated = [each for each in held if each[0].trainable or not trainable]
     masks = [[_masks(layout, driven) for layout in found] for found in choices]
     return BlockBytes(
-        streamed=sum(layout.streamed.nbytes for layout in dense),
+        streamed=slab_image(slab).nbytes,
         loaded=sum(
             max(sum(part.nbytes for part in layout.states) for layout in found) + more for _, found, more in updated
         ),
@@ -112,6 +112,11 @@ def block_bytes(
         ),
         sparse=any(layout.sparsity for found in choices for layout in found),
     )
+
+
+def _only(sparsity: Sparsity, driven: Collection[str]) -> Sparsity:
+    """How sparse a slab is: only what is not expanded, of which all versions have equally many non-zeros."""
+    return tuple(piece for piece in sparsity if piece.name in driven)
 
 
 def _masks_beside(choices: Sequence[RecordLayout]) -> int:
@@ -134,6 +139,7 @@ def bytes_of_blocks(
     optimizer: Optimizer,
     panel_elements: int,
     largest_of: Callable[[Sequence[Unit]], Largest] = lambda units: NEVER_SPARSE,
+    driven: Collection[str] = (),
 ) -> list[BlockBytes]:
     """Bytes of each block in a store that is not there yet."""
     units: list[list[Unit]] = [[] for _ in blocks]
@@ -145,7 +151,7 @@ def bytes_of_blocks(
     def layout_of(unit: Unit, sparsity: Sparsity) -> RecordLayout:
         return record_layout(unit, precision, optimizer, sparsity)
 
-    return [block_bytes(own, layout_of, largest=largest) for own in units]
+    return [block_bytes(own, layout_of, largest=largest, driven=driven) for own in units]
 
 
 class WorkingBuffer:
@@ -213,6 +219,7 @@ class Holding:
         largest: of units that may be sparse, how sparse their versions may be: `bytes`, `gradients` and `staged` have room
             for each of these. By default they stay as they are.
         sparsity: of units that may be sparse, how sparse they are now; by default as the store says.
+        driven: parameters that are not expanded in slabs.
     """
 
     def __init__(
@@ -221,6 +228,7 @@ class Holding:
         owned: Collection[int] | None = None,
         largest: Largest | None = None,
         sparsity: Mapping[int, Sparsity] | None = None,
+        driven: Collection[str] = (),
     ) -> None:
         self.store = store
         self.blocks = store.blocks
@@ -228,7 +236,6 @@ class Holding:
         self.owned = frozenset(every if owned is None else owned)
         assert self.owned <= frozenset(every), "only units are owned, not records of families"
         members = [[store.units[index] for index in store.units_of(block.index)] for block in store.blocks]
-        dense = [[store.layout_of(unit.index, DENSE) for unit in units] for units in members]
         varying = [unit.index for unit in store.units if any(p.name in store.masks for p in unit.parameters)]
         self.sparsity: dict[int, Sparsity] = dict(sparsity or {unit: store.sparsity(unit) for unit in varying})
         """Of the units that may be sparse: how sparse the newest version is, updates that are not written yet included."""
@@ -237,10 +244,13 @@ class Holding:
         """Sparse pieces, by name and first row, whose gradients are dense at present."""
         now = Largest({unit: (found,) for unit, found in self.sparsity.items()}, self.sparsity)
         self.largest = replace(largest, records={**now.records, **largest.records}) if largest else now
-        self.slabs: tuple[Image, ...] = tuple(slab_image(found) for found in dense)
-        """Where each block's tensors lie in a slab: dense, whatever is stored of them."""
+        self.slabs: tuple[Image, ...] = tuple(
+            slab_image([self._layout_of(u, _only(self.sparsity.get(u.index, DENSE), driven)) for u in units])
+            for units in members
+        )
+        """Where each block's tensors lie in a slab: dense, whatever is stored of them, but for what is not expanded."""
         self.bytes: tuple[BlockBytes, ...] = tuple(
-            block_bytes(units, self._layout_of, self.owned, self.largest) for units in members
+            block_bytes(units, self._layout_of, self.owned, self.largest, driven) for units in members
         )
         """With room for the largest versions."""
         self._members = members

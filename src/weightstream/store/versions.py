@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -396,14 +396,7 @@ class Versions:
         layout = self.layout_of(block_index, entry)
         parts = [layout.part(name) for name in targets]
         if entry.slot is None:
-            tasks = [
-                task
-                for part in parts
-                for task in generation_tasks(
-                    part, targets[part.name], self._recipes, self._seed, layout.block, self.layouts.masks
-                )
-            ]
-            return self._memory.run(tasks)
+            return self.make(self.generation(layout, targets))
         out: Future[None] = new_future()
         with self._lock:
             self._add_reader(entry, out)
@@ -420,6 +413,20 @@ class Versions:
             lambda finished: settle(out, lambda: compare(finished))
         )
         return out
+
+    def generation(self, layout: RecordLayout, targets: Targets) -> list[Callable[[], None]]:
+        """Tasks that together fill the targets with a record's version 0."""
+        return [
+            task
+            for name, view in targets.items()
+            for task in generation_tasks(
+                layout.part(name), view, self._recipes, self._seed, layout.block, self.layouts.masks
+            )
+        ]
+
+    def make(self, tasks: Sequence[Callable[[], None]]) -> "Future[None]":
+        """Runs tasks that fill memory; done when all are."""
+        return self._memory.run(tasks)
 
     def read_result(self, finished: "Future[list[int]]", block_index: int, entry: Entry) -> list[int]:
         """The checksums of what was read of a version."""

@@ -48,6 +48,8 @@ class Log:
 
 
 NO_LOG = Log(on=False)
+_OPERATIONS = {"copy": "fetch", "states": "load", "segment": "write"}
+"""The operation of the schedule that moves bytes of each kind."""
 
 
 @dataclass(slots=True)
@@ -207,14 +209,10 @@ class Recorder:
         """Whose bytes they are, in the words of the schedule."""
         kind, what, resource = note[:3]
         match kind, what:
-            case "copy", int():
-                return "fetch", self._block_of[what]
-            case "states", int():
-                return "load", self._block_of[what]
-            case "segment", int():
-                return "write", self._block_of[what]
-            case "segment", None:
-                return "write", ""
+            case (("copy" | "states" | "segment"), (None | int())):
+                if what is None or what >= len(self._block_of):  # records of families, of no block
+                    return _OPERATIONS[kind], ""
+                return _OPERATIONS[kind], self._block_of[what]
             case "scratch", ("gradient", block):
                 return ("reduce" if resource == "write" else "load"), block
             case "scratch", ("activation", place, _):

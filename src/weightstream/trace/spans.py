@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-RESOURCES = ("compute", "optimizer", "memory", "read", "write", "down", "up", "manifest")
+RESOURCES = ("compute", "optimizer", "expand", "memory", "read", "write", "down", "up", "manifest")
 """The tracks, in the order in which they are shown."""
 
 

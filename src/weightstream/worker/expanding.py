@@ -71,8 +71,7 @@ class Expansion:
     threads as torch computes with.
 
     Args:
-        driven: by name the parameters that kernels multiply by: of these a slab has the non-zeros, where else the dense
-            tensor would begin.
+        driven: by name the parameters that kernels multiply by: of these a slab has the non-zeros.
         device: where products are computed.
         places: what is kept from one fetch to the next.
     """
@@ -138,7 +137,6 @@ class Expansion:
         self, block: int, slab: Slab, layouts: Sequence[RecordLayout]
     ) -> Iterator[Callable[[], tuple[str, _Panel | Mask]]]:
         """What fills a slab with what has landed beside it: piece by piece, in any order."""
-        offsets: dict[str, int] = {}
         targets = iter(self._holding.slabs[block].pieces)
         start = 0
         for layout in layouts:
@@ -154,9 +152,7 @@ class Expansion:
                 own, mask = values[spec.name], masks.get(spec.name)
                 if spec.name in self._driven:
                     assert mask is not None
-                    at = offsets.get(spec.name, target.offset)
-                    offsets[spec.name] = at + spec.nbytes
-                    yield partial(_copy_nonzeros, slab, spec, at, own, mask)
+                    yield partial(_copy_nonzeros, slab, spec, target.offset, own, mask)
                 else:
                     yield partial(self._fill, block, slab, spec, target, own, mask)
 

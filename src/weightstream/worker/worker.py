@@ -134,6 +134,12 @@ class Worker:
         own = ((self.parameters.name(p), p) for p in module.parameters() if id(p) in self.parameters.block_of)
         return {name: parameter for name, parameter in own if name in self.kernels}
 
+    @property
+    def walking(self) -> tuple[int, int]:
+        """The visit and the micro-batch of the block that is computed now, in either direction."""
+        _, visit, micro_batch = self._walking
+        return visit, micro_batch
+
     def own_forward(self, module: str) -> Callable[..., Any]:
         """The module's forward as the model wrote it."""
         return self._forwards[module]
@@ -199,6 +205,7 @@ class Worker:
         assert self.slabs is not None
         assert self.activations is not None
         call = self._call(visit, request, route)
+        self._walking = (call.block, visit, micro_batch)
         for tensor in call.tensors:
             if id(tensor) in route.thread.superseded:
                 raise route.thread.changed_in_place("an operation", tensor)

@@ -1,0 +1,60 @@
+"""An engine's model: its layers of experts, their families in the store, and what their routers know beforehand."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from weightstream.blocks import Block
+from weightstream.errors import ConfigError
+from weightstream.nn.experts import StreamedExperts
+
+INPUT_IDS = "input_ids"
+_MOST_RECORDS = 2**63 - 1
+
+
+def layers_of(model: nn.Module) -> dict[str, StreamedExperts]:
+    """The layers of experts by name.
+
+    Raises:
+        ConfigError: together they have more experts than a store can number.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, StreamedExperts)}
+    experts = sum(layer.experts for layer in found.values())
+    if experts > _MOST_RECORDS - 2**32:
+        raise ConfigError(
+            f"{len(found)} layers of {experts:,} experts in all: a store can number {_MOST_RECORDS:,} records; give fewer "
+            f"experts"
+        )
+    return found
+
+
+def check_places(layers: Iterable[str], blocks: Sequence[Block]) -> None:
+    """Refuses layers that no streamed block holds: micro-batches visit those one after another, and go back again.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    streamed = [module for block in blocks if not block.resident for module in block.modules]
+    for name in layers:
+        if not any(name.startswith(f"{module}.") for module in streamed):
+            raise ConfigError(
+                f"layer '{name}' (StreamedExperts) is in no block that streams: put it into a module with parameters of its "
+                f"own, such as its norm or a whole decoder layer, or make one block of that module "
+                f"(block_rules={{'<module>': 'block'}})"
+            )
+
+
+def known_beforehand(layers: Mapping[str, StreamedExperts], micro_batches: Iterable[Any]) -> dict[str, list[int]]:
+    """The experts that these micro-batches will reach, by layer, as far as they follow from their `input_ids`."""
+    texts = [found[INPUT_IDS] for found in micro_batches if isinstance(found, Mapping) and INPUT_IDS in found]
+    expected: dict[str, list[int]] = {}
+    for name, layer in layers.items():
+        numbers: set[int] = set()
+        for ids in texts:
+            if isinstance(ids, Tensor):
+                found = layer.router.beforehand(ids, layer.experts, layer.top_k)
+                numbers.update(() if found is None else found.flatten().tolist())
+        if numbers:
+            expected[name] = sorted(numbers)
+    return expected

@@ -1,0 +1,410 @@
+"""Records of families that a step touches: brought when they are asked for, their gradients summed, updated, written.
+
+Nothing here grows with a family. A record is read once in a step, with its optimizer states, and lies in memory until it
+is written; so what a step needs is bounded by what its micro-batches reach. Sums keep the contract's order: over
+micro-batches as `fabric/reduction.py` has it, of squares per tensor. A record's version is the number of its own
+optimizer steps.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from weightstream.errors import PlanError
+from weightstream.fabric.reduction import Squares, sum_of_squares
+from weightstream.schedule.reduction import group_of, tree
+from weightstream.store.families import NUMBER, Family
+from weightstream.store.futures import done, gather
+from weightstream.store.layout import ALIGN_PART, RecordLayout
+from weightstream.store.optimizers import Optimizer
+from weightstream.store.segments import AlignedBuffer, RecordBuffer
+from weightstream.store.store import Store
+from weightstream.units import align, format_bytes
+
+T = TypeVar("T")
+Wait = Callable[["Future[T]"], T]
+
+
+@dataclass(frozen=True, slots=True)
+class TouchedFacts:
+    """What one step reached of a family: records, of those the ones never written before, how often in all, and the one
+    reached most often."""
+
+    touched: int
+    new: int
+    assignments: int
+    most: int
+
+
+@dataclass(slots=True)
+class Packed:
+    """A tensor per template parameter, (records, *shape) in fp32, of the records of these numbers."""
+
+    numbers: Tensor
+    tensors: list[Tensor]
+
+    def plus(self, other: "Packed") -> "Packed":
+        """The sum of both, in the memory of this one where that is enough. A record that only one has is as it is there."""
+        found, by_number = torch.sort(self.numbers)
+        place = torch.searchsorted(found, other.numbers).clamp_(max=found.numel() - 1)
+        both = found[place] == other.numbers
+        rows, only = by_number[place[both]], ~both
+        if not bool(both.all()):
+            self.numbers = torch.cat([self.numbers, other.numbers[only]])
+            self.tensors = [torch.cat([a, b[only]]) for a, b in zip(self.tensors, other.tensors, strict=True)]
+        for mine, others in zip(self.tensors, other.tensors, strict=True):
+            mine.index_add_(0, rows, others[both])
+        return self
+
+
+class Arena:
+    """Memory for so many records of one family. Nothing is resident until it is used."""
+
+    def __init__(self, layout: RecordLayout, records: int) -> None:
+        self._layout, self._stride = layout, align(layout.image_nbytes, ALIGN_PART)
+        self._memory = AlignedBuffer(records * self._stride)
+        self._buffers: dict[int, RecordBuffer] = {}
+        self._records = records
+
+    @staticmethod
+    def fitting(layout: RecordLayout, nbytes: int) -> int:
+        """How many records fit into so much memory."""
+        return nbytes // align(layout.image_nbytes, ALIGN_PART)
+
+    def buffer(self, slot: int) -> RecordBuffer:
+        found = self._buffers.get(slot)
+        if found is None:
+            found = RecordBuffer(self._layout.image_nbytes, within=(self._memory, slot * self._stride))
+            self._buffers[slot] = found
+        return found
+
+    def tensors(self, part: str) -> list[Tensor]:
+        """The tensors of a part of all records, (records, *shape) each, as views."""
+        place, found = self._layout.part(part), []
+        for spec in place.tensors:
+            itemsize = spec.dtype.itemsize
+            whole = torch.frombuffer(self._memory.view, dtype=spec.dtype)
+            inner = torch.empty(spec.shape, device="meta").stride()
+            at = (place.offset + spec.offset) // itemsize
+            found.append(whole.as_strided((self._records, *spec.shape), (self._stride // itemsize, *inner), at))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return self._records * self._stride
+
+    def close(self) -> None:
+        self._buffers.clear()
+        self._memory.close()
+
+
+@dataclass(slots=True)
+class _Held:
+    slot: int
+    version: int = -1  # not read yet
+    new: bool = False  # never written
+    replayed: bool = False  # it has made up for steps
+
+
+@dataclass(slots=True)
+class _Reading:
+    numbers: list[int]
+    versions: "Future[list[int]]"
+
+
+class Touched:
+    """The records of one family in a step; what a layer asks its weights of (`nn.experts.Source`).
+
+    Args:
+        first: the store's index of the family's record 0.
+        nbytes: memory for records: those of a step, and those of the step before that are still being written.
+        replayed: gradients of zeros are made up for, of the steps that a record was not reached in: for each optimizer
+            step, counted from 1, the training step and the optimizer that it had. None where they are nothing.
+        walking: the use (visit) and micro-batch that is computed now; None outside of steps.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        first: int,
+        family: Family,
+        *,
+        nbytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: int,
+        wait: Wait,
+        walking: Callable[[], tuple[int, int] | None],
+        replayed: "Callable[[int], tuple[int, Optimizer]] | None" = None,
+    ) -> None:
+        self.family = family
+        self._store, self._first, self._dtype, self._device = store, first, dtype, device
+        self._groups, self._wait, self._walking, self._replayed = groups, wait, walking, replayed
+        layout = store.layout(first + family.count - 1)
+        self._budget_bytes, fitting = nbytes, Arena.fitting(layout, nbytes)
+        if fitting < 1:
+            raise PlanError(
+                f"family {family.name!r}: one record takes {format_bytes(layout.image_nbytes)}, there is memory for "
+                f"{format_bytes(nbytes)}; give more (experts_memory)"
+            )
+        self.capacity = min(2 * family.count, fitting)
+        self._arena = Arena(layout, self.capacity)
+        self._parts = {part.name: self._arena.tensors(part.name) for part in layout.parts}
+        self._free = list(reversed(range(self.capacity)))  # the last one that was used first: others stay untouched
+        self._held: dict[int, _Held] = {}
+        self._reading: list[_Reading] = []
+        self._writes: deque[tuple[Future[None], list[int]]] = deque()  # with the slots that are free afterwards
+        self._gradients: dict[int, dict[int, Packed]] = defaultdict(dict)
+        self._reached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._total: Packed | None = None
+        self._micro_batches = 0
+        self._count = 0  # optimizer steps that untouched records have had before this step, where they are replayed
+
+    def begin(self, micro_batches: int, count: int) -> None:
+        """A step of so many micro-batches begins; the store has had `count` optimizer steps."""
+        self.drop()
+        self._micro_batches, self._count = micro_batches, count
+
+    # for the layer
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Begins to read those of these records that are not here."""
+        missing = [number for number in numbers if number not in self._held]
+        if missing and len(self._free) < len(missing) and self._walking() is None:
+            self.drop()  # outside of steps nothing but these is wanted
+            missing = list(numbers)
+        if not missing:
+            return
+        self._make_room(len(missing))
+        records = []
+        for number in missing:
+            held = self._held[number] = _Held(self._free.pop())
+            records.append((self._first + number, self._arena.buffer(held.slot)))
+        self._reading.append(_Reading(missing, self._store.read_many(records)))
+
+    def weights(self, numbers: Tensor, counts: Tensor) -> list[Tensor]:
+        wanted = numbers.tolist()
+        self.expect(wanted)
+        self._await_reads()
+        walking = self._walking()
+        if walking is not None:
+            self._reached[walking] = numbers, counts
+        slots = torch.tensor([self._held[number].slot for number in wanted])
+        packed = [masters.index_select(0, slots) for masters in self._parts["param"]]
+        return [tensor.to(self._device, self._dtype) for tensor in packed]
+
+    def gradients(self, numbers: Tensor, gradients: list[Tensor]) -> None:
+        walking = self._walking()
+        assert walking is not None, "gradients are made in steps"
+        use, micro_batch = walking
+        packed = Packed(numbers.cpu(), [gradient.to("cpu", torch.float32) for gradient in gradients])
+        before = self._gradients[use].get(micro_batch)
+        self._gradients[use][micro_batch] = packed if before is None else before.plus(packed)
+
+    def _make_room(self, records: int) -> None:
+        """Waits for records that are being written where there is no room without.
+
+        Raises:
+            PlanError: a step reaches more than fit.
+        """
+        while self._writes and (len(self._free) < records or self._writes[0][0].done()):
+            writing, slots = self._writes.popleft()
+            self._wait(writing)
+            self._free.extend(slots)
+        if len(self._free) < records:
+            raise PlanError(
+                f"family {self.family.name!r}: a step reaches {len(self._held) + records:,} records or more, there is memory "
+                f"for {self.capacity:,} in {format_bytes(self._budget_bytes)}; give more (experts_memory), or fewer tokens "
+                f"to a step"
+            )
+
+    def _await_reads(self) -> None:
+        reading, self._reading = self._reading, []
+        for each in reading:
+            versions = self._wait(each.versions)
+            for number, version in zip(each.numbers, versions, strict=True):
+                held = self._held[number]
+                held.version, held.new = version, version == 0
+                if self._replayed is not None:
+                    self._replay(number, held)
+
+    # at the store
+
+    def close_sums(self) -> Squares:
+        """Sums the step's gradients; gives the fp64 sum of squares of each tensor's."""
+        total: Packed | None = None
+        for use in sorted(self._gradients):
+            summed = self._over_micro_batches(self._gradients[use])
+            total = summed if total is None else total.plus(summed)
+        self._gradients.clear()
+        self._total = total
+        if total is None:
+            return {}
+        numbers = total.numbers.tolist()
+        return {
+            (parameter.name.replace(NUMBER, str(number)), 0): sum_of_squares(row)
+            for parameter, rows in zip(self.family.parameters, total.tensors, strict=True)
+            for number, row in zip(numbers, rows.unbind(), strict=True)
+        }
+
+    def _over_micro_batches(self, found: Mapping[int, Packed]) -> Packed:
+        sums: dict[tuple[int, int], Packed] = {}
+        for micro_batch in sorted(found):
+            group = group_of(micro_batch, self._micro_batches, self._groups)
+            before = sums.get((group, group + 1))
+            sums[group, group + 1] = found[micro_batch] if before is None else before.plus(found[micro_batch])
+        for low, middle, high in tree(self._groups):
+            left, right = sums.pop((low, middle), None), sums.pop((middle, high), None)
+            if left is not None and right is not None:
+                sums[low, high] = left.plus(right)
+            elif left is not None or right is not None:
+                sums[low, high] = left or right  # type: ignore[assignment]
+        (total,) = sums.values()
+        return total
+
+    def update(self, step: int, coefficient: float) -> "Future[None]":
+        """The optimizer step on what got a gradient, and its writing; done when written. All other records go."""
+        total, self._total = self._total, None
+        if total is None:
+            self.drop()
+            return done(None)
+        if coefficient < 1.0:
+            for gradients in total.tensors:
+                gradients.mul_(coefficient)
+        numbers = total.numbers.tolist()
+        self._optimize(numbers, total.tensors, step)
+        writing = self._write(numbers)
+        self.drop()
+        return writing
+
+    def _write(self, numbers: Sequence[int]) -> "Future[None]":
+        """Makes these records the newest versions, and lets them go when they are written."""
+        held = [self._held.pop(number) for number in numbers]
+        for place, copies in enumerate(self._parts.get("copy", ())):
+            slots = torch.tensor([each.slot for each in held])
+            copies[slots] = self._parts["param"][place][slots].to(copies.dtype)
+        writing = self._store.write_many(
+            [
+                (self._first + number, self._arena.buffer(each.slot), each.version, each.version)
+                for number, each in zip(numbers, held, strict=True)
+            ]
+        )
+        self._writes.append((writing, [each.slot for each in held]))
+        return writing
+
+    def _optimize(self, numbers: Sequence[int], gradients: Sequence[Tensor], step: int) -> None:
+        held = [self._held[number] for number in numbers]
+        for each in held:
+            each.version += 1
+        for place, parameter in enumerate(self.family.parameters):
+            self._store.optimizer.update_many(
+                [self._parts["param"][place][each.slot] for each in held], gradients[place].unbind(),
+                [self._states(place, each.slot) for each in held],
+                names=[parameter.name.replace(NUMBER, str(number)) for number in numbers], step=step,
+                counts=[each.version for each in held],
+            )  # fmt: skip
+
+    def _states(self, place: int, slot: int) -> dict[str, Tensor]:
+        return {part: found[place][slot] for part, found in self._parts.items() if part not in ("copy", "param")}
+
+    def _replay(self, number: int, held: _Held) -> None:
+        """The optimizer steps that a record was not reached in."""
+        assert self._replayed is not None
+        zeros = [torch.zeros(parameter.shape) for parameter in self.family.parameters]
+        for count in range(held.version + 1, self._count + 1):
+            step, optimizer = self._replayed(count)
+            for place, parameter in enumerate(self.family.parameters):
+                optimizer.update(
+                    self._parts["param"][place][held.slot], zeros[place], self._states(place, held.slot),
+                    name=parameter.name.replace(NUMBER, str(number)), step=step, count=count,
+                )  # fmt: skip
+        held.replayed = held.version < self._count
+        held.version = max(held.version, self._count)
+
+    def make_up(self) -> "list[Future[None]]":
+        """Brings every record of the family to the present step, outside of steps; to be published by the next commit."""
+        writing, at_once = [], max(1, self.capacity // 2)
+        for first in range(0, self.family.count if self._replayed is not None else 0, at_once):
+            numbers = range(first, min(first + at_once, self.family.count))
+            self.expect(numbers)
+            self._await_reads()
+            writing.append(self._write([number for number in numbers if self._held[number].replayed]))
+            self.drop()
+        return writing
+
+    def drop(self) -> None:
+        """Lets go of all records and sums that are not being written."""
+        for each in self._reading:
+            each.versions.exception()
+        self._reading.clear()
+        self._gradients.clear()
+        self._reached.clear()
+        self._total = None
+        self._free.extend(held.slot for held in self._held.values())
+        self._held.clear()
+
+    @property
+    def facts(self) -> TouchedFacts | None:
+        """What the step has reached so far; None if nothing."""
+        if not self._reached:
+            return None
+        numbers = torch.cat([numbers for numbers, _ in self._reached.values()]).cpu()
+        counts = torch.cat([counts for _, counts in self._reached.values()]).cpu()
+        found, place = torch.unique(numbers, return_inverse=True)
+        reached = torch.zeros(found.numel(), dtype=torch.int64).index_add_(0, place, counts)
+        new = sum(self._held[number].new for number in found.tolist())
+        return TouchedFacts(found.numel(), new, int(reached.sum()), int(reached.max()))
+
+    def close(self) -> None:
+        """Waits for writes and gives the memory back."""
+        self.drop()
+        for writing, _ in self._writes:
+            writing.exception()
+        self._writes.clear()
+        self._parts.clear()
+        self._arena.close()
+
+
+@dataclass(slots=True)
+class Touching:
+    """All families that a model's steps touch, by the name of their layer."""
+
+    families: dict[str, Touched] = field(default_factory=dict)
+    facts: dict[str, TouchedFacts] = field(default_factory=dict)
+    """Of the last step."""
+
+    def begin(self, micro_batches: int, count: int, expected: Mapping[str, Sequence[int]]) -> None:
+        """A step of so many micro-batches begins; the store has had `count` optimizer steps. Reads what is expected."""
+        self.facts = {}
+        for name, family in self.families.items():
+            family.begin(micro_batches, count)
+            family.expect(expected.get(name, ()))
+
+    def close_sums(self) -> Squares:
+        """Sums all gradients of the step; gives their squares."""
+        self.facts = {name: facts for name, family in self.families.items() if (facts := family.facts) is not None}
+        squares: Squares = {}
+        for family in self.families.values():
+            squares |= family.close_sums()
+        return squares
+
+    def update(self, step: int, coefficient: float) -> "Future[list[None]]":
+        """Updates and writes what got gradients, to be published by the next commit."""
+        return gather([family.update(step, coefficient) for family in self.families.values()])
+
+    def make_up(self) -> "list[Future[None]]":
+        """See `Touched.make_up`."""
+        return [writing for family in self.families.values() for writing in family.make_up()]
+
+    def drop(self) -> None:
+        for family in self.families.values():
+            family.drop()
+
+    def close(self) -> None:
+        for family in self.families.values():
+            family.close()
