@@ -7,6 +7,7 @@ follows from how many it had, the step and the settings alone, or from a search 
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
 from itertools import product
 from math import prod
 
@@ -171,7 +172,7 @@ class Masking:
             always = set.intersection(*({piece.name for piece in option} for option in options)) - moving
             found = [piece for option in options for piece in option if piece.name in always]
             gradients[unit] = self._ordered(unit, sorted(found, key=lambda piece: piece.nonzeros))  # the largest stays
-            if any(map(_unknown, pieces)):
+            if any(map(_unknown, pieces)) or any(map(_turn_apart, _by_group(pieces))):
                 mixed.append(unit)
         return Largest(records, gradients, frozenset(mixed))
 
@@ -337,18 +338,27 @@ def _initial(pieces: Sequence[SparsePiece]) -> InitialMask:
 def _counts(piece: SparsePiece) -> list[int]:
     """The counts of cells that a piece may have, as far as the largest partial one and the full one go, and the least."""
     group = piece.group
-    versions = {0, group.begin, group.dense_until, group.last}
+    versions = {0, group.begin, group.dense_until, group.last, *_partial(piece)}
     if group.dense_from is not None:
         versions |= {group.dense_from - 1, group.dense_from}
-    found = {piece.count(version) or 0 for version in versions}
-    for version in range(
-        group.begin, group.last + 1, group.every
-    ):  # the first that is not full: counts only fall from it
-        count = piece.count(version) or 0
-        found.add(count)
-        if count < piece.grid.cells:
-            break
-    return sorted(found)
+    return sorted({piece.count(version) or 0 for version in versions})
+
+
+def _partial(piece: SparsePiece) -> tuple[int, ...]:
+    """Of the versions in which a schedule changes counts, the first and the last in which a piece is not whole; between them
+    it never is, since schedules only rise or only fall."""
+    group = piece.group
+    if group.algorithm != "gmp":
+        return ()
+    few, updates = sorted({0, group.dense_until, group.last}), range(group.begin, group.last + 1, group.every)
+    orders = merge(few, updates), merge(reversed(few), reversed(updates), reverse=True)
+    ends = (next((one for one in order if (piece.count(one) or 0) < piece.grid.cells), None) for order in orders)
+    return tuple(version for version in ends if version is not None)
+
+
+def _turn_apart(pieces: Sequence[SparsePiece]) -> bool:
+    """Whether pieces of one group come to be whole, or cease to be it, in other versions than others of it."""
+    return len({versions for piece in pieces if not _unknown(piece) and (versions := _partial(piece))}) > 1
 
 
 def _by_group(pieces: Iterable[SparsePiece]) -> list[list[SparsePiece]]:
@@ -379,8 +389,8 @@ def _extremes(pieces: Sequence[SparsePiece]) -> list[list[kept.SparsePiece]]:
     for piece in pieces:
         counts = _counts(piece)
         below = [count for count in counts if count < piece.grid.cells]
-        full |= piece.grid.cells in counts
-        if below:
+        if below:  # else it is whole in all versions, whatever becomes of others
+            full |= piece.grid.cells in counts
             partial.append(_kept(piece, below[-1]))
     return [partial, []] if full else [partial]
 

@@ -130,7 +130,7 @@ def _obstacle(
     if module is None:
         return "it is no weight of an nn.Linear within a block, used there alone"
     if nonzeros is None:
-        return "the number of its non-zeros changes"
+        return "the number of its non-zeros changes, or all of a panel of it exists"
     if group.algorithm == "rigl":
         return "rigl needs its dense gradient"
     if not supports(kernel, group.block, dtype, device):

@@ -39,10 +39,12 @@ def import_weights(config: RunConfig, source: Path, masks: str | None = None) ->
 
 
 def _beginning(sparsity: Sparsity, masks: str) -> Sparsity:
-    if all(group.init is not None for group in sparsity.groups):
-        found = "every group of sparsity says init" if sparsity.groups else "sparsity has no groups"
+    if all(group.init is not None or group.sparsity == 0.0 for group in sparsity.groups):
+        found = "every group of sparsity says init, or stays dense" if sparsity.groups else "sparsity has no groups"
         raise ConfigError(f"--masks {masks}: {found} in the configuration; correct it, or leave out --masks")
-    return Sparsity(tuple(group if group.init else replace(group, init=masks) for group in sparsity.groups))
+    return Sparsity(
+        tuple(group if group.init or group.sparsity == 0.0 else replace(group, init=masks) for group in sparsity.groups)
+    )
 
 
 def export_weights(

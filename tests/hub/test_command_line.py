@@ -121,7 +121,8 @@ def test_a_sparse_store_of_dense_weights_of_zeros_and_of_masks(run: Run) -> None
         "every": 1,
         "end": 2,
     }
-    sparsity = {"groups": [moving, {"patterns": ["*.o_proj.*"], "sparsity": 0.5, "block": [4, 4]}]}
+    halved = {"patterns": ["*.o_proj.*"], "sparsity": 0.5, "block": [4, 4]}
+    sparsity: dict[str, Any] = {"groups": [moving, halved, {"patterns": ["*.v_proj.*"], "sparsity": 0}]}
 
     first = configure("first", {"path": "dense"}, sparsity=sparsity)
     for arguments in (("store", "import", "dense", first), ("fit", first)):
@@ -153,7 +154,7 @@ def test_a_sparse_store_of_dense_weights_of_zeros_and_of_masks(run: Run) -> None
         with ws.Store.open(f"{name}/store", writable=False) as store:
             assert store.digest() == digest
     Path("out/masks.safetensors").unlink()  # the stores have them
-    by_fit = {"groups": [{**group, "init": "zeros"} for group in sparsity["groups"]]}
+    by_fit = {"groups": [{**group, "init": "zeros"} if group["sparsity"] else group for group in sparsity["groups"]]}
     code, plan, errors = run("plan", configure("said", {"path": "out"}, sparsity=by_fit), "--json")
     assert code == 0, errors
     assert "masks of *.mlp.*: how many non-zeros each parameter has is found from the weights" in plan["text"]

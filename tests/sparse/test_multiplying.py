@@ -129,6 +129,7 @@ class TestRefused:
             ({"*.up.weight": "gathered"}, {"block": (1, 1)}, "'gathered' has no product of .* blocks of 1×1"),
             ({"*.up.weight": "gathered"}, {"algorithm": "rigl"}, "rigl needs its dense gradient"),
             ({"*.up.weight": "gathered"}, {"algorithm": "gmp"}, "the number of its non-zeros changes"),
+            ({"*.up.weight": "gathered"}, {"sparsity": 1e-5}, "all of a panel of it exists"),
             ({"*.gate.weight": "gathered"}, {}, r"'\*\.gate\.weight' matches no sparse parameter"),
             ({"head.*": "gathered"}, {"patterns": ("head.weight",), "include_all": True}, "no weight of an nn.Linear within"),
         ],
