@@ -1,8 +1,8 @@
 """What `headline.py` trains: a small decoder on bytes whose layers have experts without end; and it as a side (`turns.py`).
 
-A layer is attention and a layer of experts (`weightstream.nn.StreamedExperts`), to which a hash of the last bytes leads:
-layer 0 goes by the last two, layer 1 by the last three, and so on. The text is that of Python's standard library, with
-whole files held out. A step's text is a function of the step alone, so that all sides train on the same.
+A layer is attention and a layer of experts (`weightstream.nn.StreamedExperts`), to which a hash of the last four bytes
+leads: there are as many texts of four bytes as experts in a layer, 256**4. The text is that of Python's standard library,
+with whole files held out. A step's text is a function of the step alone, so that all sides train on the same.
 
 python benchmarks/bytewise.py --store runs/x --experts 4294967296 --steps 3       # alone: seconds, loss, what was reached
 """
@@ -36,14 +36,16 @@ HELD_OUT = 0.02
 class Bytewise:
     """The model's size, and one step's tokens in `micro_batches` of equal size.
 
-    `experts` are those of each layer; 0: layers have attention alone. With `reached`, text leads to so many of them only,
-    which are spread over the family: then families of all sizes are reached alike.
+    `experts` are those of each layer, to which a hash of the last `context` bytes leads; 0: layers have attention alone.
+    With `reached`, text leads to so many of them only, which are spread over the family: then families of all sizes are
+    reached alike.
     """
 
     layers: int = 2
     width: int = 256
     hidden: int = 28
     experts: int = 256**4
+    context: int = 4
     reached: int = 0
     tokens: int = 1024
     micro_batches: int = 2
@@ -138,8 +140,9 @@ class Layer(nn.Module):
         self.experts: StreamedExperts | None = None
         if workload.experts:
             self.experts_norm = nn.LayerNorm(width)
-            tokens = index + 2
-            router = SpreadRouter(workload.reached, tokens, index) if workload.reached else HashRouter(tokens, index)
+            router = HashRouter(workload.context, seed=index)
+            if workload.reached:
+                router = SpreadRouter(workload.reached, workload.context, seed=index)
             self.experts = StreamedExperts(width, workload.hidden, workload.experts, 1, router)
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
