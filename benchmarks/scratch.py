@@ -18,12 +18,7 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
     Raises:
         SystemExit: another benchmark holds `parent`.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    with (parent / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"another benchmark runs in {parent}; wait for it, or give another --scratch") from None
+    with _alone(parent):
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
         try:
             yield folder
@@ -35,3 +30,27 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
                     path.unlink(missing_ok=True)
             raise
         shutil.rmtree(folder)
+
+
+@contextmanager
+def lasting(parent: Path, name: str) -> Iterator[Path]:
+    """The folder `name` below `parent`, which stays until its owner removes it: for what is done in several calls.
+
+    Raises:
+        SystemExit: another benchmark holds `parent`.
+    """
+    with _alone(parent):
+        folder = parent / name
+        folder.mkdir(exist_ok=True)
+        yield folder
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    parent.mkdir(parents=True, exist_ok=True)
+    with (parent / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another benchmark runs in {parent}; wait for it, or give another --scratch") from None
+        yield

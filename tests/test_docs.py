@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import weightstream
-from benchmarks import table
+from benchmarks import sparse_curves, table
 from weightstream.cli import app
 from weightstream.config import RunConfig, _keys, load_config
 
@@ -118,3 +118,9 @@ def test_the_configuration_shown_is_valid(tmp_path: Path) -> None:
 def test_the_measured_table_is_that_of_the_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert table.placed(text, table.PAGES[page]()) == text, "run: python benchmarks/table.py --write"
+
+
+def test_the_table_of_sparse_training_is_that_of_the_result() -> None:
+    document = sparse_curves.DOCUMENT.read_text(encoding="utf-8")
+    shown = sparse_curves.placed(document, sparse_curves.table(sparse_curves.kept()))
+    assert shown == document, "run: python benchmarks/sparse_curves.py --write"

@@ -115,3 +115,31 @@ def test_headline(tmp_path: Path) -> None:
     shown = table.headline(tmp_path)
     assert f"| {10**10:,} | {reached['100']:,.0f} |" in shown
     assert f"| {256**4:,} | {2 * 256**4 * 512:,} |" in shown
+
+
+@pytest.mark.slow
+def test_sparse_quality(tmp_path: Path) -> None:
+    model = f"--layers 1 --width 64 --vocabulary 300 --lr 1e-2 --source {ROOT / 'benchmarks'}"
+    small = f"{model} --steps 16 --sequences 2 --length 32 --held-out 4 --evaluations 2 --seeds 1".split()
+    static = {"algorithm": "static", "seed": 0, "parameters": 0, "loss": 1.25, "validation": [[0, 3.5], [16, 1.25]]}
+    (tmp_path / "sparse_quality").mkdir()
+    (tmp_path / "sparse_quality" / "static-0.json").write_text(json.dumps(static))  # as an interrupted call left it
+    found = measured(tmp_path, "sparse_quality.py", *small)
+    by_algorithm = {run["algorithm"]: run for run in found["trained"]}
+    assert list(by_algorithm) == ["dense", "static", "set", "rigl", "gmp", "spdf"]
+    assert by_algorithm.pop("static") == static
+    assert found["loss"]["static"] == {"mean": 1.25, "spread": [1.25, 1.25], "by_seed": [1.25]}
+    for algorithm, run in by_algorithm.items():
+        assert [step for step, _ in run["validation"]] == [0, 8, 16]
+        assert run["loss"] == run["validation"][-1][1] < run["validation"][0][1]
+        assert found["loss"][algorithm]["by_seed"] == [run["loss"]]
+    assert by_algorithm["gmp"]["validation"][0] == by_algorithm["dense"]["validation"][0]  # both begin dense
+    assert by_algorithm["gmp"]["density"][-1][1] == pytest.approx(0.2, abs=1e-3)
+    assert by_algorithm["spdf"]["density"][-1][1] == 1
+    assert max(turnover for _, turnover in by_algorithm["rigl"]["turnover"]) == pytest.approx(0.3, abs=0.02)
+    better = found["loss"]["set"]["mean"] - found["loss"]["rigl"]["mean"]
+    assert found["order"][0] == {
+        "expected": "RigL no worse than SET", "held": better >= 0,
+        "by": pytest.approx(better), "by_seed": [pytest.approx(better)],
+    }  # fmt: skip
+    assert not found["order"][1]["held"]  # nothing learns to 1.25 in 16 steps
