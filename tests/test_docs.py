@@ -114,9 +114,10 @@ def test_the_configuration_shown_is_valid(tmp_path: Path) -> None:
         load_config(path)
 
 
-def test_the_measured_table_is_that_of_the_results() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.placed(readme, table.table()) == readme, "run: python benchmarks/table.py --write"
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.name)
+def test_the_measured_table_is_that_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert table.placed(text, table.PAGES[page]()) == text, "run: python benchmarks/table.py --write"
 
 
 def test_the_table_of_sparse_training_is_that_of_the_result() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import weightstream
+from benchmarks import table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,6 +93,28 @@ def test_scaling(tmp_path: Path) -> None:
     assert found["efficiency"]["1"] == 1
     assert 0 < found["efficiency"]["2"] < 2
     assert found["factor"] > 1000
+
+
+@pytest.mark.slow
+def test_headline(tmp_path: Path) -> None:
+    small = ("--width", "64", "--hidden", "4", "--tokens", "128", "--length", "64", "--small-experts", "1000")
+    few = ("--steps", "2", "--turns", "1", "--warm-up", "1", "--sequences", "2", "--threads", "1")
+    found = measured(tmp_path, "headline.py", *small, *few, "--sizes", "100", str(10**10), "--size-steps", "1")
+    assert found["parameters"] > 2 * 256**4 * found["expert_parameters"] == 2 * 256**4 * 512
+    assert 0 < found["touched_per_step"] <= 2 * 128
+    assert found["touched_per_step"] < found["touched_experts"] <= 3 * 2 * 128
+    assert found["touched_parameters"] == 512 * found["touched_experts"]
+    assert found["disk_bytes"] > 12 * found["touched_parameters"]
+    assert len(found["losses"]) == found["steps"] == 3
+    for side in ("", "small_family_", "no_expert_"):
+        assert 0 < found[f"{side}validation_loss"] < 7
+        assert found[f"{side}seconds_per_step"] > 0
+    reached = found["touched_by_experts"]
+    assert reached["100"] == reached[str(10**10)] > 0
+    (tmp_path / "headline.json").write_text(json.dumps(found), encoding="utf-8")
+    shown = table.headline(tmp_path)
+    assert f"| {10**10:,} | {reached['100']:,.0f} |" in shown
+    assert f"| {256**4:,} | {2 * 256**4 * 512:,} |" in shown
 
 
 @pytest.mark.slow

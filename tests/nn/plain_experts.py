@@ -53,13 +53,13 @@ def tree_sum(leaves: list[Tensor | None]) -> Tensor | None:
 class PlainTraining:
     """AdamW over micro-batches with clipping, resident, by `torch.optim`.
 
-    With `dense`, experts that no token reached get gradients of zeros; else none, so that `torch.optim` leaves them and
-    their step count alone: lazy AdamW.
+    Of the parameters whose names begin with one of `dense`, those that no token reached get gradients of zeros; others
+    get none, so that `torch.optim` leaves them and their step count alone: lazy AdamW.
     """
 
     def __init__(
         self, model: nn.Module, name_of: Callable[[str], str], *, lr: float, clip_norm: float | None, groups: int,
-        dense: bool,
+        dense: tuple[str, ...],
     ) -> None:  # fmt: skip
         self.model, self.clip_norm, self.groups, self.dense = model, clip_norm, groups, dense
         named = {name_of(name): parameter for name, parameter in model.named_parameters()}
@@ -89,7 +89,7 @@ class PlainTraining:
         square = 0.0
         for name, parameter in self.named.items():
             parameter.grad = tree_sum(found[name])
-            if parameter.grad is None and self.dense:
+            if parameter.grad is None and name.startswith(self.dense):
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 wide = parameter.grad.flatten().double()
