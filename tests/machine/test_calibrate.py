@@ -29,7 +29,9 @@ def test_everything_is_measured_and_nothing_stays(tmp_path: Path) -> None:
     assert "AdamW" in text
     (compute,) = profile.compute
     assert set(compute.optimizer) == {"AdamW", "SGD", "Lion", "Adafactor"}
-    assert all(row[-1] > row[0] for name, row in compute.kernels.items() if name.startswith("_log_softmax "))
+    rows = [row for name, row in compute.kernels.items() if name.startswith("_log_softmax ")]
+    assert rows
+    assert all(len(row) == len(TINY.kernel_elements) and min(row) > 0 for row in rows)
     assert profile.link is not None
     assert profile.codec is not None
     assert set(profile.codec.expand_s) == set(profile.codec.gather_s) == {1, 32}
