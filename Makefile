@@ -1,11 +1,11 @@
 # make setup   a virtual environment in .venv with weightstream and its test tools; quick when nothing changed
 # make train   the main job: a 60 M parameter model on the standard library's source; repeat it to go on
-# make test    lint, types and all tests, three at a time, as many wait for disks (JOBS=1: one);  make test-fast leaves out those marked slow
+# make test    lint, types and all tests, two at a time (JOBS=1: one);  make test-fast leaves out those marked slow
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-JOBS ?= 3
+JOBS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: setup train demo browser test test-fast lint format clean
