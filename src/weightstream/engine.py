@@ -31,7 +31,8 @@ from weightstream.opening import Wanted, contract_of, opened
 from weightstream.past import Past
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
-from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
+from weightstream.schedule.cost import BlockFacts, StepBytes
+from weightstream.schedule.flows import disk_bound
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
@@ -339,10 +340,12 @@ class Engine:
         ]
         return {unit: sparsity_from_json(found) for each in self.gather(own) for unit, found in each}
 
-    def _divide(self, cluster: Cluster, owner: Sequence[int], of: int | None = None) -> Division:
-        groups = self._budgets.reduction_groups
+    def _divide(
+        self, cluster: Cluster, owner: Sequence[int], of: int | None = None, *, sparse: Largest | None = None
+    ) -> Division:
         return divide(
-            self.store, cluster, owner, groups, sparse=self._largest, masking=self.masking, driven=self._driven, of=of,
+            self.store, cluster, owner, self._budgets.reduction_groups, masking=self.masking, driven=self._driven, of=of,
+            sparse=self._largest if sparse is None else sparse,
         )  # fmt: skip
 
     def _make_worker(self) -> Worker:
@@ -478,11 +481,7 @@ class Engine:
                 for unit, found in now.items()
             }
             largest = Largest({unit: (found,) for unit, found in now.items()}, gradients)
-        groups = self._budgets.reduction_groups
-        return self._facts(
-            micro_batches,
-            divide(self.store, cluster, owner, groups, sparse=largest, masking=self.masking, driven=self._driven),
-        )
+        return self._facts(micro_batches, self._divide(cluster, owner, sparse=largest))
 
     @property
     def multiplied(self) -> Mapping[str, Driven]:
@@ -717,7 +716,7 @@ class Engine:
         facts = self.runtime.facts
         if self.masking is not None:
             facts = replace(facts, blocks=self._blocks_now(facts))
-        return self.bytes_bound_of(facts, self.runtime.allotment)
+        return disk_bound(facts, self.runtime.allotment)
 
     def _blocks_now(self, facts: Facts) -> tuple[BlockFacts, ...]:
         """The bytes of blocks as sparse as they are now; reckoned anew only when that has changed."""
@@ -728,17 +727,6 @@ class Engine:
             division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest, driven=self._driven)
             self._reckoned = dict(sparsity), self._facts(facts.micro_batches, division).blocks
         return self._reckoned[1]
-
-    def bytes_bound_of(self, facts: Facts, allotment: Allotment) -> StepBytes:
-        """The same under any allotment for this engine's store."""
-        recent = list(dict.fromkeys(visit.block for visit in reversed(facts.visits)))
-        visited = {visit.block for visit in facts.visits}
-        blocks = [block for block in facts.blocks if block.index in visited or block.resident]
-        staged = frozenset(b.index for b in blocks if b.trainable and facts.deferred) - allotment.staged_in_ram
-        return lower_bound(
-            blocks, deferred=facts.deferred, kept_across_turn=frozenset(recent[: allotment.slabs]),
-            staged_on_disk=staged, pinned_copies=allotment.pinned_copies, pinned_states=allotment.pinned_states,
-        )  # fmt: skip
 
     def nonzeros(self) -> tuple[int, int]:
         """How many non-zeros the sparse parameters have at present, and how many elements."""

@@ -18,6 +18,7 @@ from weightstream.cluster import Cluster
 from weightstream.costing import Costs, Product, Sparse, hardware_of, slowdown_of
 from weightstream.engine import DTYPES, Engine, default_loss
 from weightstream.machine.profile import Profile
+from weightstream.schedule.flows import disk_bound
 from weightstream.schedule.planner import Allotment, Facts, buffers_bytes
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Hardware
@@ -204,7 +205,7 @@ def _prediction_of(inputs: Inputs, engine: Engine, profile: Profile, whole: Fact
     crowded = max(1.0, hardware.hosts.count(0) * hardware.cores_per_rank / hardware.cores_per_host)
     read, written = simulation.read_bytes, simulation.written_bytes
     if size > 1:  # of all ranks together; the simulation tells of the one that moves most
-        bound = engine.bytes_bound_of(whole, allotment)
+        bound = disk_bound(whole, allotment)
         read, written = bound.read, bound.written
     memory = _memory_by_rank(inputs, engine, profile)
     return Prediction(

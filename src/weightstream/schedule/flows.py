@@ -5,7 +5,7 @@ Counted once more, from the operations themselves: neither executor is asked, an
 
 from dataclasses import dataclass, field
 
-from weightstream.schedule.cost import BlockFacts, lower_bound
+from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Fetch, Load, Reduce, Restore, Schedule, Spill, Update, Write
 from weightstream.schedule.planner import Allotment, Facts, build
 
@@ -107,19 +107,29 @@ def flows_of(facts: Facts, allotment: Allotment, *, ranks: int = 1) -> Flows:
     return found
 
 
-def _bounds(found: Flows, facts: Facts, allotment: Allotment, ranks: int) -> None:
+def disk_bound(facts: Facts, allotment: Allotment) -> StepBytes:
+    """The least that a steady step must move between host and disk under an allotment."""
     blocks = _touched(facts)
-    recent = frozenset(list(dict.fromkeys(visit.block for visit in reversed(facts.visits)))[: allotment.slabs])
     staged = frozenset(b.index for b in blocks if b.trainable and facts.deferred) - allotment.staged_in_ram
-    least = lower_bound(
-        blocks, deferred=facts.deferred, kept_across_turn=recent, staged_on_disk=staged,
+    return lower_bound(
+        blocks, deferred=facts.deferred, kept_across_turn=_kept_across_turn(facts, allotment), staged_on_disk=staged,
         pinned_copies=allotment.pinned_copies, pinned_states=allotment.pinned_states,
     )  # fmt: skip
+
+
+def _bounds(found: Flows, facts: Facts, allotment: Allotment, ranks: int) -> None:
+    least = disk_bound(facts, allotment)
     found.disk_read.least, found.disk_written.least = least.read, least.written
     if ranks > 1:
+        blocks, recent = _touched(facts), _kept_across_turn(facts, allotment)
         twice = (block for block in blocks if block.index not in recent and not block.resident)
         found.down.least = sum(b.fetched_bytes for b in blocks) + sum(b.fetched_bytes for b in twice)
         found.up.least = sum(block.gradient_bytes for block in blocks if block.trainable)
+
+
+def _kept_across_turn(facts: Facts, allotment: Allotment) -> frozenset[int]:
+    """The blocks that forward visits last: they lie in slabs when backward begins."""
+    return frozenset(list(dict.fromkeys(visit.block for visit in reversed(facts.visits)))[: allotment.slabs])
 
 
 def _touched(facts: Facts) -> list[BlockFacts]:
@@ -127,4 +137,4 @@ def _touched(facts: Facts) -> list[BlockFacts]:
     return [block for block in facts.blocks if block.resident or block.index in visited]
 
 
-__all__ = ["Flow", "Flows", "flows_of", "steady"]
+__all__ = ["Flow", "Flows", "disk_bound", "flows_of", "steady"]

@@ -51,12 +51,7 @@ class AdamW(Optimizer):
     def update(
         self, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, name: str, step: int, count: int
     ) -> None:
-        # One pass over the five tensors; work is cut among threads at cache lines, so bits do not depend on them.
-        torch._fused_adamw_(
-            [param], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [torch.tensor(float(count))],
-            lr=self.lr_at(step, name), beta1=self.betas[0], beta2=self.betas[1],
-            weight_decay=self.weight_decay_of(name, param.dim()), eps=self.eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        self.update_many([param], [grad], [state], names=[name], step=step, counts=[count])
 
     def update_many(
         self,
@@ -68,7 +63,8 @@ class AdamW(Optimizer):
         step: int,
         counts: Sequence[int],
     ) -> None:
-        # the same kernel, which goes through its lists tensor by tensor
+        # One pass over the five tensors of each parameter, one after another; work is cut among threads at cache lines, so
+        # bits do not depend on them.
         alike: dict[tuple[float, float], list[int]] = defaultdict(list)
         for place, (name, param) in enumerate(zip(names, params, strict=True)):
             alike[self.lr_at(step, name), self.weight_decay_of(name, param.dim())].append(place)
