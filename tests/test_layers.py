@@ -20,7 +20,7 @@ LAYERS = (
     ("fabric",),
     ("worker",),
     ("masking", "apportioning", "touching", "past", "runtime", "keeping", "improvising", "simulator", "streaming"),
-    ("captures", "multiplying", "planning", "opening", "engine", "nn", "plan_text"),
+    ("captures", "multiplying", "planning", "opening", "growing", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report", "census", "costing", "hosts", "machine", "predicting"),
     ("config", "architectures", "presets", "board", "folders", "processes", "launcher", "agent", "ranks"),
     ("preflight", "sizing", "run", "commands", "simulating", "transfer", "demo", "demo_workers", "cli"),

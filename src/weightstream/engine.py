@@ -23,10 +23,12 @@ from weightstream.fabric.peers import Alone, Peers
 from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
+from weightstream.growing import Growing
 from weightstream.keeping import Keeper
 from weightstream.masking import Masking
 from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
-from weightstream.nn.attaching import check_places, known_beforehand, layers_of
+from weightstream.nn.attaching import check_places, known_beforehand, layers_of, tokens_in
+from weightstream.nn.pool import Pool
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.past import Past
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
@@ -40,6 +42,7 @@ from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
+from weightstream.store.compaction import SHARE, check_share
 from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
@@ -70,6 +73,8 @@ class MovedBytes:
     read: int
     written: int
     bound: int
+    compaction: int = 0
+    """Those of them that were read and written to copy records of families out of mostly dead files."""
 
     @property
     def total(self) -> int:
@@ -163,6 +168,9 @@ class Engine:
             with which a kernel was measured to be faster. Fixed when the store is made, since it decides the order of sums.
         experts_memory: bytes, beside `host_memory`, for the experts that one step reaches (`nn.StreamedExperts`), with
             their optimizer states, and for those of the step before while they are written.
+        experts_pool: how many experts may come to exist (`nn.Pool`), of all layers together; or by pattern of layer names.
+        compaction_share: bytes that compaction may write for each byte of experts that steps write. Dead bytes on disk are
+            at most one over it times the live ones.
 
     Raises:
         ConfigError: settings that do not go together, or weights given to sparse parameters without a word on their masks.
@@ -201,6 +209,8 @@ class Engine:
         sparsity: Sparsity | None = None,
         kernels: Mapping[str, Kernel] | AutoKernels | None = None,
         experts_memory: str | int = "1GiB",
+        experts_pool: Pool | Mapping[str, Pool] | None = None,
+        compaction_share: float = SHARE,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -258,6 +268,13 @@ class Engine:
                 f"layer '{next(iter(self._layers))}' (StreamedExperts): training of experts on several ranks is not "
                 f"supported, found {self.ranks.cluster.size} ranks; run it as one process"
             )
+        self._pools = {"*": experts_pool} if isinstance(experts_pool, Pool) else dict(experts_pool or {})
+        if self._pools and not self.ranks.alone:
+            raise ConfigError(
+                f"experts_pool: not supported on several ranks, found {self.ranks.cluster.size}; run as one process, or "
+                f"without a pool"
+            )
+        self._compaction_share = check_share(compaction_share)
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
         self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._experts_memory)
         self.model.train()
@@ -311,6 +328,12 @@ class Engine:
         self._past = Past.from_json(own.get("past", {}))
         self._past.goes_on(self.step_count + 1, self.optimizer)
         self.touching = self._make_touching()
+        self.growing = Growing(
+            self._layers, self.touching.families, self._pools, own.get("experts", {}), self._calls, self._log
+        )
+        self.touching.check = self.growing.check
+        if self._layers:
+            self.store.compaction_share = self._compaction_share
         visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
                        if m in self.worker.block_of_module)  # fmt: skip
         self._visits = visits
@@ -371,8 +394,18 @@ class Engine:
         return Touching(families)
 
     def _begin_touching(self, micro_batches: int, own: Iterable[Any]) -> None:
-        """Begins to read the experts that a step is known to reach."""
-        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, known_beforehand(self._layers, own))
+        """Begins to read the experts that a step is known to reach; refuses one that there is no room for."""
+        own = list(own)
+        expected: Mapping[str, Sequence[int]] = {}
+        if micro_batches:
+            expected = self.growing.begin(known_beforehand(self._layers, own), tokens_in(own))
+        else:
+            self.growing.outside()
+        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, expected)
+
+    def _calls(self, layer: str) -> int:
+        """How often the model calls a layer of experts for each micro-batch, as far as it is known."""
+        return max(1, sum(layer.startswith(f"{visit.module}.") for visit in self._visits))
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
@@ -572,6 +605,8 @@ class Engine:
         self.step_count = number
         norm = outcome.norm
         self._count_skipped(outcome, number)
+        self.growing.took(self._added(outcome.finite))
+        self.growing.measured({name: facts.assignments for name, facts in self.touching.facts.items()})
         self._warn_of_crowds()
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         moved = self._moved()
@@ -642,6 +677,8 @@ class Engine:
             progress=self._progress_after, rehearsal=True,
         )  # fmt: skip
         self._learn(outcome, measuring=True)
+        facts = self.touching.facts
+        self.growing.measured({name: micro_batches * found.assignments for name, found in facts.items()})
         self._plan(micro_batches)
         self.recorder.forget()
 
@@ -653,7 +690,13 @@ class Engine:
         }
         if any(layer.untouched == "dense" for layer in self._layers.values()):
             own["past"] = self._past.to_json(() if finite else (self.step_count + 1,))
+        if self._layers:
+            own["experts"] = self.growing.to_json(self._added(finite))
         return {**self.progress, "(engine)": own}
+
+    def _added(self, finite: bool) -> Mapping[str, int]:
+        """The experts that the step under way has brought into existence, if it counts."""
+        return self.touching.added if finite else {}
 
     def _count_skipped(self, outcome: StepOutcome, number: int) -> None:
         own = self._progress_after(outcome.finite)["(engine)"]
@@ -708,7 +751,7 @@ class Engine:
 
     def _moved(self) -> MovedBytes:
         read, written = self.recorder.end()
-        return MovedBytes(read, written, self.bytes_bound().total)
+        return MovedBytes(read, written, self.bytes_bound().total, self.recorder.moved("compaction"))
 
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment, and with what is sparse
@@ -798,7 +841,8 @@ class Engine:
         self._begin_touching(0, ())
         for writing in self.touching.make_up():
             self.runtime.wait(writing)
-        self.store.commit(self.step_count, self.store.progress).result()
+        own = self.store.progress.get("(engine)", {}) | {"experts": self.growing.recounted()}
+        self.store.commit(self.step_count, {**self.store.progress, "(engine)": own}).result()
 
     def snapshot(self, name: str) -> None:
         """Holds the present state under a name: commits, then one row. With several ranks all of them call it."""

@@ -7,7 +7,7 @@ optimizer steps.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -33,12 +33,13 @@ Wait = Callable[["Future[T]"], T]
 @dataclass(frozen=True, slots=True)
 class TouchedFacts:
     """What one step reached of a family: records, of those the ones never written before, how often in all, and the one
-    reached most often."""
+    reached most often; how often another one, which does not exist and may not come to, was meant."""
 
     touched: int
     new: int
     assignments: int
     most: int
+    redirected: int = 0
 
 
 @dataclass(slots=True)
@@ -66,15 +67,15 @@ class Arena:
     """Memory for so many records of one family. Nothing is resident until it is used."""
 
     def __init__(self, layout: RecordLayout, records: int) -> None:
-        self._layout, self._stride = layout, align(layout.image_nbytes, ALIGN_PART)
+        self._layout, self._stride = layout, self.slot_bytes(layout)
         self._memory = AlignedBuffer(records * self._stride)
         self._buffers: dict[int, RecordBuffer] = {}
         self._records = records
 
     @staticmethod
-    def fitting(layout: RecordLayout, nbytes: int) -> int:
-        """How many records fit into so much memory."""
-        return nbytes // align(layout.image_nbytes, ALIGN_PART)
+    def slot_bytes(layout: RecordLayout) -> int:
+        """What one record takes."""
+        return align(layout.image_nbytes, ALIGN_PART)
 
     def buffer(self, slot: int) -> RecordBuffer:
         found = self._buffers.get(slot)
@@ -146,7 +147,9 @@ class Touched:
         self._store, self._first, self._dtype, self._device = store, first, dtype, device
         self._groups, self._wait, self._walking, self._replayed = groups, wait, walking, replayed
         layout = store.layout(first + family.count - 1)
-        self._budget_bytes, fitting = nbytes, Arena.fitting(layout, nbytes)
+        self.record_bytes, self.loaded_bytes = layout.parts_nbytes, sum(part.nbytes for part in layout.states)
+        self.slot_bytes = Arena.slot_bytes(layout)
+        self._budget_bytes, fitting = nbytes, nbytes // self.slot_bytes
         if fitting < 1:
             raise PlanError(
                 f"family {family.name!r}: one record takes {format_bytes(layout.image_nbytes)}, there is memory for "
@@ -161,6 +164,9 @@ class Touched:
         self._writes: deque[tuple[Future[None], list[int]]] = deque()  # with the slots that are free afterwards
         self._gradients: dict[int, dict[int, Packed]] = defaultdict(dict)
         self._reached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.only_existing = False  # nothing that does not exist when a step begins comes to exist in it
+        self._instead: dict[int, int] = {}
+        self._redirected: dict[tuple[int, int], int] = {}
         self._total: Packed | None = None
         self._micro_batches = 0
         self._count = 0  # optimizer steps that untouched records have had before this step, where they are replayed
@@ -168,9 +174,47 @@ class Touched:
     def begin(self, micro_batches: int, count: int) -> None:
         """A step of so many micro-batches begins; the store has had `count` optimizer steps."""
         self.drop()
+        self._instead.clear()
         self._micro_batches, self._count = micro_batches, count
 
+    # which ones exist
+
+    def written(self, numbers: Collection[int]) -> set[int]:
+        """Those of these records that exist, that is, that an earlier step has written."""
+        return {index - self._first for index in self._store.written([self._first + number for number in numbers])}
+
+    def count_written(self) -> int:
+        """How many there are; takes the longer the more there are."""
+        return self._store.count_written(self._indices)
+
+    def existing(self, numbers: Sequence[int]) -> list[int]:
+        """These records; where only those that exist may be reached, in place of another one the next that does, by number,
+        round the end. It follows from what the steps before have written alone."""
+        if not self.only_existing:
+            return list(numbers)
+        asked = [number for number in numbers if number not in self._instead]
+        here = self.written(asked)
+        self._instead |= {number: number for number in here}
+        others = [self._first + number for number in asked if number not in here]
+        found = self._store.next_written(self._indices, others) if others else {}
+        self._instead |= {index - self._first: other - self._first for index, other in found.items()}
+        return [self._instead[number] for number in numbers]
+
+    @property
+    def _indices(self) -> range:
+        return range(self._first, self._first + self.family.count)
+
     # for the layer
+
+    def routed(self, numbers: Tensor) -> Tensor:
+        """The records that these assignments of a micro-batch go to; see `existing`."""
+        if not self.only_existing:
+            return numbers
+        asked, place = torch.unique(numbers.cpu(), return_inverse=True)
+        result = torch.tensor(self.existing(asked.tolist()), dtype=torch.int64)[place].to(numbers.device)
+        if (walking := self._walking()) is not None:
+            self._redirected[walking] = int((result != numbers).sum())
+        return result
 
     def expect(self, numbers: Sequence[int]) -> None:
         """Begins to read those of these records that are not here."""
@@ -267,6 +311,11 @@ class Touched:
         (total,) = sums.values()
         return total
 
+    @property
+    def added(self) -> int:
+        """How many records the update will write for the first time."""
+        return 0 if self._total is None else sum(self._held[number].new for number in self._total.numbers.tolist())
+
     def update(self, step: int, coefficient: float) -> "Future[None]":
         """The optimizer step on what got a gradient, and its writing; done when written. All other records go."""
         total, self._total = self._total, None
@@ -344,6 +393,7 @@ class Touched:
         self._reading.clear()
         self._gradients.clear()
         self._reached.clear()
+        self._redirected.clear()
         self._total = None
         self._free.extend(held.slot for held in self._held.values())
         self._held.clear()
@@ -358,7 +408,8 @@ class Touched:
         found, place = torch.unique(numbers, return_inverse=True)
         reached = torch.zeros(found.numel(), dtype=torch.int64).index_add_(0, place, counts)
         new = sum(self._held[number].new for number in found.tolist())
-        return TouchedFacts(found.numel(), new, int(reached.sum()), int(reached.max()))
+        redirected = sum(self._redirected.values())
+        return TouchedFacts(found.numel(), new, int(reached.sum()), int(reached.max()), redirected)
 
     def close(self) -> None:
         """Waits for writes and gives the memory back."""
@@ -377,10 +428,14 @@ class Touching:
     families: dict[str, Touched] = field(default_factory=dict)
     facts: dict[str, TouchedFacts] = field(default_factory=dict)
     """Of the last step."""
+    added: dict[str, int] = field(default_factory=dict)
+    """Records that the step writes for the first time, if it counts."""
+    check: Callable[[Mapping[str, int]], None] = lambda added: None
+    """Refuses a step that would write so many for the first time."""
 
     def begin(self, micro_batches: int, count: int, expected: Mapping[str, Sequence[int]]) -> None:
         """A step of so many micro-batches begins; the store has had `count` optimizer steps. Reads what is expected."""
-        self.facts = {}
+        self.facts, self.added = {}, {}
         for name, family in self.families.items():
             family.begin(micro_batches, count)
             family.expect(expected.get(name, ()))
@@ -391,6 +446,8 @@ class Touching:
         squares: Squares = {}
         for family in self.families.values():
             squares |= family.close_sums()
+        self.added = {name: family.added for name, family in self.families.items()}
+        self.check(self.added)
         return squares
 
     def update(self, step: int, coefficient: float) -> "Future[list[None]]":
