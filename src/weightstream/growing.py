@@ -202,9 +202,10 @@ class Growing:
         used, after = self._used(limit, {}), self._used(limit, new)
         if after <= limit.pool.most:
             return
+        adds = f"{sum(new.values()):,} experts" + ("" if limit.pool.counts else f" of {format_bytes(after - used)}")
         full = (
             f"{limit}: {_figure(limit.pool, used)} of {_figure(limit.pool, limit.pool.most)} exist, the step of "
-            f"{tokens:,} tokens may add {sum(new.values()):,} experts ({_figure(limit.pool, after - used)})"
+            f"{tokens:,} tokens may add {adds}"
         )
         if limit.pool.when_full == "refuse":
             raise PlanError(
@@ -213,7 +214,9 @@ class Growing:
             )
         empty = [name for name in limit.layers if not self._now[name].written]
         if empty:
-            raise PlanError(f"{full}, and layer '{empty[0]}' has none to route to; give a larger pool; nothing was changed")
+            raise PlanError(
+                f"{full}, and layer '{empty[0]}' has none to route to; give a larger pool; nothing was changed"
+            )
         self._log(f"{full}: from now on tokens go to experts that exist")
         for name in limit.layers:
             self._now[name] = replace(self._now[name], closed=limit.pool.limit)
@@ -284,9 +287,7 @@ class Growing:
         found = []
         for limit in self._limits:
             used = self._used(limit, {})
-            rate = sum(
-                (self._growth(name).new_per_step or 0.0) * self._weight(limit, name) for name in limit.layers
-            )
+            rate = sum((self._growth(name).new_per_step or 0.0) * self._weight(limit, name) for name in limit.layers)
             counted = [self._counted[name] for name in limit.layers]
             closed = all(each.closed is not None for each in counted)
             left = None if closed or not rate else max(0, int((limit.pool.most - used) / rate))

@@ -135,7 +135,9 @@ def _growth(engine: "Engine", times: float) -> list[str]:
         full = ""
         if grown:
             free = shutil.disk_usage(engine.store.path).free
-            full = f"; the disk is full after {after(free / grown / times)} at the earliest, {after(free / grown)} at the latest"
+            full = (
+                f"; the disk is full after {after(free / grown)}, or {after(free / grown / times)} with all dead bytes"
+            )
         lines.append(f"experts grow by   {new:,.1f} a step lately, {format_bytes(grown)}{full}")
     for found in engine.growing.pools:
         limit = f"{found.pool.limit:,} experts" if isinstance(found.pool.limit, int) else format_bytes(found.pool.most)
@@ -147,7 +149,7 @@ def _growth(engine: "Engine", times: float) -> list[str]:
             state = f"; full after {after(found.steps_left)} at this rate"
         elif found.unseen:
             state = ""
-        lines.append(f"experts pool      {used} of {limit} of {', '.join(found.layers)}{state}; then {found.pool.when_full}")
+        lines.append(f"experts pool      {used} of {limit} of {', '.join(found.layers)}{state}")
     return lines
 
 

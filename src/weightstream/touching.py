@@ -442,7 +442,7 @@ class Touching:
 
     def close_sums(self) -> Squares:
         """Sums all gradients of the step; gives their squares."""
-        self.facts = {name: facts for name, family in self.families.items() if (facts := family.facts) is not None}
+        self.facts |= {name: facts for name, family in self.families.items() if (facts := family.facts) is not None}
         squares: Squares = {}
         for family in self.families.values():
             squares |= family.close_sums()

@@ -112,9 +112,7 @@ def compact(versions: "Versions", batch: Batch, published: Mapping[int, Entry]) 
         DamagedRecordError: a record of the last commit is not what was written.
         StoreError: it cannot be read, or there is no room.
     """
-    versions.pace.earn(
-        sum(versions.layouts.parts_nbytes(index) for index, entry in published.items() if entry.offset)
-    )
+    versions.pace.earn(sum(versions.layouts.parts_nbytes(index) for index, entry in published.items() if entry.offset))
     if versions.pace.allowed_bytes <= 0:
         return Copied()
     files = versions.shared.manifest.mostly_dead_files(_FILES_AT_ONCE)
