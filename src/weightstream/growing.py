@@ -56,7 +56,7 @@ class LayerGrowth:
     """How a layer grows.
 
     `most_per_step` are the experts that a step may reach, as far as its tokens are known (after a step or a rehearsal);
-    `held` those that `experts_memory` has room for; `new_per_step` the mean of the last steps.
+    `held` those that `experts_memory` has room for; `new_per_step` the mean of the last steps, 0 once its pool is closed.
     """
 
     experts: int
@@ -275,7 +275,7 @@ class Growing:
     def _growth(self, name: str) -> LayerGrowth:
         touched, counted, layer = self._touched[name], self._counted[name], self._layers[name]
         most = self._assignments.get(name)
-        rate = counted.rate if counted.steps else None
+        rate = None if not counted.steps else 0.0 if counted.closed is not None else counted.rate
         return LayerGrowth(
             layer.experts, counted.written, touched.record_bytes, touched.loaded_bytes,
             None if most is None else min(most, layer.experts), touched.capacity, rate,

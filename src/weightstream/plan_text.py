@@ -125,8 +125,10 @@ def _growth(engine: "Engine", times: float) -> list[str]:
     layers, step_s = engine.growing.layers.values(), engine.store.versions.session.step_s(engine.store.step)
 
     def after(steps: float) -> str:
-        pace = "" if step_s is None else f", {format_seconds(steps * step_s)}"
-        return f"{int(steps):,} steps{pace}"
+        if step_s is None:
+            return f"{int(steps):,} steps"
+        days = steps * step_s / 86_400
+        return f"{int(steps):,} steps, " + (f"{days:,.1f} days" if days > 2 else format_seconds(steps * step_s))
 
     lines = []
     if any(layer.new_per_step is not None for layer in layers):
