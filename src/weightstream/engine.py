@@ -262,7 +262,7 @@ class Engine:
             keep_memory()
         self._layers = layers_of(self.model)
         self._crowded: set[str] = set()
-        self._experts_memory = parse_bytes(experts_memory) if self._layers else 0
+        self.experts_memory = parse_bytes(experts_memory) if self._layers else 0
         if self._layers and not self.ranks.alone:
             raise ConfigError(
                 f"layer '{next(iter(self._layers))}' (StreamedExperts): training of experts on several ranks is not "
@@ -276,7 +276,7 @@ class Engine:
             )
         self._compaction_share = check_share(compaction_share)
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
-        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._experts_memory)
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self.experts_memory)
         self.model.train()
         check_model(self.model)
         contract = contract_of(
@@ -385,7 +385,7 @@ class Engine:
             family = layer.family(name)
             families[name] = Touched(
                 self.store, self.store.index(family.name, 0), family,
-                nbytes=self._experts_memory // len(self._layers), dtype=DTYPES[self.precision], device=self.device,
+                nbytes=self.experts_memory // len(self._layers), dtype=DTYPES[self.precision], device=self.device,
                 groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
                 walking=lambda: None if self.worker.outside is not None else self.worker.walking,
                 replayed=self._past.at if layer.untouched == "dense" else None,

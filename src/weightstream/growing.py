@@ -56,13 +56,15 @@ class LayerGrowth:
     """How a layer grows.
 
     `most_per_step` are the experts that a step may reach, as far as its tokens are known (after a step or a rehearsal);
-    `held` those that `experts_memory` has room for; `new_per_step` the mean of the last steps, 0 once its pool is closed.
+    `held` those that `experts_memory` has room for, each in `slot_bytes`; `new_per_step` is the mean of the last steps, 0
+    once its pool is closed.
     """
 
     experts: int
     written: int
     record_bytes: int
     loaded_bytes: int
+    slot_bytes: int
     most_per_step: int | None
     held: int
     new_per_step: float | None
@@ -277,7 +279,7 @@ class Growing:
         most = self._assignments.get(name)
         rate = None if not counted.steps else 0.0 if counted.closed is not None else counted.rate
         return LayerGrowth(
-            layer.experts, counted.written, touched.record_bytes, touched.loaded_bytes,
+            layer.experts, counted.written, touched.record_bytes, touched.loaded_bytes, touched.slot_bytes,
             None if most is None else min(most, layer.experts), touched.capacity, rate,
         )  # fmt: skip
 

@@ -110,10 +110,13 @@ def _experts(engine: "Engine") -> list[str]:
     reached = [(layer.most_per_step, layer) for layer in layers.values() if layer.most_per_step is not None]
     if reached:
         held = " and ".join(sorted({f"{layer.held:,}" for layer in layers.values()}))
+        memory = len(layers) * max(most * layer.slot_bytes for most, layer in reached)  # it is divided alike
+        read = sum(most * layer.loaded_bytes for most, layer in reached)
+        written = sum(most * layer.record_bytes for most, layer in reached)
         lines.append(
-            f"experts per step  at most {sum(most for most, _ in reached):,}; experts_memory holds {held} of each layer; "
-            f"read up to {format_bytes(sum(most * layer.loaded_bytes for most, layer in reached))}, written and grown by up "
-            f"to {format_bytes(sum(most * layer.record_bytes for most, layer in reached))}"
+            f"experts per step  at most {sum(most for most, _ in reached):,}, which take {format_bytes(memory)} of "
+            f"experts_memory; {format_bytes(engine.experts_memory)} are given, for {held} of each layer; read up to "
+            f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}"
         )
     else:
         lines.append("experts per step  not known yet: rehearse a step, or take one")

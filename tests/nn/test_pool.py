@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import weightstream as ws
 from weightstream.errors import ConfigError, PlanError
 from weightstream.nn import HashRouter, Pool, ProductKeyRouter, StreamedExperts
+from weightstream.units import format_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -260,7 +261,11 @@ def test_the_plan_knows_how_experts_grow(tmp_path: Path) -> None:
         most = min(3 * tokens * TOP_K, EXPERTS)
         assert growth.most_per_step == most
         assert growth.loaded_bytes >= 12 * 2 * WIDTH * HIDDEN
-        assert f"experts per step  at most {2 * most}; " in trained.plan
+        needed = format_bytes(2 * most * growth.slot_bytes)
+        said = (
+            f"at most {2 * most}, which take {needed} of experts_memory; 16.0 MiB are given, for {growth.held} of each"
+        )
+        assert f"experts per step  {said}" in trained.plan
         results = [trained.step(text(step, count=1), loss_fn) for step in range(3)]
         new = [sum(facts.new for facts in result.experts.values()) for result in results]
         trained.commit()
