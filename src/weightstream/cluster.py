@@ -101,3 +101,13 @@ def owners(record_bytes: Sequence[int], ranks: int) -> tuple[int, ...]:
         owner[record] = rank
         heapq.heappush(loads, (nbytes + record_bytes[record], rank))
     return tuple(owner)
+
+
+def owner_of(number: int, ranks: int) -> int:
+    """The memory rank that owns a family's record of that number: numbers are dealt out in turn."""
+    return number % ranks
+
+
+def owned(count: int, rank: int, ranks: int) -> range:
+    """The numbers of a family of `count` records that a memory rank owns (`owner_of`)."""
+    return range(rank, count, ranks)
