@@ -350,7 +350,7 @@ class Touched:
         """Makes these records the newest versions, and lets them go when they are written."""
         held = [self._held.pop(number) for number in numbers]
         for place, copies in enumerate(self._parts.get("copy", ())):
-            slots = torch.tensor([each.slot for each in held])
+            slots = torch.tensor([each.slot for each in held], dtype=torch.int64)
             copies[slots] = self._parts["param"][place][slots].to(copies.dtype)
         writing = self._store.write_many(
             [

@@ -73,6 +73,7 @@ class Store:
             families = manifest.families()
             self.blocks, self.units = blocks_of(blocks), units_of(blocks)
             last = manifest.last_commit()
+            self._newest = last.number
             rows = manifest.records(stop=len(self.units))
             if common is not None and common.number != last.number:  # a reader: not all ranks have the last one yet
                 last = manifest.commit_row(common.number)
@@ -345,7 +346,9 @@ class Store:
         if self.writable:
             return [row for row in rows if row.died is None]
         found = [replace(row, died=None) for row in rows if row.lives_at(self._opened)]
-        if lost := {row.block for row in rows if row.born > self._opened} - {row.block for row in found}:
+        # a commit that not all memory ranks have keeps the one before, which was opened then
+        whole = self._newest if self.manifest.last_commit().number == self._newest else self._opened
+        if lost := {row.block for row in rows if row.born > whole} - {row.block for row in found}:
             raise StoreError(
                 f"store '{self.path}': block {min(lost)} {self.layout(min(lost)).block!r} was written since the store was "
                 "opened for reading; open it anew"
