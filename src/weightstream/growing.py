@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from weightstream.errors import ConfigError, PlanError
+from weightstream.existence import Existence, Numbers
 from weightstream.nn.experts import StreamedExperts
 from weightstream.nn.pool import Pool
-from weightstream.touching import Touched
+from weightstream.touching import Door
 from weightstream.units import format_bytes
 
 RECENT_STEPS = 64
@@ -99,26 +100,31 @@ class Growing:
     """Counts the experts of an engine's layers, and holds them to its pools.
 
     Args:
-        layers, touched: the layers, and their records, by name.
+        layers, doors: the layers by name, and through which they reach their experts.
+        existence: which of these exist.
         pools: by pattern of layer names, the first that matches counts; layers with one pattern share a pool.
         kept: what `to_json` gave with the last commit.
         calls: how often the model calls a layer for each micro-batch.
+        several: there are several ranks, which all call the same methods; else `log` is all that is told.
     """
 
     def __init__(
         self,
         layers: Mapping[str, StreamedExperts],
-        touched: Mapping[str, Touched],
+        doors: Mapping[str, Door],
+        existence: Existence,
         pools: Mapping[str, Pool],
         kept: Mapping[str, Any],
         calls: Callable[[str], int],
         log: Callable[[str], None],
+        *,
+        several: bool,
     ) -> None:
-        self._layers, self._touched, self._calls, self._log = layers, touched, calls, log
-        self._limits = _limits(layers, pools)
+        self._layers, self._doors, self._existence, self._calls, self._log = layers, doors, existence, calls, log
+        self._several, self._limits = several, _limits(layers, pools)
+        counts = {} if all(name in kept for name in layers) else existence.count()
         self._counted = {
-            name: Counted.from_json(kept[name]) if name in kept else Counted(found.count_written())
-            for name, found in touched.items()
+            name: Counted.from_json(kept[name]) if name in kept else Counted(counts[name]) for name in layers
         }
         for limit in self._limits:
             for name in limit.layers:
@@ -134,7 +140,7 @@ class Growing:
     def outside(self) -> None:
         """No step is under way: nothing comes to exist, and layers whose pools are full are as in steps."""
         self._now = dict(self._counted)
-        self._open_gates()
+        self._open_gates({}, {})
 
     def begin(self, expected: Mapping[str, Sequence[int]], tokens: int | None) -> dict[str, list[int]]:
         """A step begins; gives the experts that it will reach, as far as they are known.
@@ -147,20 +153,27 @@ class Growing:
             PlanError: it could reach more than there is room for, on disk or in memory.
         """
         self._now = dict(self._counted)
-        for limit in self._limits:
-            self._hold(limit, expected, tokens)
-        self._open_gates()
-        found = {name: sorted({*self._touched[name].existing(numbers)}) for name, numbers in expected.items()}
-        for name in self._layers:
+        every, all_tokens = expected, tokens
+        if self._several and self._limits:
+            every, all_tokens = self._existence.together(expected, tokens)
+        if self._limits:
+            written = self._existence.written(every)
+            for limit in self._limits:
+                self._hold(limit, every, written, all_tokens)
+            self._open_gates(every, written)
+        found = {name: sorted({*self._doors[name].existing(numbers)}) for name, numbers in expected.items()}
+        for name in () if self._several else self._layers:
             self._check_memory(name, found.get(name), tokens)
         return found
 
-    def check(self, added: Mapping[str, int]) -> None:
-        """Refuses a step that has come to more new experts than was to be expected of it, before any is written.
+    def agree(self, added: Mapping[str, int]) -> dict[str, int]:
+        """What the step adds on all ranks. Refuses one that has come to more new experts than was to be expected of it, before
+        any is written.
 
         Raises:
             PlanError: they exceed a pool.
         """
+        added = self._existence.sum(added) if self._several else dict(added)
         for limit in self._limits:
             after = self._used(limit, added)
             if after > limit.pool.most:
@@ -169,6 +182,7 @@ class Growing:
                     f"would exist, {_figure(limit.pool, limit.pool.most)} may; give a larger pool, or the layers the "
                     f"input_ids of the micro-batch; nothing was changed"
                 )
+        return added
 
     def took(self, added: Mapping[str, int]) -> None:
         """The step counts, and has written so many new experts."""
@@ -183,16 +197,19 @@ class Growing:
         """What is committed with a step that has written so many new experts."""
         return {name: found.to_json() for name, found in self._after(added).items()}
 
-    def recounted(self) -> dict[str, Any]:
-        """The same after records were written outside of steps; counts them."""
+    def made(self, added: Mapping[str, int]) -> dict[str, Any]:
+        """What is committed after this rank has written so many new experts outside of steps."""
+        every = self._existence.sum(added) if self._several else added
         for name, found in self._counted.items():
-            self._counted[name] = replace(found, written=self._touched[name].count_written())
+            self._counted[name] = replace(found, written=found.written + every.get(name, 0))
         return {name: found.to_json() for name, found in self._counted.items()}
 
     def _after(self, added: Mapping[str, int]) -> dict[str, Counted]:
         return {name: found.after(added.get(name, 0)) for name, found in self._now.items()}
 
-    def _hold(self, limit: _Limit, expected: Mapping[str, Collection[int]], tokens: int | None) -> None:
+    def _hold(
+        self, limit: _Limit, expected: Numbers, written: Mapping[str, Collection[int]], tokens: int | None
+    ) -> None:
         if all(self._now[name].closed is not None for name in limit.layers):
             return
         if tokens is None:
@@ -200,7 +217,10 @@ class Growing:
                 f"{limit}: expected micro-batches that are dicts with input_ids, from which it follows what a step may "
                 f"reach, found others; give them so, or no pool"
             )
-        new = {name: self._reach(name, expected.get(name), tokens).new for name in limit.layers}
+        new = {
+            name: len(expected[name]) - len(written[name]) if name in expected else self._could_reach(name, tokens).new
+            for name in limit.layers
+        }
         used, after = self._used(limit, {}), self._used(limit, new)
         if after <= limit.pool.most:
             return
@@ -223,41 +243,46 @@ class Growing:
         for name in limit.layers:
             self._now[name] = replace(self._now[name], closed=limit.pool.limit)
 
-    def _reach(self, name: str, expected: Collection[int] | None, tokens: int) -> Reach:
-        """What a step of so many tokens may reach of a layer; exact where its experts are known beforehand."""
-        layer, touched = self._layers[name], self._touched[name]
-        if expected is not None:
-            return Reach(len(expected), len(expected) - len(touched.written(expected)))
+    def _could_reach(self, name: str, tokens: int) -> Reach:
+        """What a step of so many tokens may reach of a layer whose experts are not known beforehand."""
+        layer = self._layers[name]
         experts = min(tokens * layer.top_k * self._calls(name), layer.experts)
         return Reach(experts, min(experts, layer.experts - self._counted[name].written))
 
     def _check_memory(self, name: str, expected: Sequence[int] | None, tokens: int | None) -> None:
-        touched = self._touched[name]
+        sizes = self._existence.sizes[name]
         if expected is not None:
-            if len(expected) > touched.capacity:
+            if len(expected) > sizes.capacity:
                 raise PlanError(
-                    f"layer '{name}': the step reaches {len(expected):,} experts, there is memory for {touched.capacity:,} of "
-                    f"{format_bytes(touched.slot_bytes)}; give {self._memory_for(len(expected))} (experts_memory), or fewer "
+                    f"layer '{name}': the step reaches {len(expected):,} experts, there is memory for {sizes.capacity:,} of "
+                    f"{format_bytes(sizes.slot_bytes)}; give {self._memory_for(len(expected))} (experts_memory), or fewer "
                     f"tokens to a step; nothing was changed"
                 )
         elif tokens is not None and name not in self._warned:
-            most = self._reach(name, None, tokens).experts
-            if most > touched.capacity:
+            most = self._could_reach(name, tokens).experts
+            if most > sizes.capacity:
                 self._warned.add(name)
                 self._log(
                     f"layer '{name}': a step of {tokens:,} tokens may reach up to {most:,} experts, there is memory for "
-                    f"{touched.capacity:,}; one that reaches more is refused when it does: {self._memory_for(most)} "
+                    f"{sizes.capacity:,}; one that reaches more is refused when it does: {self._memory_for(most)} "
                     f"(experts_memory) hold all"
                 )
 
     def _memory_for(self, records: int) -> str:
         """The `experts_memory` that holds so many records of each layer: it is divided alike."""
-        largest = max(touched.slot_bytes for touched in self._touched.values())
+        largest = max(sizes.slot_bytes for sizes in self._existence.sizes.values())
         return format_bytes(len(self._layers) * records * largest)
 
-    def _open_gates(self) -> None:
-        for name, touched in self._touched.items():
-            touched.only_existing = self._now[name].closed is not None
+    def _open_gates(self, expected: Numbers, written: Mapping[str, Collection[int]]) -> None:
+        """Closed layers reach what exists, or the next that does."""
+        closed = [name for name, counted in self._now.items() if counted.closed is not None]
+        missing = {name: sorted({*expected[name]} - {*written[name]}) for name in closed if name in expected}
+        instead = self._existence.next_written(missing) if missing else {}
+        for name, door in self._doors.items():
+            if name in closed:
+                door.gate({number: number for number in written.get(name, ())} | instead.get(name, {}))
+            else:
+                door.gate(None)
 
     def _used(self, limit: _Limit, added: Mapping[str, int]) -> int:
         return sum(
@@ -265,7 +290,7 @@ class Growing:
         )
 
     def _weight(self, limit: _Limit, name: str) -> int:
-        return 1 if limit.pool.counts else self._touched[name].record_bytes
+        return 1 if limit.pool.counts else self._existence.sizes[name].record_bytes
 
     # looking
 
@@ -275,12 +300,12 @@ class Growing:
         return {name: self._growth(name) for name in self._layers}
 
     def _growth(self, name: str) -> LayerGrowth:
-        touched, counted, layer = self._touched[name], self._counted[name], self._layers[name]
+        sizes, counted, layer = self._existence.sizes[name], self._counted[name], self._layers[name]
         most = self._assignments.get(name)
         rate = None if not counted.steps else 0.0 if counted.closed is not None else counted.rate
         return LayerGrowth(
-            layer.experts, counted.written, touched.record_bytes, touched.loaded_bytes, touched.slot_bytes,
-            None if most is None else min(most, layer.experts), touched.capacity, rate,
+            layer.experts, counted.written, sizes.record_bytes, sizes.loaded_bytes, sizes.slot_bytes,
+            None if most is None else min(most, layer.experts), sizes.capacity, rate,
         )  # fmt: skip
 
     @property

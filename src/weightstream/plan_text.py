@@ -98,7 +98,7 @@ def plan_text(
 def _experts(engine: "Engine") -> list[str]:
     """What layers of experts move, hold and grow by: by arithmetic before a run, and at the rate that was seen in it."""
     layers = engine.growing.layers
-    if not layers:
+    if not layers or not engine.ranks.owns:
         return []
     live = sum(layer.written * layer.record_bytes for layer in layers.values())
     times = 1 + 1 / engine.store.compaction_share

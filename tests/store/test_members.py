@@ -12,18 +12,21 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.store.cases import CHUNK_BYTES, filled, make, sparsity_of
+from tests.store.cases import CHUNK_BYTES, assert_accounted, filled, make, sparsity_of
 from tests.store.test_families import EXPERTS
 
+from weightstream.cluster import owned
 from weightstream.errors import PlanError, StoreError
 from weightstream.store.manifest import Manifest
 from weightstream.store.members import Members
+from weightstream.store.segments import RecordBuffer
 from weightstream.store.sparsity import InitialMask
 from weightstream.store.store import Store
 from weightstream.store.tiers import Disk
 
 PANEL = 1000
 UNITS = 5
+MEMBERS = 9  # records of a family that steps write
 MASKS = {"embed.weight": InitialMask("random", counts=(300, 200))}  # one for each panel
 
 
@@ -94,6 +97,16 @@ def write_step(store: Store, step: int) -> None:
             store.write(
                 unit.index, buffer, store.version(unit.index) + 1, store.optimizer_steps(unit.index) + 1
             ).result()
+    numbers = [n for n in owned(MEMBERS, store.members.rank, store.members.count) if n % 4 == step % 4 or n == step]
+    indices = [store.index(EXPERTS.name, number) for number in numbers]
+    buffers = [RecordBuffer(store.layout(index)) for index in indices]
+    versions = store.read_many(list(zip(indices, buffers, strict=True))).result(timeout=30)
+    assert versions == [store.version(index) for index in indices]
+    written = [
+        (index, filled(store.layout(index), 10 * step + number), version + 1, version + 1)
+        for index, number, version in zip(indices, numbers, versions, strict=True)
+    ]
+    store.write_many(written).result(timeout=30)
     store.commit(step, {"step": step}).result(timeout=30)
 
 
@@ -119,7 +132,7 @@ def look(path: Path) -> tuple[int, str]:
 def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     """Of every step, of one rank that nothing disturbs."""
     path = tmp_path_factory.mktemp("alone") / "store"
-    make(path, panel_elements=PANEL, masks=MASKS).close()
+    make(path, panel_elements=PANEL, masks=MASKS, families=[EXPERTS]).close()
     found = dict([look(path)])
     for step in range(1, 9):
         go_on(path, 1, step)
@@ -132,7 +145,7 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    make(tmp_path / "store", panel_elements=PANEL, masks=MASKS).close()
+    make(tmp_path / "store", panel_elements=PANEL, masks=MASKS, families=[EXPERTS]).close()
     return tmp_path / "store"
 
 
@@ -142,7 +155,9 @@ def test_any_number_of_ranks_goes_on(path: Path, digests: dict[int, str]) -> Non
         assert look(path) == (step, digests[step])
         with reopen(path) as store:
             assert store.verify() == []
-            names = [file.name.split(".")[0] for file in (path / "segments").rglob("*.safetensors")]
+            assert_accounted(store)
+            files = [file for file in (path / "segments").rglob("*.safetensors") if "shared" not in file.parts]
+            names = [file.name.split(".")[0] for file in files]
             assert max(map(names.count, names)) <= 4
 
 
@@ -172,7 +187,7 @@ def test_a_rank_that_dies_costs_the_step_under_way_at_most(
     """At each of its exchanges, and before and after each of its publishes."""
     tried = 0
     origin = tmp_path / "origin"
-    make(origin, panel_elements=PANEL, masks=MASKS).close()
+    make(origin, panel_elements=PANEL, masks=MASKS, families=[EXPERTS]).close()
     go_on(origin, 2, 2)
     for rank in range(count):
         for kind in ("exchange", "before", "after"):
@@ -199,6 +214,7 @@ def test_a_rank_that_dies_costs_the_step_under_way_at_most(
                     assert look(other) == (6, digests[6])
                 with reopen(other) as reopened:
                     assert reopened.verify() == []
+                    assert_accounted(reopened)
                 shutil.rmtree(store)
     assert tried >= count * 12
 
@@ -209,7 +225,7 @@ def test_snapshots_are_what_they_were(
     tmp_path_factory: pytest.TempPathFactory, digests: dict[int, str], counts: list[int], data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("snapshots") / "store"
-    make(path, panel_elements=PANEL, masks=MASKS).close()
+    make(path, panel_elements=PANEL, masks=MASKS, families=[EXPERTS]).close()
     taken: dict[str, int] = {}
     for step, count in enumerate(counts, start=1):
         name = f"s{step}" if data.draw(st.booleans()) else None
@@ -360,20 +376,6 @@ class TestRefusals:
     def test_the_first_one_is_missing(self, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"expected a store"):
             go_on(tmp_path / "nothing", 2, 1)
-
-    def test_families(self, tmp_path: Path) -> None:
-        make(tmp_path / "store", families=[EXPERTS]).close()
-        refused = []
-
-        def work(members: Members) -> None:
-            with pytest.raises(StoreError, match="families with several memory ranks .*open it as one rank") as error:
-                reopen(tmp_path / "store", members)
-            refused.append(str(error.value))
-
-        as_ranks(3, work)
-        assert len(refused) == 3
-        assert len(set(refused)) == 1
-        reopen(tmp_path / "store").close()
 
     def test_in_use(self, path: Path) -> None:
         go_on(path, 2, 1)

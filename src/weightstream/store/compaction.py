@@ -131,6 +131,8 @@ def _groups(
 ) -> Iterator[list[list[RecordRow]]]:
     """Records to be copied, as the rows that point to each, in groups that fit the buffer; one file in each."""
     for file in files:
+        if not versions.shared.is_ours(file.file):
+            continue
         places: dict[int, list[RecordRow]] = defaultdict(list)
         for row in versions.shared.manifest.in_shared(file.file):
             places[row.offset].append(row)

@@ -121,11 +121,14 @@ def level(path: Path, manifest: Manifest | None, common: CommitRow, members: Mem
     """Every rank has rank 0's manifest at the common commit when this ends; gives that of this rank."""
 
     def own_state() -> dict[str, Any] | None:
+        undone = False
         if members.rank == 0:
             assert manifest is not None
-            if manifest.last_commit().number != common.number:
+            undone = manifest.last_commit().number != common.number
+            if undone:
                 manifest.undo_last()
-        return None if manifest is None else _state(manifest)
+        # records that the undone commit moved are where it has put them, and only this manifest says so
+        return None if manifest is None else _state(manifest) | {"undone": undone}
 
     states = members.told(own_state)
     lacking = [rank for rank, other in enumerate(states) if other != states[0]]
