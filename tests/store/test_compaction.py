@@ -8,11 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.faults.run import fast_directory
-from tests.store.cases import Mortal, abandon, assert_accounted, assert_holds, filled, make, put, reopen
+from tests.store.cases import Mortal, abandon, assert_accounted, assert_holds, filled, make, put
 from tests.store.test_families import EXPERTS
+from tests.store.test_members import as_ranks, reopen
 
 from weightstream.errors import ConfigError
 from weightstream.store import compaction, shared
+from weightstream.store.members import Members
 from weightstream.store.store import Store
 
 FILE_BYTES = 80_000
@@ -129,6 +131,36 @@ def test_short_sessions_keep_the_pace_together() -> None:
                 put(store, number + 1, *indices(store, set(draw.sample(range(8), 3))))
                 copied, written = copied + session(store)[0], written + session(store)[1]
     assert 0 < copied <= 0.05 * written + image
+
+
+def test_several_ranks_keep_the_pace_each_for_its_own_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks write records at random, each its own; dead bytes of all files stay in bounds, and no rank waits for the
+    files of others, of which there are more than one look takes."""
+    monkeypatch.setattr(shared, "FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(compaction, "_FILES_AT_ONCE", 1)
+    share, ranks = 0.5, 3
+
+    def work(members: Members, path: Path) -> list[int]:
+        draw, copied = random.Random(members.rank), 0
+        with at(reopen(path, members=members), share) as store:
+            image = store.layout(store.index(EXPERTS.name, 0)).parts_nbytes
+            for number in range(50):
+                mine = draw.sample(range(members.rank, 120, ranks), 4)
+                put(store, number + 1, *indices(store, set(mine)))
+                before, (copied, written) = copied, session(store)
+                assert copied - before <= share * 4 * image + image
+                dead, live = dead_and_live(store)
+                assert dead <= live / share + FILE_BYTES + ranks * 4 * image
+            assert written == 50 * 4 * image
+        return [copied, written]
+
+    with fast_directory() as path:
+        make(path / "store", families=[EXPERTS]).close()
+        found = as_ranks(ranks, lambda members: work(members, path / "store"))
+        assert all(0 < copied <= share * written for copied, written in found)
+        with reopen(path / "store") as store:
+            assert store.verify() == []
+            assert_accounted(store)
 
 
 def test_no_share_is_refused(tmp_path: Path) -> None:

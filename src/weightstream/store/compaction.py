@@ -115,7 +115,7 @@ def compact(versions: "Versions", batch: Batch, published: Mapping[int, Entry]) 
     versions.pace.earn(sum(versions.layouts.parts_nbytes(index) for index, entry in published.items() if entry.offset))
     if versions.pace.allowed_bytes <= 0:
         return Copied()
-    files = versions.shared.manifest.mostly_dead_files(_FILES_AT_ONCE)
+    files = versions.shared.manifest.mostly_dead_files(_FILES_AT_ONCE, versions.shared.is_ours)
     at_most = min(versions.pace.allowed_bytes, sum(file.live_bytes for file in files))
     copied, apart = Copied(), Batch(expected_bytes=int(at_most))
     try:
@@ -131,8 +131,6 @@ def _groups(
 ) -> Iterator[list[list[RecordRow]]]:
     """Records to be copied, as the rows that point to each, in groups that fit the buffer; one file in each."""
     for file in files:
-        if not versions.shared.is_ours(file.file):
-            continue
         places: dict[int, list[RecordRow]] = defaultdict(list)
         for row in versions.shared.manifest.in_shared(file.file):
             places[row.offset].append(row)

@@ -13,9 +13,10 @@ import os
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -451,10 +452,13 @@ class Manifest:
         """Shared files that nothing points to."""
         return self._shared("WHERE 2 * live_bytes < nbytes - said_nbytes AND live_bytes = 0 ORDER BY serial")
 
-    def mostly_dead_files(self, count: int) -> list[SharedRow]:
-        """Shared files of which less than half is live, but something is; those of which least is live first."""
-        where = "WHERE 2 * live_bytes < nbytes - said_nbytes AND live_bytes > 0"
-        return self._shared(f"{where} ORDER BY 1.0 * live_bytes / (nbytes - said_nbytes), serial LIMIT ?", (count,))
+    def mostly_dead_files(self, count: int, wanted: Callable[[str], bool] = lambda file: True) -> list[SharedRow]:
+        """Shared files of which less than half is live, but something is; those of which least is live first. `wanted` is
+        asked by name: those of other ranks must not stand before a rank's own."""
+        clause = "SELECT file FROM shared WHERE 2 * live_bytes < nbytes - said_nbytes AND live_bytes > 0"
+        names = self._values(f"{clause} ORDER BY 1.0 * live_bytes / (nbytes - said_nbytes), serial", ())
+        found = islice((name for (name,) in names if wanted(name)), count)
+        return [row for name in found for row in self._shared("WHERE file = ?", (name,))]
 
     def _shared(self, clause: str, values: Sequence[Any] = ()) -> list[SharedRow]:
         return [SharedRow(*row) for row in self._rows("shared", clause, values)]
