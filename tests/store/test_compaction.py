@@ -50,10 +50,10 @@ def session(store: Store) -> tuple[int, int]:
 
 
 ends = st.sampled_from(("goes on", "goes on", "goes on", "killed", "closed"))
-steps = st.lists(st.tuples(st.sets(st.integers(0, 29), min_size=1), ends), min_size=15, max_size=40)
+steps = st.lists(st.tuples(st.sets(st.integers(0, 29), min_size=1), ends), min_size=12, max_size=25)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=steps, share=st.sampled_from((1.0, 0.5, 0.25, 0.1)))
 def test_the_disk_is_bounded_and_nothing_is_lost(steps: list[tuple[set[int], str]], share: float) -> None:
     """After every commit dead bytes are at most 1 / share times the live ones, one file and a commit; and what compaction
