@@ -1,15 +1,17 @@
 """Experts on several ranks: the same losses, norms and digests as on one, whoever owns them and whatever is late."""
 
+import os
 import re
+import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.distributed.processes import Processes
+from tests.distributed.processes import LOST, Processes
 from tests.distributed.test_digests import Delayed
 from torch import Tensor, nn
 
@@ -77,9 +79,13 @@ class KilledError(Exception):
     """Stands for the end of a process in the middle of a step."""
 
 
+def end() -> None:
+    raise KilledError
+
+
 def train(
     path: Path, until: int, count: int, cluster: Cluster | None = None, links: Links | None = None, *,
-    bad: Sequence[int] = (), killed: bool = False, build: Any = Model, **settings: Any,
+    bad: Sequence[int] = (), killed: Callable[[], None] | None = None, build: Any = Model, **settings: Any,
 ) -> Found:  # fmt: skip
     """Up to a step and, if the run is killed, to the middle of the next one; what each step came to."""
     settings = {"host_memory": "64MiB", "device_memory": "64MiB", "experts_memory": "8MiB"} | settings
@@ -89,7 +95,8 @@ def train(
     def loss_or_end(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         loss = loss_fn(model, batch)
         if torch.equal(batch["input_ids"], last):
-            raise KilledError
+            assert killed is not None
+            killed()
         return loss
 
     with ws.Engine(build, path, optimizer, seed=3, threads_per_worker=1, cluster=cluster, links=links, **settings) as e:
@@ -97,7 +104,7 @@ def train(
             weights = [float("inf") if step in bad else 1 / count] * count
             result = e.step(text(step, count), loss_fn, weights=weights)
             found.append((step, result.loss, result.grad_norm, result.skipped, result.experts))
-        if killed:
+        if killed is not None:
             e.step(text(until + 1, count), loss_or_end)
         with e.module() as model:
             if e.computes:
@@ -155,7 +162,7 @@ def test_a_run_that_is_killed_goes_on_with_any_ranks(clip_norm: float | None, tm
     ends: list[tuple[Cluster, int]] = [(Cluster(2), 2), (Cluster(4), 3), (Cluster(1), 4), (Cluster(2, 3), 5)]
     for cluster, until in ends:
         with pytest.raises((KilledError, FabricError)):
-            on_ranks(cluster, tmp_path / "ranks", until, 4, killed=True, clip_norm=clip_norm)
+            on_ranks(cluster, tmp_path / "ranks", until, 4, killed=end, clip_norm=clip_norm)
     found = on_ranks(Cluster(3), tmp_path / "ranks", 7, 4, clip_norm=clip_norm)
     expected = train(tmp_path / "alone", 7, 4, clip_norm=clip_norm)
     assert found == expected[-len(found) :]
@@ -163,17 +170,24 @@ def test_a_run_that_is_killed_goes_on_with_any_ranks(clip_norm: float | None, tm
 
 
 def as_process(links: Links, path: Path, cluster: Cluster) -> Found:
-    return train(path, 2, 4, cluster, links, clip_norm=0.5)
+    return train(path, 2, 4, cluster, links, clip_norm=0.5, killed=lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_ranks_that_are_processes(tmp_path: Path) -> None:
+def test_a_process_that_is_killed(tmp_path: Path) -> None:
+    """The last worker in the middle of step 3: the others hear of it, and the run goes on alone."""
     cluster = Cluster(2, 1)
     ranks = Processes(cluster)
     try:
-        found = ranks.run(as_process, tmp_path / "ranks", cluster)
+        *others, last = ranks.ask(as_process, tmp_path / "ranks", cluster)
     finally:
         ranks.end()
-    assert found[1:] == 2 * [train(tmp_path / "alone", 2, 4, clip_norm=0.5)]
+    assert last == LOST
+    for kind, message in others:
+        assert (kind, "rank 2" in message) == ("FabricError", True), message
+    found = train(tmp_path / "ranks", 3, 4, clip_norm=0.5)
+    expected = train(tmp_path / "alone", 3, 4, clip_norm=0.5)
+    assert len(found) in (2, 3)  # one or two steps are lost, and evaluation
+    assert found == expected[-len(found) :]
     assert digest(tmp_path / "ranks") == digest(tmp_path / "alone")
 
 

@@ -1,5 +1,6 @@
 """Several memory ranks: a step is committed when all hold it, whichever dies when, and any number of ranks goes on."""
 
+import contextlib
 import errno
 import shutil
 import sqlite3
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ from weightstream.store.tiers import Disk
 
 PANEL = 1000
 UNITS = 5
-MEMBERS = 9  # records of a family that steps write
+MEMBERS = 12  # records of a family that steps write, about a third each
 MASKS = {"embed.weight": InitialMask("random", counts=(300, 200))}  # one for each panel
 
 
@@ -97,7 +99,8 @@ def write_step(store: Store, step: int) -> None:
             store.write(
                 unit.index, buffer, store.version(unit.index) + 1, store.optimizer_steps(unit.index) + 1
             ).result()
-    numbers = [n for n in owned(MEMBERS, store.members.rank, store.members.count) if n % 4 == step % 4 or n == step]
+    own = owned(MEMBERS, store.members.rank, store.members.count)
+    numbers = [number for number in own if Random(100 * step + number).random() < 0.35]
     indices = [store.index(EXPERTS.name, number) for number in numbers]
     buffers = [RecordBuffer(store.layout(index)) for index in indices]
     versions = store.read_many(list(zip(indices, buffers, strict=True))).result(timeout=30)
@@ -152,6 +155,7 @@ def path(tmp_path: Path) -> Path:
 def test_any_number_of_ranks_goes_on(path: Path, digests: dict[int, str]) -> None:
     for step, count in enumerate((2, 3, 1, 5, 2, 4, 1), start=1):
         go_on(path, count, step)
+        require_equal_manifests(path, count)
         assert look(path) == (step, digests[step])
         with reopen(path) as store:
             assert store.verify() == []
@@ -178,6 +182,56 @@ def dying(store: Path, rank: int, kind: str, number: int, exchange: Exchange) ->
         return row
 
     return replacement
+
+
+def require_equal_manifests(path: Path, count: int) -> None:
+    """Each says of every record and shared file what the first one says."""
+    found = []
+    for rank in range(count):
+        manifest = Manifest.open((path / f"memory-{rank}" if rank else path) / "manifest.sqlite", writable=False)
+        found.append((manifest.records(), manifest.shared(), manifest.snapshots(), manifest.last_commit()))
+        manifest.close()
+    assert all(other == found[0] for other in found)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_that_die_twice(
+    first: int, tmp_path: Path, digests: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one has published a step and another has not, and again while the one that is ahead goes back. Its records are
+    where the lost step has moved them to."""
+    origin = tmp_path / "origin"
+    make(origin, panel_elements=PANEL, masks=MASKS, families=[EXPERTS]).close()
+    go_on(origin, 1, 5)
+    exchange, publish, done = Exchange(2), Manifest.publish, threading.Event()
+
+    def one_dies(self: Manifest, *arguments: Any, **options: Any) -> Any:
+        if self.path.parent.name == ("memory-1" if first else origin.name):
+            assert done.wait(20)
+            exchange.kill()
+        row = publish(self, *arguments, **options)
+        done.set()
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "publish", one_dies)
+        with pytest.raises(DeadError):
+            go_on(origin, 2, 6, exchange)
+    for number in range(3, 7):
+        store, exchange = tmp_path / f"{number}", Exchange(2)
+        shutil.copytree(origin, store)
+        exchange.dies = (0, number)
+        with contextlib.suppress(DeadError):
+            go_on(store, 2, 5, exchange)
+        go_on(store, 2, 6)
+        require_equal_manifests(store, 2)
+        assert look(store) == (6, digests[6])
+        go_on(store, 3, 8)
+        require_equal_manifests(store, 3)
+        assert look(store) == (8, digests[8])
+        with reopen(store) as reopened:
+            assert reopened.verify() == []
+            assert_accounted(reopened)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -432,6 +432,10 @@ class Manifest:
         """The files that records share, from a serial number on."""
         return self._shared("WHERE serial >= ? ORDER BY serial", (serial,))
 
+    def shared_checksum(self) -> str:
+        """Over all that is said of shared files."""
+        return xxhash.xxh3_64_hexdigest(_json([_shared_values(row) for row in self.shared()]).encode())
+
     def life(self) -> LifeRow:
         """The figures of the last commit; none in a store that was just made."""
         rows = self._rows("life")

@@ -121,14 +121,11 @@ def level(path: Path, manifest: Manifest | None, common: CommitRow, members: Mem
     """Every rank has rank 0's manifest at the common commit when this ends; gives that of this rank."""
 
     def own_state() -> dict[str, Any] | None:
-        undone = False
         if members.rank == 0:
             assert manifest is not None
-            undone = manifest.last_commit().number != common.number
-            if undone:
+            if manifest.last_commit().number != common.number:
                 manifest.undo_last()
-        # records that the undone commit moved are where it has put them, and only this manifest says so
-        return None if manifest is None else _state(manifest) | {"undone": undone}
+        return None if manifest is None else _state(manifest)
 
     states = members.told(own_state)
     lacking = [rank for rank, other in enumerate(states) if other != states[0]]
@@ -167,12 +164,14 @@ def _replace(path: Path, data: bytes) -> Manifest:
 
 
 def _state(manifest: Manifest) -> dict[str, Any]:
-    """What tells whether two manifests are the same: the last two commits and the snapshots."""
+    """What tells whether two manifests are the same: the last two commits, the snapshots, and the files that records
+    share, as what a commit has moved to others stays there when it is undone."""
     with manifest.at_one_moment():
         last = manifest.last_commit()
         before = manifest.commit_before(last.number)
         commits = [[commit.number, commit.name] for commit in (last, before) if commit is not None]
-        return {"id": manifest.meta()["id"], "commits": commits, "snapshots": manifest.snapshots()}
+        own = {"id": manifest.meta()["id"], "commits": commits, "snapshots": manifest.snapshots()}
+        return own | {"shared": manifest.shared_checksum()}
 
 
 def _seen(path: Path, rank: int) -> dict[str, Any] | None:
