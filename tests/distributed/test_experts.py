@@ -178,7 +178,7 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
     cluster = Cluster(2, 1)
     ranks = Processes(cluster)
     try:
-        *others, last = ranks.ask(as_process, tmp_path / "ranks", cluster)
+        *others, last = ranks.ask(as_process, tmp_path / "ranks", cluster, within_s=120)
     finally:
         ranks.end()
     assert last == LOST
