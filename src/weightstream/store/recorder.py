@@ -41,6 +41,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.paused = False
         self.tracks = Tracks()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiles what it watches. PyTorch would hide it from the compiler, which it would import for that alone:
+        seconds of every start."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
