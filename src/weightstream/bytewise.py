@@ -47,7 +47,9 @@ class Bytewise:
 
     def __post_init__(self) -> None:
         if self.width % HEAD_WIDTH:
-            raise ConfigError(f"width must be a multiple of {HEAD_WIDTH}, that of an attention head, found {self.width}")
+            raise ConfigError(
+                f"width must be a multiple of {HEAD_WIDTH}, that of an attention head, found {self.width}"
+            )
         if self.tokens % (self.micro_batches * self.length):
             raise ConfigError(
                 f"tokens must be a multiple of {self.micro_batches} micro-batches of sequences of {self.length}, found "

@@ -15,10 +15,10 @@ from weightstream.demo_120t.summary import summary
 from weightstream.errors import ConfigError, PlanError
 
 STEPS = 8
-SMALL = {"width": 64, "hidden": 4, "tokens": 128, "length": 32}
+SMALL = {"width": 64, "hidden": 8, "tokens": 128, "length": 32}
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """Stands for the end of the demonstration's own process."""
 
 
@@ -34,7 +34,7 @@ class Listening(Console):
         self.said.append(str(objects[0]))
         if self.last is not None and self.said[-1].startswith(self.last):
             if self._again:
-                raise Gone
+                raise GoneError
             self._again = True
 
 
@@ -42,7 +42,7 @@ def shown(out: Path, last: str | None = None) -> tuple[dict[str, Any], list[str]
     console = Listening(last)
     try:
         return demonstration.run(console, out, STEPS, SMALL), console.said
-    except Gone:
+    except GoneError:
         return {}, console.said
 
 
@@ -66,14 +66,14 @@ def test_it_goes_on_wherever_it_was_itself_ended(tmp_path: Path, monkeypatch: py
     assert said[0].startswith("going on in")
     assert report["equal"], summary(report)
     assert len(report["killed_after_step"]) == 3
-    assert all(STEPS // 2 <= step < STEPS for step in report["killed_after_step"])
+    assert all(4 <= step < STEPS for step in report["killed_after_step"])
     assert len(report["losses"]) == STEPS
     assert [len(losses) for losses in report["losses_by_rate"].values()] == 2 * [demonstration.BRANCH_STEPS]
     one, other = report["losses_by_rate"].values()
     assert one[0] == other[0]  # the first step's loss comes before its update
     assert one[-1] != other[-1]
     of_experts = report["layers"] * report["experts"] * report["expert_parameters"]
-    assert of_experts == 2 * 256**4 * 512
+    assert of_experts == 2 * 256**4 * 1024
     assert report["dense"]["state_bytes"] == 12 * of_experts
     assert report["dense"]["flop"] == 6 * of_experts * 128
     assert 0 < report["disk_bytes"] <= Progress.begun(out, None, SMALL).done["text"]["most_bytes"]
@@ -102,7 +102,7 @@ def test_what_it_cannot_begin_with_is_refused(tmp_path: Path) -> None:
 
 
 def test_kills_are_planned_where_steps_are_left() -> None:
-    for steps in (8, 9, 36):
+    for steps in (8, 9, 24):
         for _ in range(50):
             planned = Progress.new(steps, {}).planned
             assert len({after for after, _ in planned}) == 3

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +33,8 @@ BRANCH_STEPS = 4
 MAIN, AGAIN = "killed", "again"
 BEFORE, TRAINED = "before the kills", "trained"
 PARTS = 7
+_OTHER_BYTES = 512 << 20
+"""Text, all parameters but experts, a file of dead bytes and a commit."""
 
 
 def run(console: Console, out: Path = OUT, steps: int | None = None, sizes: Mapping[str, int] | None = None) -> Facts:
@@ -39,7 +42,7 @@ def run(console: Console, out: Path = OUT, steps: int | None = None, sizes: Mapp
 
     Args:
         out: its folder, some gigabytes; what is done there is not done again.
-        steps: of the run that is killed; by default 36, or as many as were begun there.
+        steps: of the run that is killed; by default 24, or as many as were begun there.
         sizes: other sizes of the model (`bytewise.Bytewise`).
 
     Raises:
@@ -62,20 +65,18 @@ class _Demonstration:
         if done := len(self.progress.done):
             self._say(f"going on in {self.folder}, where {done} parts of {PARTS} are done", "bold")
         self._part("text", "text, and what its steps will reach", self._look_ahead)
-        self._part("trained", f"a new store, {before} steps", lambda: self._train(MAIN, before, hold=BEFORE))
+        self._part("trained", f"a new store, {before} steps", partial(self._train, MAIN, before, hold=BEFORE))
         self._part(
             "killed", f"on to step {steps}, killed with SIGKILL {KILLS} times at random moments",
-            lambda: self._train(MAIN, steps, hold=TRAINED, killed=True),
+            partial(self._train, MAIN, steps, hold=TRAINED, killed=True),
         )  # fmt: skip
         self._part(
             "again", f"steps {before + 1} to {steps} once more and never killed, in a branch of '{BEFORE}'", self._again
         )
         self._part("branched", f"the trained store branched for {len(OTHER_RATES)} learning rates", self._branched)
         for rate in OTHER_RATES:
-            self._part(
-                f"lr {rate:g}", f"{BRANCH_STEPS} steps at a learning rate of {rate:g}",
-                lambda rate=rate: self._train(f"lr {rate:g}", steps + BRANCH_STEPS, lr=rate),
-            )  # fmt: skip
+            work = partial(self._train, branch_name(rate), steps + BRANCH_STEPS, lr=rate)
+            self._part(branch_name(rate), f"{BRANCH_STEPS} steps at a learning rate of {rate:g}", work)
         return self._report()
 
     def _part(self, name: str, title: str, work: Callable[[], Facts]) -> None:
@@ -102,9 +103,9 @@ class _Demonstration:
         ahead = self._ask("look_ahead", self.folder, self.progress.sizes, steps + BRANCH_STEPS)
         most = room_bytes(ahead, before=self.progress.before, steps=steps)
         free = shutil.disk_usage(self.folder).free
+        different, each = ahead["different"][steps], format_bytes(ahead["record_bytes"])
         self._say(
-            f"{ahead['different'][steps]:,} different experts in {steps} steps, {format_bytes(ahead['record_bytes'])} each; all "
-            f"files at most {format_bytes(most)}"
+            f"{different:,} different experts in {steps} steps, {each} each; all files at most {format_bytes(most)}"
         )
         if most > free:
             raise PlanError(
@@ -150,21 +151,19 @@ class _Demonstration:
         return None
 
     def _again(self) -> Facts:
-        """The steps in which it was killed, in one go; only what they came to is kept."""
+        """The steps in which it was killed, in one go."""
         self._ask("branch", self.folder, MAIN, BEFORE, [AGAIN])
-        found = self._train(AGAIN, self.progress.steps)
-        self._save()  # with the bytes that it took
-        shutil.rmtree(self.folder / AGAIN)
-        self._ask("let_go", self.folder, MAIN, BEFORE)
-        return found
+        return self._train(AGAIN, self.progress.steps)
 
     def _branched(self) -> Facts:
+        shutil.rmtree(self.folder / AGAIN, ignore_errors=True)  # its digest is known
+        self._ask("let_go", self.folder, MAIN, BEFORE)
         held = disk_bytes(self.folder)
-        found = self._ask("branch", self.folder, MAIN, TRAINED, [f"lr {rate:g}" for rate in OTHER_RATES])
+        found = self._ask("branch", self.folder, MAIN, TRAINED, [branch_name(rate) for rate in OTHER_RATES])
         found |= {"store_bytes": held, "more_bytes": disk_bytes(self.folder) - held}
         self._say(
-            f"{len(OTHER_RATES)} branches in {format_seconds(found['seconds'])}; {format_bytes(found['more_bytes'])} more beside "
-            f"the {format_bytes(held)} that they share"
+            f"{len(OTHER_RATES)} branches in {format_seconds(found['seconds'])}; {format_bytes(found['more_bytes'])} more "
+            f"beside the {format_bytes(held)} that they share"
         )
         return found
 
@@ -181,7 +180,8 @@ class _Demonstration:
 
     def _seen(self, kind: str, facts: Facts) -> None:
         if kind == "opened":
-            self._say(f"process {facts['pid']}: store opened in {facts['seconds']:.2f} s, at step {facts['step']}", "green")
+            opened = f"store opened in {facts['seconds']:.2f} s, at step {facts['step']}"
+            self._say(f"process {facts['pid']}: {opened}", "green")
         elif kind == "step":
             self._say(row(facts))
             self.progress.disk_bytes = max(self.progress.disk_bytes, disk_bytes(self.folder))
@@ -199,11 +199,11 @@ class _Demonstration:
     def _report(self) -> Facts:
         progress, steps = self.progress, self._metrics(MAIN)
         done = progress.done
-        branches = {f"{rate:g}": [line["loss"] for line in self._metrics(f"lr {rate:g}")] for rate in OTHER_RATES}
+        branches = {f"{rate:g}": [line["loss"] for line in self._metrics(branch_name(rate))] for rate in OTHER_RATES}
         return {
             "equal": done["killed"]["digest"] == done["again"]["digest"],
             "digest_killed": done["killed"]["digest"],
-            "digest_never_killed": done["again"]["digest"],
+            "digest_not_killed": done["again"]["digest"],
             "steps": progress.steps,
             "killed_after_step": [kill["after_step"] for kill in progress.kills],
             "compared_from_step": progress.before + 1,
@@ -228,13 +228,18 @@ class _Demonstration:
         }
 
 
+def branch_name(rate: float) -> str:
+    """The store of a learning rate."""
+    return f"lr {rate:g}"
+
+
 def disk_bytes(folder: Path) -> int:
     """What the files below a folder take; those with several names count once."""
     found: dict[tuple[int, int], int] = {}
     for where, _, names in os.walk(folder):
         for name in names:
             try:
-                status = os.lstat(os.path.join(where, name))
+                status = Path(where, name).lstat()
             except FileNotFoundError:  # of a store at work
                 continue
             found[status.st_dev, status.st_ino] = 512 * status.st_blocks
@@ -244,6 +249,12 @@ def disk_bytes(folder: Path) -> int:
 def room_bytes(ahead: Facts, *, before: int, steps: int) -> int:
     """The most that the files of a demonstration will take, given what its steps reach (`training.look_ahead`).
 
-    As many bytes may be dead in a store as are live, what its snapshots hold among these, besides one file and a commit.
+    As many bytes of a store may be dead as are live, what its snapshots hold among these (`store/compaction.py`). The
+    branches share what they began with, and of what they write no more is theirs than as much again.
     """
-    raise NotImplementedError
+    different, reached = ahead["different"], ahead["reached"]
+    held = (reached[steps] - reached[before]) - (different[steps] - different[before])  # older versions of what came again
+    again = reached[steps] - reached[before]
+    branches = len(OTHER_RATES) * (reached[steps + BRANCH_STEPS] - reached[steps])
+    records = 2 * (different[steps] + held) + 2 * max(again, branches)
+    return int(records * ahead["record_bytes"]) + _OTHER_BYTES

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from weightstream.errors import ConfigError
 
-STEPS, LEAST_STEPS, KILLS = 36, 8, 3
+STEPS, LEAST_STEPS, KILLS = 24, 8, 3
 _FILE = "demo.json"
 
 Facts = dict[str, Any]
@@ -33,7 +33,7 @@ class Progress:
 
     @classmethod
     def new(cls, steps: int, sizes: dict[str, int]) -> Self:
-        """A demonstration with kills at random moments of its second half.
+        """A demonstration with kills at random moments of its last third.
 
         Raises:
             ConfigError: fewer steps than that needs.
@@ -43,8 +43,10 @@ class Progress:
                 f"demo 120t: --steps must be at least {LEAST_STEPS}, so that it can be killed {KILLS} times, found {steps}"
             )
         chance = random.SystemRandom()
-        after = sorted(chance.sample(range(steps // 2, steps - 1), KILLS))
-        return cls(steps, sizes, [(step, chance.random()) for step in after])
+        found = cls(steps, sizes, [])
+        after = sorted(chance.sample(range(found.before, steps - 1), KILLS))
+        found.planned = [(step, chance.random()) for step in after]
+        return found
 
     @classmethod
     def begun(cls, folder: Path, steps: int | None, sizes: dict[str, int]) -> Self:
@@ -70,8 +72,8 @@ class Progress:
 
     @property
     def before(self) -> int:
-        """The step after which kills begin."""
-        return self.steps // 2
+        """The step after which kills begin: the steps from there on are taken twice, and their files are there twice."""
+        return min(2 * self.steps // 3, self.steps - KILLS - 1)
 
     def save(self, folder: Path) -> None:
         partial = folder / f"{_FILE}.partial"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.experimental.symbolic_shapes  # which autograd imports in its first backward: here once for all processes
 from torch import Tensor
 
 from weightstream.bytewise import (
@@ -31,7 +32,7 @@ from weightstream.training.memory import peak_rss_bytes
 from weightstream.training.metrics import MetricsLog
 
 Send = Callable[[str, Mapping[str, Any]], None]
-MEMORY = {"device_memory": "256MiB", "host_memory": "256MiB", "experts_memory": "768MiB"}
+DEVICE_MEMORY, HOST_MEMORY, EXPERTS_MEMORY = "256MiB", "256MiB", "768MiB"
 GRADIENT_BYTES = 4
 
 
@@ -67,7 +68,8 @@ def train(
     began_s = time.perf_counter()
     with Engine(
         workload.build, folder / name, AdamW(lr=lr, weight_decay=WEIGHT_DECAY), clip_norm=CLIP_NORM,
-        log=lambda said: send("note", {"text": said}), **MEMORY,
+        device_memory=DEVICE_MEMORY, host_memory=HOST_MEMORY, experts_memory=EXPERTS_MEMORY,
+        log=lambda said: send("note", {"text": said}),
     ) as engine:  # fmt: skip
         opened_s, store = time.perf_counter() - began_s, engine.store
         different = sum(store.manifest.count_living(first, first + f.count) for first, f in store.layouts.families)
@@ -114,7 +116,7 @@ def _model(workload: Bytewise) -> dict[str, int]:
 def dense_step(store: Store, tokens: int) -> dict[str, int]:
     """What a step would need in which every expert had a gradient, by the planner's arithmetic for blocks that lie on
     disk: bytes of masters and moments, and those that it would read and write; floating-point operations."""
-    blocks = []
+    blocks: list[BlockFacts] = []
     for first, family in store.layouts.families:
         layout = store.layout(first)
         blocks.append(

@@ -43,8 +43,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing compiles what it watches. PyTorch would hide it from the compiler, which it would import for that alone:
-        seconds of every start."""
+        """Asked when the class is made. PyTorch would hide this mode from the compiler, and import that at its first use, which
+        takes seconds; nothing compiles what it watches."""
         return False
 
     def __torch_dispatch__(
