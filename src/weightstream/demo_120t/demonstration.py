@@ -253,7 +253,9 @@ def room_bytes(ahead: Facts, *, before: int, steps: int) -> int:
     branches share what they began with, and of what they write no more is theirs than as much again.
     """
     different, reached = ahead["different"], ahead["reached"]
-    held = (reached[steps] - reached[before]) - (different[steps] - different[before])  # older versions of what came again
+    held = (reached[steps] - reached[before]) - (
+        different[steps] - different[before]
+    )  # older versions of what came again
     again = reached[steps] - reached[before]
     branches = len(OTHER_RATES) * (reached[steps + BRANCH_STEPS] - reached[steps])
     records = 2 * (different[steps] + held) + 2 * max(again, branches)
