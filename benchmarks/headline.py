@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="counted steps of each side")
     parser.add_argument("--turns", type=int, default=5, help="in which a side has them")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each side that do not count")
-    parser.add_argument("--size-steps", type=int, default=20, help="counted steps of each of --sizes")
+    parser.add_argument("--size-steps", type=int, default=10, help="counted steps of each of --sizes")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder on the disk that is measured")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from weightstream.cli import app
 from weightstream.demo_120t import demonstration
 from weightstream.demo_120t.progress import Progress
 from weightstream.demo_120t.summary import summary
@@ -66,7 +68,7 @@ def test_it_goes_on_wherever_it_was_itself_ended(tmp_path: Path, monkeypatch: py
     assert said[0].startswith("going on in")
     assert report["equal"], summary(report)
     assert len(report["killed_after_step"]) == 3
-    assert all(4 <= step < STEPS for step in report["killed_after_step"])
+    assert all(4 <= step <= STEPS for step in report["killed_after_step"])
     assert len(report["losses"]) == STEPS
     assert [len(losses) for losses in report["losses_by_rate"].values()] == 2 * [demonstration.BRANCH_STEPS]
     one, other = report["losses_by_rate"].values()
@@ -99,6 +101,13 @@ def test_what_it_cannot_begin_with_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a demonstration of 10 steps, this one is to have 12"):
         demonstration.run(Listening(), tmp_path / "begun", 12)
     assert Progress.begun(tmp_path / "begun", None, {}).steps == 10
+
+
+def test_its_options_are_of_no_other_demonstration(tmp_path: Path) -> None:
+    for option in (("--steps", "9"), ("--out", str(tmp_path))):
+        error = CliRunner().invoke(app, ["demo", "workers", *option]).exception
+        assert isinstance(error, ConfigError)
+        assert "demo workers: --steps and --out are of `weightstream demo 120t` alone" in str(error)
 
 
 def test_kills_are_planned_where_steps_are_left() -> None:

@@ -39,7 +39,7 @@ CALLS: tuple[tuple[type, str], ...] = (
 )  # fmt: skip
 POINTS = tuple(f"{when} {owner.__name__}.{name}" for owner, name in CALLS for when in ("before", "after"))
 _CONTEXT = mp.get_context("forkserver")
-_PATIENCE_S = 120.0
+_PATIENCE_S = 240.0
 
 
 class Seen(ctypes.Structure):

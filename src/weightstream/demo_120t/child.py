@@ -5,6 +5,7 @@ It is forked from a server that has imported all it needs, since that takes long
 
 import multiprocessing as mp
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from importlib import import_module
@@ -67,6 +68,7 @@ class Child:
 
 
 def _serve(pipe: Connection, function: str, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     work = getattr(import_module(_TRAINING), function)
     try:
