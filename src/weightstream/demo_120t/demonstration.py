@@ -68,7 +68,7 @@ class _Demonstration:
         self._part("trained", f"a new store, {before} steps", partial(self._train, MAIN, before, hold=BEFORE))
         self._part(
             "killed", f"on to step {steps}, killed with SIGKILL {KILLS} times at random moments",
-            partial(self._train, MAIN, steps, hold=TRAINED, killed=True),
+            partial(self._train, MAIN, steps, hold=TRAINED, digest=True, killed=True),
         )  # fmt: skip
         self._part(
             "again", f"steps {before + 1} to {steps} once more and never killed, in a branch of '{BEFORE}'", self._again
@@ -115,11 +115,18 @@ class _Demonstration:
         return ahead | {"most_bytes": most}
 
     def _train(
-        self, store: str, until: int, *, lr: float = LEARNING_RATE, hold: str | None = None, killed: bool = False
+        self,
+        store: str,
+        until: int,
+        *,
+        lr: float = LEARNING_RATE,
+        hold: str | None = None,
+        digest: bool = False,
+        killed: bool = False,
     ) -> Facts:
         """Trains a store until a step, in as many processes as it takes."""
         self._say(HEADING, "dim")
-        settings: Facts = {"sizes": self.progress.sizes, "until": until, "lr": lr, "snapshot": hold}
+        settings: Facts = {"sizes": self.progress.sizes, "until": until, "lr": lr, "snapshot": hold, "digest": digest}
         while True:
             left = self.progress.planned[len(self.progress.kills) :] if killed else []
             with Child("train", self.folder, store, **settings) as child:
@@ -153,7 +160,7 @@ class _Demonstration:
     def _again(self) -> Facts:
         """The steps in which it was killed, in one go."""
         self._ask("branch", self.folder, MAIN, BEFORE, [AGAIN])
-        return self._train(AGAIN, self.progress.steps)
+        return self._train(AGAIN, self.progress.steps, digest=True)
 
     def _branched(self) -> Facts:
         shutil.rmtree(self.folder / AGAIN, ignore_errors=True)  # its digest is known

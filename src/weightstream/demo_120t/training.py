@@ -62,8 +62,10 @@ def train(
     until: int,
     lr: float,
     snapshot: str | None = None,
+    digest: bool = False,
 ) -> dict[str, Any]:
-    """Makes or continues the store `name` until a step, and holds that under the name `snapshot`."""
+    """Makes or continues the store `name` until a step, and holds that under the name `snapshot`; with its `digest`, if
+    that is wanted."""
     workload, text = Bytewise(**sizes), read_text(folder, TEXTS[0])
     began_s = time.perf_counter()
     with Engine(
@@ -84,10 +86,15 @@ def train(
         engine.commit()
         if snapshot is not None and snapshot not in engine.snapshots():
             engine.snapshot(snapshot)
-        return {
-            "digest": store.digest(), "step": engine.step_count, "opened_s": opened_s, "different": different,
-            "rss": peak_rss_bytes(), "model": _model(workload), "dense": dense_step(store, workload.tokens),
+        found: dict[str, Any] = {
+            "step": engine.step_count, "opened_s": opened_s, "different": different, "rss": peak_rss_bytes(),
+            "model": _model(workload), "dense": dense_step(store, workload.tokens),
         }  # fmt: skip
+        if digest:
+            began_s = time.perf_counter()
+            send("note", {"text": f"digest over {different:,} experts and all other parameters"})
+            found |= {"digest": store.digest(), "digest_s": time.perf_counter() - began_s}
+        return found
 
 
 def _step(engine: Engine, workload: Bytewise, text: Tensor) -> dict[str, Any]:
