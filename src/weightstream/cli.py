@@ -237,7 +237,7 @@ def demo(
     what: Annotated[
         Literal["resume", "workers", "120t"],
         typer.Argument(
-            help="A run that is killed, workers of which one is, or 123 trillion parameters (five minutes)."
+            help="A run that is killed, workers of which one is, or 123 trillion parameters (minutes, 7 GB)."
         ),
     ] = "resume",
     steps: Annotated[int | None, typer.Option(min=1, help="Of 120t: fewer take less time and disk.")] = None,

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from weightstream.demo_120t.child import Child
 from weightstream.demo_120t.progress import KILLS, Facts, Progress
-from weightstream.demo_120t.summary import HEADING, row
+from weightstream.demo_120t.summary import HEADING, moved_over_least, row
 from weightstream.errors import PlanError, WeightstreamError
 from weightstream.training.metrics import read_metrics
 from weightstream.units import format_bytes, format_seconds
@@ -224,7 +224,7 @@ class _Demonstration:
             },
             "read_bytes": sum(line["read"] for line in steps),
             "written_bytes": sum(line["written"] for line in steps),
-            "least_bytes": sum(line["least"] for line in steps),
+            "moved_over_least": median(moved_over_least(line) for line in steps if not line["first"]),
             "peak_rss_bytes": max(line["rss"] for line in steps),
             "disk_bytes": progress.disk_bytes,
             "branch_seconds": done["branched"]["seconds"],

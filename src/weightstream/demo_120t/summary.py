@@ -15,24 +15,27 @@ _WIDTH = 100
 
 def row(step: dict[str, Any]) -> str:
     """One step: loss; experts reached, new ones among them, different ones so far; bytes, and how many times the least."""
-    moved = (step["read"] + step["written"]) / step["least"]
     return (
         f"{step['step']:>6}  {step['loss']:.4f}  {step['touched']:>7,}  {step['new']:>7,}  {step['different']:>8,}  "
-        f"{format_bytes(step['read']):>9}  {format_bytes(step['written']):>9}  {moved:>6.2f}  {format_bytes(step['rss']):>9}  "
-        f"{step['seconds']:>7.2f}"
+        f"{format_bytes(step['read']):>9}  {format_bytes(step['written']):>9}  {moved_over_least(step):>6.2f}  "
+        f"{format_bytes(step['rss']):>9}  {step['seconds']:>7.2f}"
     )
+
+
+def moved_over_least(step: dict[str, Any]) -> float:
+    """What a step moved between host and disk, over the least that it could have been."""
+    return float((step["read"] + step["written"]) / step["least"])
 
 
 def summary(report: dict[str, Any]) -> str:
     """What the demonstration showed, and what not."""
     trained = report["different_experts"] * report["expert_parameters"]
-    moved = report["read_bytes"] + report["written_bytes"]
     lines = {
         "digest, killed": report["digest_killed"],
         "digest, not killed": report["digest_not_killed"],
         "": "equal, bit for bit" if report["equal"] else "NOT EQUAL",
         "killed": f"after steps {', '.join(map(str, report['killed_after_step']))}; not killed: steps "
-        f"{report['compared_from_step']} to {report['steps']} again, in one go, from the snapshot before",
+        f"{report['compared_from_step']} to {report['steps']} in one go, from a snapshot that both begin with",
         "parameters": f"{report['parameters']:,}: {report['layers']} layers of {report['experts']:,} experts of "
         f"{report['expert_parameters']:,} each",
         "ever trained": f"{report['different_experts']:,} experts, {format_count(trained)} parameters: one in "
@@ -42,7 +45,7 @@ def summary(report: dict[str, Any]) -> str:
         "a step": f"{report['touched_per_step']:,.0f} experts, {report['new_per_step']:,.0f} of them new; "
         f"{format_bytes(report['read_per_step'])} read, {format_bytes(report['written_per_step'])} written; "
         f"{report['seconds_per_step']:.2f} s (medians)",
-        "bytes moved": f"{format_bytes(moved)}, {moved / report['least_bytes']:.2f} times the lower bound of that many steps",
+        "bytes": f"{report['moved_over_least']:.2f} times the lower bound of a step (median, but for each process's first)",
         "memory": f"{format_bytes(report['peak_rss_bytes'])} at most, of a whole process",
         "disk": f"{format_bytes(report['disk_bytes'])} at most, in {report['folder']}, which stays until you remove it",
         "branched": f"{len(report['losses_by_rate'])} branches in {format_seconds(report['branch_seconds'])}, for "

@@ -73,12 +73,12 @@ def train(
         device_memory=DEVICE_MEMORY, host_memory=HOST_MEMORY, experts_memory=EXPERTS_MEMORY,
         log=lambda said: send("note", {"text": said}),
     ) as engine:  # fmt: skip
-        opened_s, store = time.perf_counter() - began_s, engine.store
+        opened_s, opened_at, store = time.perf_counter() - began_s, engine.step_count, engine.store
         different = sum(store.manifest.count_living(first, first + f.count) for first, f in store.layouts.families)
-        send("opened", {"step": engine.step_count, "seconds": opened_s, "pid": os.getpid()})
+        send("opened", {"step": opened_at, "seconds": opened_s, "pid": os.getpid()})
         with MetricsLog(folder, resumed_step=engine.step_count, tensorboard=False, name=f"{name}.jsonl") as log:
-            while engine.step_count < until:
-                facts = _step(engine, workload, text)
+            while (before := engine.step_count) < until:
+                facts = _step(engine, workload, text) | {"first": before == opened_at}
                 different += facts["new"]
                 facts["different"] = different
                 log.write("train", **facts)  # before anybody is told
