@@ -28,7 +28,7 @@ from weightstream.training.metrics import read_metrics
 from weightstream.units import format_bytes, format_seconds
 
 OUT = Path("runs/demo-120t")
-LEARNING_RATE, OTHER_RATES = 2e-3, (5e-4, 4e-3)
+OTHER_RATES = (5e-4, 4e-3)  # beside `bytewise.LEARNING_RATE`
 BRANCH_STEPS = 4
 MAIN, AGAIN = "killed", "again"
 BEFORE, TRAINED = "before the kills", "trained"
@@ -119,14 +119,14 @@ class _Demonstration:
         store: str,
         until: int,
         *,
-        lr: float = LEARNING_RATE,
+        lr: float | None = None,
         hold: str | None = None,
         digest: bool = False,
         killed: bool = False,
     ) -> Facts:
         """Trains a store until a step, in as many processes as it takes."""
         self._say(HEADING, "dim")
-        settings: Facts = {"sizes": self.progress.sizes, "until": until, "lr": lr, "snapshot": hold, "digest": digest}
+        settings: Facts = {"sizes": self.progress.sizes, "until": until, "snapshot": hold, "digest": digest, "lr": lr}
         while True:
             left = self.progress.planned[len(self.progress.kills) :] if killed else []
             with Child("train", self.folder, store, **settings) as child:

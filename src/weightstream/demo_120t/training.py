@@ -60,7 +60,7 @@ def train(
     *,
     sizes: Mapping[str, int],
     until: int,
-    lr: float,
+    lr: float | None = None,
     snapshot: str | None = None,
     digest: bool = False,
 ) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def train(
     workload, text = Bytewise(**sizes), read_text(folder, TEXTS[0])
     began_s = time.perf_counter()
     with Engine(
-        workload.build, folder / name, AdamW(lr=lr, weight_decay=WEIGHT_DECAY), clip_norm=CLIP_NORM,
+        workload.build, folder / name, AdamW(lr=lr or LEARNING_RATE, weight_decay=WEIGHT_DECAY), clip_norm=CLIP_NORM,
         device_memory=DEVICE_MEMORY, host_memory=HOST_MEMORY, experts_memory=EXPERTS_MEMORY,
         log=lambda said: send("note", {"text": said}),
     ) as engine:  # fmt: skip
