@@ -171,7 +171,8 @@ class Engine:
         kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; or `auto_kernels(…)`: those
             with which a kernel was measured to be faster. Fixed when the store is made, since it decides the order of sums.
         experts_memory: bytes, beside `host_memory`, for the experts that one step reaches (`nn.StreamedExperts`), with
-            their optimizer states, and for those of the step before while they are written.
+            their optimizer states, and for those of the step before while they are written. With several ranks each has
+            so much, for experts that it owns and for values of those that it computes with.
         experts_pool: how many experts may come to exist (`nn.Pool`), of all layers together; or by pattern of layer names.
         compaction_share: bytes that compaction may write for each byte of experts that steps write. Dead bytes on disk are
             at most one over it times the live ones.
@@ -381,15 +382,11 @@ class Engine:
             return Touching(own)
         own, lent = {}, {}
         for name, layer in self._layers.items():
-            family, bytes_for_values = layer.family(name), self._experts_bytes
+            family, nbytes = layer.family(name), self._bytes_for_values(name)
             if self.ranks.owns:
-                layout = self.store.layout(self.store.index(family.name, family.count - 1))
-                bytes_for_values = values_bytes(family, layout, DTYPES[self.precision], self._experts_bytes)
-                if not self.ranks.computes:
-                    bytes_for_values = 0
-                own[name] = self._touched(name, self._experts_bytes - bytes_for_values)
+                own[name] = self._touched(name, self._experts_bytes - nbytes)
             lent[name] = Borrowed(
-                family, own.get(name), nbytes=bytes_for_values, owners=len(self.ranks.cluster.memory_ranks),
+                family, own.get(name), nbytes=nbytes, owners=len(self.ranks.cluster.memory_ranks),
                 dtype=DTYPES[self.precision], device=self.device, groups=self._budgets.reduction_groups,
                 walking=self._walking,
             )  # fmt: skip
@@ -407,6 +404,14 @@ class Engine:
             self._layers, own if lent is None else lent.families, existence, self._pools, kept, self._calls, self._log,
             several=lent is not None,
         )  # fmt: skip
+
+    def _bytes_for_values(self, name: str) -> int:
+        """What of a layer's memory is for values, on one of several ranks; the rest is for records that it owns."""
+        if not (self.ranks.owns and self.ranks.computes):
+            return self._experts_bytes if self.ranks.computes else 0
+        family = self._layers[name].family(name)
+        layout = self.store.layout(self.store.index(family.name, family.count - 1))
+        return values_bytes(family, layout, DTYPES[self.precision], self._experts_bytes)
 
     @property
     def _experts_bytes(self) -> int:

@@ -61,11 +61,14 @@ class Borrowed:
         self.promised: dict[int, Tensor] = {}  # by rank that computes: the same of others
         self.fetch: Callable[[Borrowed, Tensor], None] = _refuse
         """Brings these numbers here; those that were asked for come too."""
-        self._numbers, self._values = _NONE, self._no_values()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._numbers, self._values = _NONE, self._room(0)  # there may be more room than numbers
         self._found, self._places = _NONE, _NONE  # numbers in order, and where each lies
 
-    def _no_values(self) -> list[Tensor]:
-        return [torch.empty((0, *parameter.shape), dtype=self.dtype) for parameter in self.family.parameters]
+    def _room(self, records: int) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype) for dtype, shape in self.sizes(records, self.dtype)]
 
     # for the layer
 
@@ -104,7 +107,7 @@ class Borrowed:
         missing = wanted[~self._here(wanted)]
         if missing.numel():
             if walking is None and self._numbers.numel() + missing.numel() > self._capacity:
-                self._keep(_NONE, self._no_values())  # outside of steps nothing but these is wanted
+                self._forget()  # outside of steps nothing but these is wanted
                 missing = wanted
             self.fetch(self, missing)
         if walking is not None:
@@ -151,19 +154,27 @@ class Borrowed:
 
     def arrive(self, numbers: Sequence[Tensor], values: Sequence[Sequence[Tensor]]) -> None:
         """Takes in what came from one rank after another."""
-        merged = [torch.cat([old, *new]) for old, *new in zip(self._values, *values, strict=True)]
-        self._keep(torch.cat([self._numbers, *numbers]), merged)
-
-    def _keep(self, numbers: Tensor, values: list[Tensor]) -> None:
-        self._numbers, self._values = numbers, values
-        self._found, self._places = torch.sort(numbers)
+        end = self._numbers.numel()
+        every = torch.cat([self._numbers, *numbers])
+        if every.numel() > self._values[0].shape[0]:
+            # not much more than what is there each time, where a few come with every micro-batch
+            room = self._room(max(every.numel(), min(2 * end, self._capacity)))
+            for larger, old in zip(room, self._values, strict=True):
+                larger[:end] = old[:end]
+            self._values = room
+        for come in values:
+            start, end = end, end + come[0].shape[0]
+            for mine, new in zip(self._values, come, strict=True):
+                mine[start:end] = new
+        self._numbers = every
+        self._found, self._places = torch.sort(every)
 
     def sizes(self, count: int, dtype: torch.dtype) -> Sizes:
         """Of so many records, packed."""
         return [(dtype, (count, *parameter.shape)) for parameter in self.family.parameters]
 
     def drop(self) -> None:
-        self._keep(_NONE, self._no_values())
+        self._forget()
         self.gradients_here.clear()
         self.reached.clear()
         self._redirected.clear()
