@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import inf
 
 from weightstream.schedule.operations import (
     Backward,
@@ -151,8 +152,8 @@ def order_of(
         at = _began(owning[0] if owning else own, operation, whole=getattr(operation, "block", None) in scratch)
         if isinstance(operation, Fetch):  # not before there is a slab here
             at = max(at, own.work[0])
-        if isinstance(operation, Commit):  # a step is committed when all ranks have committed it
-            at = max([at, *(_began(each, operation, whole=False) for each in owning)])
+        if isinstance(operation, Commit):  # a step is committed when all have it; where none is due yet, nothing is
+            at = max((_began(each, operation, whole=False) for each in owning), default=inf)
         began.append((at, place, operation))
     return [operation for _, _, operation in sorted(began, key=lambda each: each[:2])]
 

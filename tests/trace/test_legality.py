@@ -301,7 +301,7 @@ def trained_in(case: Case) -> list[Trained]:
 SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(SLOW, max_examples=10, derandomize=True)
+@settings(SLOW, max_examples=6, derandomize=True)
 @given(cases())
 def test_what_the_runtime_did_was_legal(case: Case) -> None:
     assert check(trained_in(case)) > 0
