@@ -308,7 +308,7 @@ def test_what_the_runtime_did_was_legal(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(SLOW, max_examples=150)
+@settings(SLOW, max_examples=30)
 @given(cases())
 def test_what_the_runtime_did_was_legal_in_many_cases(case: Case) -> None:
     assert check(trained_in(case)) > 0
