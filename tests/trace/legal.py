@@ -99,7 +99,7 @@ def done_by_rank(acts: Iterable[Act]) -> dict[int, dict[Key, _Done]]:
 
 def as_alone(order: Sequence[Operation], schedule: Schedule) -> Schedule:
     """What one rank did as a schedule of its own: its micro-batches are numbered from 0."""
-    own = sorted({op.micro_batch for op in order if isinstance(op, Turn)})
+    own = sorted({op.micro_batch for op in order if isinstance(op, OF_ONE_MICRO_BATCH)})
     numbers = {micro_batch: position for position, micro_batch in enumerate(own)}
 
     def renumbered(operation: Operation) -> Operation:
@@ -120,7 +120,7 @@ def check_order(
     """
     own = as_alone(order, schedule)
     verify(replace(own, record_buffers=buffers or own.record_buffers), facts, allotment)
-    mine = {op.micro_batch for op in order if isinstance(op, Turn)}
+    mine = {op.micro_batch for op in order if isinstance(op, OF_ONE_MICRO_BATCH)}
     planned = [op for op in schedule.operations if not isinstance(op, OF_ONE_MICRO_BATCH) or op.micro_batch in mine]
     assert sorted(map(repr, order)) == sorted(map(repr, planned)), "nothing is missing, and nothing done twice"
 
