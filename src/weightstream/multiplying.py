@@ -13,7 +13,7 @@ from weightstream.errors import ConfigError
 from weightstream.masking import Masking
 from weightstream.sparse.choosing import DENSE, Curve, Piece, choose
 from weightstream.sparse.driving import drivable
-from weightstream.sparse.kernels import KERNELS, Kernel, supports
+from weightstream.sparse.kernels import KERNELS, Kernel, obstacle
 from weightstream.sparse.settings import SparsityGroup
 from weightstream.worker.expanding import Driven
 
@@ -133,10 +133,7 @@ def _obstacle(
         return "the number of its non-zeros changes, or all of a panel of it exists"
     if group.algorithm == "rigl":
         return "rigl needs its dense gradient"
-    if not supports(kernel, group.block, dtype, device):
-        rows, columns = group.block
-        return f"'{kernel}' has no product of {dtype} with blocks of {rows}×{columns} on {device.type}"
-    return None
+    return obstacle(next(one for one in KERNELS if one == kernel), group.block, dtype, device)
 
 
 def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven]) -> dict[int, int]:

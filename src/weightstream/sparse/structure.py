@@ -164,6 +164,17 @@ class Structure:
         numbers = order if self.block == (1, 1) else self._numbers[order]
         return self._compressed(self._column[order], self._row[order], self._grid[1], numbers)
 
+    @cached_property
+    def rows_in_order(self) -> Compressed:
+        """The matrix itself; `order` numbers blocks row by row."""
+        return self._compressed(self._row, self._column, self._grid[0], torch.arange(self.count))
+
+    @cached_property
+    def columns_in_order(self) -> Compressed:
+        """The transposed matrix; `order` numbers blocks row by row of the matrix itself."""
+        order = self._columns_first
+        return self._compressed(self._column[order], self._row[order], self._grid[1], order)
+
     def _compressed(self, line: Tensor, other: Tensor, lines: int, order: Tensor) -> Compressed:
         starts = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(line, minlength=lines).cumsum(0)])
         # MKL takes 32-bit indices as they are, and copies others
