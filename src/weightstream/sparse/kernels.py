@@ -263,13 +263,22 @@ def _csr_weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tenso
 
 _Call = Callable[[Tensor, Tensor, Structure], Tensor]
 _FORWARD: dict[Kernel, _Call] = {
-    "native": native.forward, "gathered": _gathered_forward, "bsr": _bsr_forward, "csr": _csr_forward,
-}  # fmt: skip
+    "native": native.forward,
+    "gathered": _gathered_forward,
+    "bsr": _bsr_forward,
+    "csr": _csr_forward,
+}
 _INPUT_GRADIENT: dict[Kernel, _Call] = {
-    "native": native.input_gradient, "gathered": _gathered_input_gradient, "bsr": _bsr_input_gradient, "csr": _csr_input_gradient,
-}  # fmt: skip
+    "native": native.input_gradient,
+    "gathered": _gathered_input_gradient,
+    "bsr": _bsr_input_gradient,
+    "csr": _csr_input_gradient,
+}
 _WEIGHT_GRADIENT: dict[Kernel, _Call] = {
-    "native": native.weight_gradient, "gathered": _gathered_weight_gradient, "bsr": _gathered_weight_gradient, "csr": _csr_weight_gradient,
-}  # fmt: skip
+    "native": native.weight_gradient,
+    "gathered": _gathered_weight_gradient,
+    "bsr": _gathered_weight_gradient,
+    "csr": _csr_weight_gradient,
+}
 
 __all__ = ["KERNELS", "Kernel", "multiply", "obstacle", "supports"]

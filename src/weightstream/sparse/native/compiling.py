@@ -14,7 +14,6 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Lock
 
 SOURCE = Path(__file__).with_name("products.c")
 COMPILERS = ("cc", "gcc", "clang")
@@ -27,7 +26,6 @@ THREADS = ("-fopenmp",)
 _TIMEOUT_S = 120.0
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _CPU_FACTS = ("model name", "flags", "Features", "CPU part")
-_lock = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +36,12 @@ class Compiled:
     reason: str = ""
 
 
-def compiled() -> Compiled:
-    """The products of this machine; the first time in a process that takes a compiler's seconds, if nobody else has."""
-    with _lock:
-        return _compiled()
-
-
 @cache
-def _compiled() -> Compiled:
+def compiled() -> Compiled:
+    """The products of this machine; the first time in a process that takes a compiler's seconds, if nobody else has.
+
+    Threads that ask at once may each make it: what they find is the same.
+    """
     reason = f"no C compiler is on the PATH, expected one of {', '.join(COMPILERS)}"
     for compiler in dict.fromkeys(found for name in COMPILERS if (found := shutil.which(name))):
         for flags in (FLAGS + THREADS, FLAGS):
@@ -123,7 +119,9 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
 def _said(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         lines = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
-        return next((line for line in lines if "error" in line), lines[-1] if lines else f"it ended with {error.returncode}")
+        return next(
+            (line for line in lines if "error" in line), lines[-1] if lines else f"it ended with {error.returncode}"
+        )
     return str(error)
 
 

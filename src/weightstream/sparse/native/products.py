@@ -10,7 +10,7 @@ from weightstream.errors import ConfigError
 from weightstream.sparse.native.compiling import compiled
 from weightstream.sparse.structure import Compressed, Structure
 
-_LEAST_BLOCK = 8  # smaller blocks fill vectors badly: they are multiplied as single elements
+_LEAST_BLOCK = 16  # smaller blocks fill vectors badly: multiplied as single elements they are faster
 
 _FLAG, _SIZE, _PLACE = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS = {
@@ -35,14 +35,18 @@ def obstacle() -> str | None:
     return None if found.library else found.reason
 
 
-@cache
 def _library() -> ctypes.CDLL:
     found = compiled()
     if found.library is None:
         raise ConfigError(f"kernel 'native': {found.reason}; install a C compiler, or choose another kernel")
+    return _typed(found.library)
+
+
+@cache
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
-        getattr(found.library, name).argtypes = arguments
-    return found.library
+        getattr(library, name).argtypes = arguments
+    return library
 
 
 def forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
@@ -104,7 +108,9 @@ def _at(lines: Compressed) -> tuple[int, int]:
 
 def _done(code: int) -> None:
     if code:
-        raise MemoryError("kernel 'native': no memory for the tokens and weights that it packs; give it smaller micro-batches")
+        raise MemoryError(
+            "kernel 'native': no memory for the tokens and weights that it packs; give it smaller micro-batches"
+        )
 
 
 __all__ = ["forward", "input_gradient", "obstacle", "weight_gradient"]
