@@ -14,6 +14,7 @@ from weightstream.masking import Masking
 from weightstream.sparse.choosing import DENSE, Curve, Piece, choose
 from weightstream.sparse.driving import drivable
 from weightstream.sparse.kernels import KERNELS, Kernel, obstacle
+from weightstream.sparse.native.products import as_elements
 from weightstream.sparse.settings import SparsityGroup
 from weightstream.worker.expanding import Driven
 
@@ -137,10 +138,17 @@ def _obstacle(
 
 
 def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven]) -> dict[int, int]:
-    """By block, what the structures of its weights take while it is in a slab: row, column, and the orders in which products
-    go through the weights' own blocks."""
+    """By block, what the structures of its weights take while it is in a slab: which cells there are; and row, column, and the
+    orders in which products go through what they multiply by, be it the weights' own blocks or single elements."""
     found: dict[int, int] = {}
     for block in blocks:
         own = [driven[parameter.name] for parameter in block.parameters if parameter.name in driven]
-        found[block.index] = sum(_ENTRY_BYTES * each.nonzeros // prod(each.block) for each in own)
+        found[block.index] = sum(_structure_bytes(each) for each in own)
     return found
+
+
+def _structure_bytes(each: Driven) -> int:
+    by_elements = each.kernel == "csr" or (each.kernel == "native" and as_elements(each.block))
+    cell = prod(each.block)
+    cells = each.module.out_features * each.module.in_features // cell
+    return cells + _ENTRY_BYTES * (each.nonzeros if by_elements else each.nonzeros // cell)

@@ -176,6 +176,54 @@ INLINE vf summed(vf rows[LANES]) {
     return rows[0];
 }
 
+/* Lines */
+
+/* W by rows (starts, columns) and by columns (starts, rows, numbers) from which blocks of its grid there are: one byte for
+ * each, 0 or 1. Blocks of height x width, larger than 1 x 1, become the single elements that they consist of.
+ *
+ * Returns 0, or 1 if there was no memory. */
+int ws_lines(
+    const uint8_t *kept, int64_t grid_rows, int64_t grid_columns, int64_t height, int64_t width, int32_t *row_starts,
+    int32_t *columns, int32_t *column_starts, int32_t *rows, int32_t *numbers
+) {
+    int64_t all_columns = grid_columns * width;
+    int32_t *found = malloc(sizeof *found * (size_t)(grid_columns + 1));
+    int32_t *next = calloc((size_t)(all_columns + 1), sizeof *next); /* of a column: at first how many, then where */
+    if (!found || !next) {
+        free(found), free(next);
+        return 1;
+    }
+    int64_t entry = 0;
+    row_starts[0] = 0;
+    for (int64_t i = 0; i < grid_rows; i++) {
+        int64_t count = 0;
+        for (int64_t j = 0; j < grid_columns; j++) { /* without a branch that is guessed wrong */
+            found[count] = (int32_t)j;
+            count += kept[i * grid_columns + j];
+        }
+        for (int64_t r = 0; r < height; r++) {
+            for (int64_t one = 0; one < count; one++)
+                for (int64_t c = found[one] * width; c < (found[one] + 1) * width; c++) columns[entry++] = (int32_t)c, next[c]++;
+            row_starts[i * height + r + 1] = (int32_t)entry;
+        }
+    }
+    int32_t start = 0;
+    for (int64_t column = 0; column < all_columns; column++) {
+        int32_t count = next[column];
+        column_starts[column] = next[column] = start;
+        start += count;
+    }
+    column_starts[all_columns] = start;
+    for (int64_t row = 0; row < grid_rows * height; row++)
+        for (int32_t at = row_starts[row]; at < row_starts[row + 1]; at++) {
+            int32_t to = next[columns[at]]++;
+            rows[to] = (int32_t)row;
+            numbers[to] = at;
+        }
+    free(found), free(next);
+    return 0;
+}
+
 /* Shares of work */
 
 INLINE int64_t share(int64_t total, int part, int parts) { return total * part / parts; }
@@ -347,7 +395,7 @@ typedef struct {
     int64_t spans;         /* of a block's terms, each of SPAN units of a token */
     int64_t a, b;
     const int32_t *row_starts, *starts, *others;
-    const int64_t *numbers;
+    const int32_t *numbers;
     const void *values, *in;
     int64_t in_row;
     void *out;
@@ -357,7 +405,7 @@ typedef struct {
 static void pack_block(const Product *p, int64_t line, int64_t entry, float *to) {
     int64_t row = p->forward ? line : p->others[entry];
     int64_t first = p->row_starts[row], width = (p->row_starts[row + 1] - first) * p->b;
-    int64_t at = first * p->a * p->b + (p->numbers[entry] - first) * p->b;
+    int64_t at = first * p->a * p->b + ((p->numbers ? p->numbers[entry] : entry) - first) * p->b;
     const uint16_t *narrow = (const uint16_t *)p->values + at;
     const void *from = p->bf16 ? (const void *)narrow : (const void *)((const float *)p->values + at);
     if (p->padded != p->outer) memset(to, 0, 4 * (size_t)(p->steps * p->padded));
@@ -453,7 +501,7 @@ static void product_part(const Product *p, Part part, const float *weights, floa
 int ws_blocks_product(
     int bf16, int forward, int64_t tokens, const void *in, int64_t in_row, void *out, const void *values,
     int64_t grid_rows, int64_t grid_columns, int64_t a, int64_t b, const int32_t *row_starts, const int32_t *starts,
-    const int32_t *others, const int64_t *numbers, int threads
+    const int32_t *others, const int32_t *numbers, int threads
 ) {
     int pairs = PAIRS && bf16 && a % 2 == 0 && b % 2 == 0, failed = 0;
     int64_t inner = forward ? b : a, outer = forward ? a : b;
@@ -705,7 +753,7 @@ INLINE int vectors_for(int64_t tokens, int bf16) {
  * Returns 0, or 1 if there was no memory. */
 int ws_elements_product(
     int bf16, int64_t tokens, const void *in, int64_t in_row, int64_t columns, void *out, int64_t lines, const void *values,
-    const int32_t *starts, const int32_t *others, const int64_t *numbers, int threads
+    const int32_t *starts, const int32_t *others, const int32_t *numbers, int threads
 ) {
     int64_t entries = starts[lines], size = bf16 ? 2 : 4;
     int64_t panel_tokens = WIDE * LANES * size * columns > WIDE_BYTES ? WIDE / 2 * LANES : WIDE * LANES;

@@ -1,6 +1,7 @@
 """Calls of the compiled products on torch's tensors, contiguous ones, with the threads that torch computes with."""
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -8,12 +9,13 @@ from torch import Tensor
 
 from weightstream.errors import ConfigError
 from weightstream.sparse.native.compiling import compiled
-from weightstream.sparse.structure import Compressed, Structure
+from weightstream.sparse.structure import Structure
 
 _LEAST_BLOCK = 16  # smaller blocks fill vectors badly: multiplied as single elements they are faster
 
 _FLAG, _SIZE, _PLACE = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS = {
+    "ws_lines": (_PLACE, _SIZE, _SIZE, _SIZE, _SIZE, _PLACE, _PLACE, _PLACE, _PLACE, _PLACE),
     "ws_blocks_product": (
         _FLAG, _FLAG, _SIZE, _PLACE, _SIZE, _PLACE, _PLACE, _SIZE, _SIZE, _SIZE, _SIZE, _PLACE, _PLACE, _PLACE, _PLACE, _FLAG,
     ),
@@ -61,49 +63,86 @@ def input_gradient(grad: Tensor, values: Tensor, structure: Structure) -> Tensor
 
 def weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tensor:
     """gradᵀ x at the non-zeros of W, (nnz,)."""
-    own = _as_multiplied(structure)
-    (rows, columns), (a, b), by_row = own.shape, own.block, own.rows_in_order
-    found = grad.new_empty(own.nnz)
+    (rows, columns), (a, b), lines = structure.shape, structure.block, _lines(structure)
+    found = grad.new_empty(structure.nnz)
     tokens = (_narrow(grad), grad.shape[0], grad.data_ptr(), rows, x.data_ptr(), columns, found.data_ptr())
-    at = (by_row.starts.data_ptr(), by_row.columns.data_ptr(), torch.get_num_threads())
-    if own.block == (1, 1):
+    at = (lines.row_starts.data_ptr(), lines.columns.data_ptr(), torch.get_num_threads())
+    if as_elements(structure.block):
         _done(_library().ws_elements_gradient(*tokens, rows, columns, *at))
     else:
         _done(_library().ws_blocks_gradient(*tokens, rows // a, columns // b, a, b, *at))
     return found
 
 
+def as_elements(block: tuple[int, int]) -> bool:
+    """Whether such blocks are multiplied as the elements that they consist of."""
+    return min(block) < _LEAST_BLOCK
+
+
 def _product(tokens: Tensor, values: Tensor, structure: Structure, *, forward: bool) -> Tensor:
-    own = _as_multiplied(structure)
-    (rows, columns), (a, b), by_row = own.shape, own.block, own.rows_in_order
-    lines = by_row if forward else own.columns_in_order
+    (rows, columns), (a, b), lines = structure.shape, structure.block, _lines(structure)
     found = tokens.new_empty(tokens.shape[0], rows if forward else columns)
     begin = (tokens.shape[0], tokens.data_ptr(), tokens.shape[1])
+    by = lines.by_row if forward else lines.by_column
     threads = torch.get_num_threads()
-    if own.block == (1, 1):
-        numbers = None if forward else lines.order.data_ptr()
+    if as_elements(structure.block):
         _done(_library().ws_elements_product(
-            _narrow(tokens), *begin, tokens.shape[1], found.data_ptr(), found.shape[1], values.data_ptr(), *_at(lines),
-            numbers, threads,
+            _narrow(tokens), *begin, tokens.shape[1], found.data_ptr(), found.shape[1], values.data_ptr(), *by, threads,
         ))  # fmt: skip
     else:
         _done(_library().ws_blocks_product(
             _narrow(tokens), forward, *begin, found.data_ptr(), values.data_ptr(), rows // a, columns // b, a, b,
-            by_row.starts.data_ptr(), *_at(lines), lines.order.data_ptr(), threads,
+            lines.row_starts.data_ptr(), *by, threads,
         ))  # fmt: skip
     return found
 
 
-def _as_multiplied(structure: Structure) -> Structure:
-    return structure if min(structure.block) >= _LEAST_BLOCK else structure.elements
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lines:
+    """W by rows and by columns, as `ws_lines` finds it: of its blocks, or of the elements that these consist of."""
+
+    row_starts: Tensor
+    columns: Tensor
+    column_starts: Tensor
+    rows: Tensor
+    numbers: Tensor
+
+    @property
+    def by_row(self) -> tuple[int, int, None]:
+        """Starts, columns, and no numbers, as these are in order."""
+        return self.row_starts.data_ptr(), self.columns.data_ptr(), None
+
+    @property
+    def by_column(self) -> tuple[int, int, int]:
+        """Starts, rows and numbers."""
+        return self.column_starts.data_ptr(), self.rows.data_ptr(), self.numbers.data_ptr()
+
+
+def _lines(structure: Structure) -> _Lines:
+    lines: _Lines | None = structure.prepared.get("native")
+    if lines is None:
+        lines = structure.prepared["native"] = _found_lines(structure)
+    return lines
+
+
+def _found_lines(structure: Structure) -> _Lines:
+    grid = structure.kept.shape
+    (height, width), count = (
+        (structure.block, structure.nnz) if as_elements(structure.block) else ((1, 1), structure.count)
+    )
+    if count >= 1 << 31:
+        raise ConfigError(
+            f"kernel 'native' on {structure}: expected less than 2³¹ of them; cut the matrix, or choose another"
+        )
+    sizes = (grid[0] * height + 1, count, grid[1] * width + 1, count, count)
+    lines = _Lines(*(torch.empty(size, dtype=torch.int32) for size in sizes))
+    places = (lines.row_starts, lines.columns, lines.column_starts, lines.rows, lines.numbers)
+    _done(_library().ws_lines(structure.kept.data_ptr(), *grid, height, width, *(one.data_ptr() for one in places)))
+    return lines
 
 
 def _narrow(tokens: Tensor) -> int:
     return int(tokens.dtype == torch.bfloat16)
-
-
-def _at(lines: Compressed) -> tuple[int, int]:
-    return lines.starts.data_ptr(), lines.columns.data_ptr()
 
 
 def _done(code: int) -> None:
@@ -113,4 +152,4 @@ def _done(code: int) -> None:
         )
 
 
-__all__ = ["forward", "input_gradient", "obstacle", "weight_gradient"]
+__all__ = ["as_elements", "forward", "input_gradient", "obstacle", "weight_gradient"]
