@@ -150,9 +150,15 @@ INLINE vh narrowed(vf one) {
 INLINE void put(void *to, int64_t at, vf one, int64_t count, int bf16) {
     if (bf16) {
         vh narrow = narrowed(one);
-        memcpy((uint16_t *)to + at, &narrow, count >= LANES ? sizeof narrow : 2 * (size_t)count);
+        uint16_t *place = (uint16_t *)to + at;
+        if (count >= LANES) memcpy(place, &narrow, sizeof narrow);
+        else
+            for (int64_t lane = 0; lane < count; lane++) place[lane] = narrow[lane];
     } else {
-        memcpy((float *)to + at, &one, count >= LANES ? sizeof one : 4 * (size_t)count);
+        float *place = (float *)to + at;
+        if (count >= LANES) memcpy(place, &one, sizeof one);
+        else
+            for (int64_t lane = 0; lane < count; lane++) place[lane] = one[lane];
     }
 }
 
@@ -431,13 +437,14 @@ static void pack_block(const Product *p, int64_t line, int64_t entry, float *to)
     }
 }
 
-/* Tokens to [block][span][token][SPAN], so that the rows of a tile lie at constant distances, each in a cache line of its
- * own; tokens that are none are zero. */
-static void pack_tokens(const Product *p, int64_t from, int64_t to, int64_t padded_tokens, float *panel) {
-    for (int64_t token = from; token < from + padded_tokens; token++) {
-        float *unit = panel + (token - from) * SPAN;
+/* Tokens to [tile][block][span][TILE][SPAN]: the rows of a tile lie at constant distances, each in a cache line of its own.
+ * Tokens that are none are zero. */
+static void pack_tokens(const Product *p, int64_t from, int64_t to, float *panel) {
+    int64_t tile_units = p->others_count * p->spans * TILE * SPAN;
+    for (int64_t token = from; token < rounded_up(to - from, TILE) + from; token++) {
+        float *unit = panel + (token - from) / TILE * tile_units + (token - from) % TILE * SPAN;
         for (int64_t block = 0; block < p->others_count; block++)
-            for (int64_t step = 0; step < p->steps; step += SPAN, unit += padded_tokens * SPAN) {
+            for (int64_t step = 0; step < p->steps; step += SPAN, unit += TILE * SPAN) {
                 int64_t count = smaller(SPAN, p->steps - step), at = token * p->in_row + block * p->inner + step;
                 if (token >= to) memset(unit, 0, 4 * (size_t)count);
                 else if (p->pairs) memcpy(unit, (const uint16_t *)p->in + at + step, 4 * (size_t)count);
@@ -450,48 +457,50 @@ static void pack_tokens(const Product *p, int64_t from, int64_t to, int64_t padd
 /* A tile of tokens times one or two vectors of a line's results. */
 INLINE void product_tile(
     int tile, int vectors, int pairs, const Product *p, int64_t line, int64_t result, const float *weights,
-    const float *panel, int64_t padded_tokens, int64_t token, int64_t valid
+    const float *panel, int64_t token, int64_t valid
 ) {
+    int64_t width = p->lines * p->outer, at = token * width + line * p->outer + result;
+    UNROLLED for (int m = 0; m < tile; m++) {
+        if (m < valid) __builtin_prefetch((const char *)p->out + (at + m * width) * (p->bf16 ? 2 : 4), 1, 2);
+    }
     vf sums[TILE][2];
     UNROLLED for (int m = 0; m < tile; m++)
         UNROLLED for (int v = 0; v < vectors; v++) sums[m][v] = all(0);
     for (int64_t entry = p->starts[line]; entry < p->starts[line + 1]; entry++)
         for (int64_t span = 0; span < p->spans; span++)
             multiply_add(
-                tile, vectors, pairs, sums, panel + (p->others[entry] * p->spans + span) * padded_tokens * SPAN, SPAN, 1,
+                tile, vectors, pairs, sums, panel + (p->others[entry] * p->spans + span) * TILE * SPAN, SPAN, 1,
                 weights + (entry * p->steps + span * SPAN) * p->padded + result, p->padded,
                 smaller(SPAN, p->steps - span * SPAN)
             );
-    int64_t width = p->lines * p->outer;
     UNROLLED for (int m = 0; m < tile; m++) {
         if (m < valid)
             UNROLLED for (int v = 0; v < vectors; v++)
-                put(p->out, (token + m) * width + line * p->outer + result + v * LANES, sums[m][v],
-                    p->outer - result - v * LANES, p->bf16);
+                put(p->out, at + m * width + v * LANES, sums[m][v], p->outer - result - v * LANES, p->bf16);
     }
 }
 
 TABLE(
     product_tile,
-    (const Product *p, int64_t line, int64_t result, const float *weights, const float *panel, int64_t padded_tokens,
-     int64_t token, int64_t valid),
-    p, line, result, weights, panel, padded_tokens, token, valid
+    (const Product *p, int64_t line, int64_t result, const float *weights, const float *panel, int64_t token, int64_t valid),
+    p, line, result, weights, panel, token, valid
 )
 
 static void product_part(const Product *p, Part part, const float *weights, float *panel, int64_t panel_tokens) {
+    int64_t tile_units = p->others_count * p->spans * TILE * SPAN;
     for (int64_t from = part.tokens_from; from < part.tokens_to; from += panel_tokens) {
-        int64_t to = smaller(part.tokens_to, from + panel_tokens), padded_tokens = rounded_up(to - from, TILE);
-        pack_tokens(p, from, to, padded_tokens, panel);
+        int64_t to = smaller(part.tokens_to, from + panel_tokens);
+        pack_tokens(p, from, to, panel);
         for (int64_t line = part.lines_from; line < part.lines_to; line++)
-            for (int64_t result = 0; result < p->padded; result += 2 * LANES)
-                for (int64_t token = from; token < to;) {
-                    int64_t tile = tile_for(to - token);
-                    const float *own = panel + (token - from) * SPAN;
-                    product_tile_of[tile / TILE_PART - 1][result + 2 * LANES <= p->padded][p->pairs](
-                        p, line, result, weights, own, padded_tokens, token, to - token
+            for (int64_t result = 0; result < p->padded; result += 2 * LANES) {
+                const float *tile_panel = panel;
+                for (int64_t token = from; token < to; token += TILE, tile_panel += tile_units) {
+                    int64_t valid = smaller(TILE, to - token), rows = tile_for(valid);
+                    product_tile_of[rows / TILE_PART - 1][result + 2 * LANES <= p->padded][p->pairs](
+                        p, line, result, weights, tile_panel, token, valid
                     );
-                    token += tile;
                 }
+            }
     }
 }
 
