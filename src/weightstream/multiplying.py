@@ -14,7 +14,7 @@ from weightstream.masking import Masking
 from weightstream.sparse.choosing import DENSE, Curve, Piece, choose
 from weightstream.sparse.driving import drivable
 from weightstream.sparse.kernels import KERNELS, Kernel, obstacle
-from weightstream.sparse.native.products import as_elements
+from weightstream.sparse.native.products import as_elements, workspace_bytes
 from weightstream.sparse.settings import SparsityGroup
 from weightstream.worker.expanding import Driven
 
@@ -137,18 +137,25 @@ def _obstacle(
     return obstacle(next(one for one in KERNELS if one == kernel), group.block, dtype, device)
 
 
-def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven]) -> dict[int, int]:
-    """By block, what the structures of its weights take while it is in a slab: which cells there are; and row, column, and the
-    orders in which products go through what they multiply by, be it the weights' own blocks or single elements."""
+def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven], threads: int) -> dict[int, int]:
+    """By block, what kernels need beside its weights while it is in a slab: of each weight which cells there are; row, column,
+    and the orders in which products go through what they multiply by, be it its own blocks or single elements; and what
+    one product at a time packs."""
     found: dict[int, int] = {}
     for block in blocks:
         own = [driven[parameter.name] for parameter in block.parameters if parameter.name in driven]
-        found[block.index] = sum(_structure_bytes(each) for each in own)
+        packed = [
+            workspace_bytes(_shape(each), each.block, each.nonzeros, threads) for each in own if each.kernel == "native"
+        ]
+        found[block.index] = sum(_structure_bytes(each) for each in own) + max(packed, default=0)
     return found
 
 
 def _structure_bytes(each: Driven) -> int:
     by_elements = each.kernel == "csr" or (each.kernel == "native" and as_elements(each.block))
     cell = prod(each.block)
-    cells = each.module.out_features * each.module.in_features // cell
-    return cells + _ENTRY_BYTES * (each.nonzeros if by_elements else each.nonzeros // cell)
+    return prod(_shape(each)) // cell + _ENTRY_BYTES * (each.nonzeros if by_elements else each.nonzeros // cell)
+
+
+def _shape(each: Driven) -> tuple[int, int]:
+    return each.module.out_features, each.module.in_features

@@ -12,6 +12,8 @@ from weightstream.sparse.native.compiling import compiled
 from weightstream.sparse.structure import Structure
 
 _LEAST_BLOCK = 16  # smaller blocks fill vectors badly: multiplied as single elements they are faster
+_LANES, _PANEL_BYTES = 16, 512 << 10  # of the widest vectors; of tokens that are packed at once
+_WIDEST = 4 * 4 * _LANES  # bytes of a panel of tokens for each column
 
 _FLAG, _SIZE, _PLACE = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS = {
@@ -77,6 +79,17 @@ def weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tensor:
 def as_elements(block: tuple[int, int]) -> bool:
     """Whether such blocks are multiplied as the elements that they consist of."""
     return min(block) < _LEAST_BLOCK
+
+
+def workspace_bytes(shape: tuple[int, int], block: tuple[int, int], nonzeros: int, threads: int) -> int:
+    """What one of these products needs at most beside its operands and its result: as products.c has it, of the widest vectors."""
+    rows, columns = shape
+    widest, both = max(shape), rows + columns
+    if as_elements(block):
+        return 4 * nonzeros + max(threads * _WIDEST * widest, 2 * _WIDEST * both)
+    a, b = (-(-size // _LANES) * _LANES for size in block)
+    panels, chunks = threads * max(_PANEL_BYTES, 2 * 4 * 12 * widest), 2 * max(_PANEL_BYTES, 2 * 4 * 32 * both)
+    return 4 * nonzeros * a * b // (block[0] * block[1]) + max(panels, chunks)
 
 
 def _product(tokens: Tensor, values: Tensor, structure: Structure, *, forward: bool) -> Tensor:
@@ -152,4 +165,4 @@ def _done(code: int) -> None:
         )
 
 
-__all__ = ["as_elements", "forward", "input_gradient", "obstacle", "weight_gradient"]
+__all__ = ["as_elements", "forward", "input_gradient", "obstacle", "weight_gradient", "workspace_bytes"]
