@@ -152,9 +152,13 @@ def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven], threa
 
 
 def _structure_bytes(each: Driven) -> int:
-    by_elements = each.kernel == "csr" or (each.kernel == "native" and as_elements(each.block))
-    cell = prod(each.block)
-    return prod(_shape(each)) // cell + _ENTRY_BYTES * (each.nonzeros if by_elements else each.nonzeros // cell)
+    elements, cell = prod(_shape(each)), prod(each.block)
+    cells, entries = elements // cell, each.nonzeros // cell
+    if each.kernel == "csr":
+        cells, entries = cells + elements, each.nonzeros
+    elif each.kernel == "native" and as_elements(each.block):
+        entries = each.nonzeros
+    return cells + _ENTRY_BYTES * entries
 
 
 def _shape(each: Driven) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from tests.sparse.exact import DTYPES, check, sides
 
 from weightstream.errors import ConfigError
-from weightstream.sparse.kernels import multiply, supports
+from weightstream.multiplying import _structure_bytes
+from weightstream.sparse.kernels import Kernel, multiply, supports
 from weightstream.sparse.native import compiling
 from weightstream.sparse.native.compiling import FLAGS, THREADS, cache_folder, compiled
 from weightstream.sparse.native.products import obstacle
 from weightstream.sparse.structure import Structure
+from weightstream.worker.expanding import Driven
 
 CPU = torch.device("cpu")
 BLOCKS = ((1, 1), (2, 3), (16, 16), (17, 19), (24, 40), (32, 32), (50, 16), (96, 48))
@@ -109,6 +112,31 @@ def test_tokens_that_do_not_lie_together() -> None:
     torch.testing.assert_close(of_x, weight.sum(0).expand(10, 2, -1))
     dense = x.sum((0, 1)).expand(structure.shape)
     torch.testing.assert_close(of_values.view(-1), dense[structure.mask()])
+
+
+@pytest.mark.parametrize("kernel", ["native", "csr"])
+@pytest.mark.parametrize("block", [(32, 32), (4, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("density", [0.01, 0.3])
+def test_what_is_found_out_about_a_mask_is_planned_for(kernel: Kernel, block: tuple[int, int], density: float) -> None:
+    if not supports(kernel, block, torch.float32, CPU):
+        pytest.skip("no MKL")
+    structure = Structure(kept_at_random((320 // block[0], 640 // block[1]), density), block)
+    check(structure, kernel, 3, torch.float32)
+    module = torch.nn.Linear(640, 320)
+    assert held(structure) <= _structure_bytes(Driven(module, kernel, block, structure.nnz)) + 16 * (640 + 320)
+
+
+def held(one: object) -> int:
+    """Bytes of the tensors that an object holds."""
+    if isinstance(one, torch.Tensor):
+        return one.nbytes
+    if isinstance(one, dict | tuple | list):
+        return sum(held(part) for part in (one.values() if isinstance(one, dict) else one))
+    if is_dataclass(one):
+        return sum(held(getattr(one, field.name)) for field in fields(one))
+    if isinstance(one, Structure):
+        return held({name: part for name, part in vars(one).items() if part is not one})
+    return 0
 
 
 class TestWhatIsKept:

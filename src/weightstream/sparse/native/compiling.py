@@ -79,7 +79,8 @@ def cache_folder() -> Path:
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
-    facts = [SOURCE.read_bytes(), " ".join(flags).encode(), compiler.encode(), version, _processor().encode()]
+    sources = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    facts = [*sources, " ".join(flags).encode(), compiler.encode(), version, _processor().encode()]
     return hashlib.sha256(b"\0".join(hashlib.sha256(fact).digest() for fact in facts)).hexdigest()[:32]
 
 

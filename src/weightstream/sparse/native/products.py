@@ -82,7 +82,7 @@ def as_elements(block: tuple[int, int]) -> bool:
 
 
 def workspace_bytes(shape: tuple[int, int], block: tuple[int, int], nonzeros: int, threads: int) -> int:
-    """What one of these products needs at most beside its operands and its result: as products.c has it, of the widest vectors."""
+    """What one of these products needs at most beside its operands and its result: by the widest vectors of products.c."""
     rows, columns = shape
     widest, both = max(shape), rows + columns
     if as_elements(block):
