@@ -328,8 +328,7 @@ int ws_blocks_gradient(
                     while (entry >= starts[row + 1]) row++;
                     const float *g = left + row * terms * a_padded, *h = right + columns[entry] * terms * b_padded;
                     for (int64_t r = 0; r < a_padded;) {
-                        int64_t tile = tile_for(a_padded - r);
-                        if (tile > a_padded - r) tile = a_padded - r; /* a multiple of TILE_PART */
+                        int64_t tile = tile_for(a_padded - r); /* what is left is a multiple of TILE_PART */
                         for (int64_t c = 0; c < b_padded; c += 2 * LANES)
                             gradient_tile_of[tile / TILE_PART - 1][c + 2 * LANES <= b_padded][pairs](
                                 sums + entry * block_units + r * b_padded + c, b_padded, g + r, a_padded, h + c, terms
