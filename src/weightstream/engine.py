@@ -489,7 +489,7 @@ class Engine:
         return facts_of(
             self.store.blocks, division.records, self._budgets, visits=self._visits,
             uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=division, structures=structure_bytes(self.store.blocks, self._driven),
+            division=division, structures=structure_bytes(self.store.blocks, self._driven, self.threads),
         )  # fmt: skip
 
     def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:
