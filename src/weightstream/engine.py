@@ -470,6 +470,7 @@ class Engine:
         store: Any = self.store
         common: dict[str, Any] = {
             "partial_sums": allotment.partial_sums, "held_gradients": allotment.held_gradients, "device": self.device,
+            "wait": lambda future: self.runtime.wait(future),
         }  # fmt: skip
         staging = Staging(
             store, self.holding.staged, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
@@ -527,7 +528,7 @@ class Engine:
         return facts_of(
             self.store.blocks, division.records, self._budgets, visits=self._visits,
             uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=division, structures=structure_bytes(self.store.blocks, self._driven),
+            division=division, structures=structure_bytes(self.store.blocks, self._driven, self.threads),
         )  # fmt: skip
 
     def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:
