@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,14 +20,16 @@ from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.cluster import Cluster, owners
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
 from weightstream.fabric.links import Links
+from weightstream.fabric.parcels import Parcels
 from weightstream.fabric.peers import Alone, Peers
 from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
 from weightstream.keeping import Keeper
+from weightstream.lending import AllLending, Borrowed, values_bytes
 from weightstream.masking import Masking
 from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
-from weightstream.nn.attaching import check_places, known_beforehand, layers_of
+from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.past import Past
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
@@ -162,7 +165,8 @@ class Engine:
         kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; or `auto_kernels(…)`: those
             with which a kernel was measured to be faster. Fixed when the store is made, since it decides the order of sums.
         experts_memory: bytes, beside `host_memory`, for the experts that one step reaches (`nn.StreamedExperts`), with
-            their optimizer states, and for those of the step before while they are written.
+            their optimizer states, and for those of the step before while they are written. With several ranks each has
+            so much, for experts that it owns and for values of those that it computes with.
 
     Raises:
         ConfigError: settings that do not go together, or weights given to sparse parameters without a word on their masks.
@@ -253,11 +257,6 @@ class Engine:
         self._layers = layers_of(self.model)
         self._crowded: set[str] = set()
         self._experts_memory = parse_bytes(experts_memory) if self._layers else 0
-        if self._layers and not self.ranks.alone:
-            raise ConfigError(
-                f"layer '{next(iter(self._layers))}' (StreamedExperts): training of experts on several ranks is not "
-                f"supported, found {self.ranks.cluster.size} ranks; run it as one process"
-            )
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
         self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._experts_memory)
         self.model.train()
@@ -310,6 +309,10 @@ class Engine:
         self._skipped_in_a_row: int = own.get("skipped_in_a_row", 0)
         self._past = Past.from_json(own.get("past", {}))
         self._past.goes_on(self.step_count + 1, self.optimizer)
+        self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
+        self.store.watch(self.recorder.log)
+        self._parcels: Parcels | None = None  # in which experts go from rank to rank
+        self._following = False  # this rank computes nothing, and serves those that run the model
         self.touching = self._make_touching()
         visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
                        if m in self.worker.block_of_module)  # fmt: skip
@@ -322,8 +325,6 @@ class Engine:
         self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
         self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
         self.holding = Holding(self.store, owned, self._largest if self.masking else None, now, self._driven)
-        self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
-        self.store.watch(self.recorder.log)
         self._division = self._divide(cluster, self.owner)
         facts = self._facts(cluster.workers)
         self.runtime = self._runtime(facts, allot(facts))
@@ -357,18 +358,69 @@ class Engine:
 
     def _make_touching(self) -> Touching:
         """The memory of experts, from which their layers take weights."""
-        families = {}
+        if self.ranks.alone:
+            own = {name: self._touched(name, self._experts_bytes) for name in self._layers}
+            for name, layer in self._layers.items():
+                layer.attach(own[name])
+            return Touching(own)
+        own, lent = {}, {}
         for name, layer in self._layers.items():
-            family = layer.family(name)
-            families[name] = Touched(
-                self.store, self.store.index(family.name, 0), family,
-                nbytes=self._experts_memory // len(self._layers), dtype=DTYPES[self.precision], device=self.device,
-                groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
-                walking=lambda: None if self.worker.outside is not None else self.worker.walking,
-                replayed=self._past.at if layer.untouched == "dense" else None,
+            family, nbytes = layer.family(name), self._bytes_for_values(name)
+            if self.ranks.owns:
+                own[name] = self._touched(name, self._experts_bytes - nbytes)
+            lent[name] = Borrowed(
+                family, own.get(name), nbytes=nbytes, owners=len(self.ranks.cluster.memory_ranks),
+                dtype=DTYPES[self.precision], device=self.device, groups=self._budgets.reduction_groups,
+                walking=self._walking,
             )  # fmt: skip
-            layer.attach(families[name])
-        return Touching(families)
+            layer.attach(lent[name])
+        return Touching(own, self._lending(lent) if lent else None)
+
+    def _bytes_for_values(self, name: str) -> int:
+        """What of a layer's memory is for values, on one of several ranks; the rest is for records that it owns."""
+        if not (self.ranks.owns and self.ranks.computes):
+            return self._experts_bytes if self.ranks.computes else 0
+        family = self._layers[name].family(name)
+        layout = self.store.layout(self.store.index(family.name, family.count - 1))
+        return values_bytes(family, layout, DTYPES[self.precision], self._experts_bytes)
+
+    @property
+    def _experts_bytes(self) -> int:
+        """What one layer has of the memory for experts."""
+        return self._experts_memory // len(self._layers)
+
+    def _touched(self, name: str, nbytes: int) -> Touched:
+        """The records of a layer's experts that this rank owns."""
+        layer = self._layers[name]
+        family = layer.family(name)
+        return Touched(
+            self.store, self.store.index(family.name, 0), family, nbytes=nbytes, dtype=DTYPES[self.precision],
+            device=self.device, groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
+            walking=self._walking, member=(self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
+            replayed=self._past.at if layer.untouched == "dense" else None,
+        )  # fmt: skip
+
+    def _lending(self, families: Mapping[str, Borrowed]) -> AllLending:
+        """What all ranks do together with these."""
+        links = self.ranks.links
+        assert links is not None, "one rank has nobody to lend to"
+        self._parcels = Parcels(links.add_records(), self.recorder.log)
+        return AllLending(
+            self._parcels, self.ranks.cluster, families, blocks_of(families, self.store.blocks),
+            groups=self._budgets.reduction_groups, standing_still=self._standing_still,
+        )  # fmt: skip
+
+    def _walking(self) -> tuple[int, int] | None:
+        """The use and micro-batch that is computed now; None outside of steps."""
+        return None if self._following or self.worker.outside is not None else self.worker.walking
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """This rank waits for others though it computes: one that shares its process may use the random state meanwhile."""
+        state = self.worker.generators.state()
+        with self.ranks.waiting():
+            yield
+        self.worker.generators.restore(state)
 
     def _begin_touching(self, micro_batches: int, own: Iterable[Any]) -> None:
         """Begins to read the experts that a step is known to reach."""
@@ -437,7 +489,7 @@ class Engine:
         return facts_of(
             self.store.blocks, division.records, self._budgets, visits=self._visits,
             uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=division, structures=structure_bytes(self.store.blocks, self._driven),
+            division=division, structures=structure_bytes(self.store.blocks, self._driven, self.threads),
         )  # fmt: skip
 
     def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:
@@ -603,7 +655,9 @@ class Engine:
         links = self.ranks.links
         if links is None:
             return {}
-        down, up = dict(links.down.traffic.sent), dict(links.up.traffic.sent)
+        down, up = Counter(links.down.traffic.sent), Counter(links.up.traffic.sent)
+        if self._parcels is not None:
+            down, up = down + self._parcels.sent["down"], up + self._parcels.sent["up"]
         return {rank: (down.get(rank, 0), up.get(rank, 0)) for rank in sorted(down.keys() | up.keys())}
 
     def gather(self, value: Any) -> list[Any]:
@@ -765,17 +819,17 @@ class Engine:
             yield from self._streamed()
 
     def _streamed(self) -> Iterator[nn.Module]:
+        self._begin_touching(0, ())
         if not self.ranks.computes:
-            follow(self.holding, self.runtime.peers, self.runtime.slabs)
+            self._follow()
             yield self.model
             return
         streamed = StreamedModel(
             self.holding, self.runtime.peers, self.worker, self.parameters,
-            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places,
+            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places, self.touching,
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()
-        self._begin_touching(0, ())
         self.worker.outside = streamed.call
         try:
             with torch.no_grad():
@@ -786,6 +840,15 @@ class Engine:
             self._restore_cache = without_cache(self.model)
             self.model.train()
             streamed.close()
+
+    def _follow(self) -> None:
+        """Serves the ranks that run the model."""
+        self._following = True
+        try:
+            follow(self.holding, self.runtime.peers, self.runtime.slabs, self.touching)
+        finally:
+            self._following = False
+            self.touching.drop()
 
     def commit(self) -> None:
         """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""

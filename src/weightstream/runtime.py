@@ -385,7 +385,11 @@ class Runtime:
         last = visit == len(self.facts.visits) - 1
         assert planned is not None
         self.make_visit(visit, planned, micro_batch)
+        if micro_batch == 0:
+            self.keeper.touching.enter(block)
         self.pass_through(visit, block, micro_batch, last=last)
+        if micro_batch == self.micro_batches - 1:
+            self.keeper.touching.leave(block)
         if last and micro_batch in self.own and self.worker.wants(micro_batch) is not None:
             raise DivergedError(
                 f"micro-batch {micro_batch} called {self.worker.wants(micro_batch)} after the last visit"
@@ -459,6 +463,7 @@ class Runtime:
     def _settle_all(self) -> None:
         for block in list(self._reducing):
             self.settle(block)
+        self.keeper.touching.collect()
         with self._computing():
             squares = self.keeper.touching.close_sums()
         self._note_squares(squares, "")

@@ -206,7 +206,7 @@ def assert_accounted(store: Store) -> None:
         if found:
             assert found[0][0] >= row.header_nbytes
             assert (store.path / "segments" / name).stat().st_size == row.nbytes >= sum(found[-1])
-    there = {str(path.relative_to(store.path / "segments")) for path in (store.path / "segments").glob("shared/*/*")}
+    there = {str(path.relative_to(store.path / "segments")) for path in (store.path / "segments").rglob("shared/*/*")}
     uncommitted = {file.name for file in (*shared.filling.files, *shared._doubtful)}
     assert {name for name, row in rows.items() if row.live_bytes} <= there
     assert there <= rows.keys() | uncommitted | set(shared._spare) | shared._resting

@@ -45,6 +45,14 @@ def check_places(layers: Iterable[str], blocks: Sequence[Block]) -> None:
             )
 
 
+def blocks_of(layers: Iterable[str], blocks: Sequence[Block]) -> dict[str, int]:
+    """The block that each layer lies in."""
+    return {
+        name: next(block.index for block in blocks for module in block.modules if name.startswith(f"{module}."))
+        for name in layers
+    }
+
+
 def known_beforehand(layers: Mapping[str, StreamedExperts], micro_batches: Iterable[Any]) -> dict[str, list[int]]:
     """The experts that these micro-batches will reach, by layer, as far as they follow from their `input_ids`."""
     texts = [found[INPUT_IDS] for found in micro_batches if isinstance(found, Mapping) and INPUT_IDS in found]

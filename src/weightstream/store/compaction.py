@@ -60,6 +60,8 @@ def _groups(versions: "Versions", published: Mapping[int, Entry], budget_bytes: 
     """Records to be copied, as the rows that point to each, in groups that fit the buffer; one file in each."""
     left = budget_bytes
     for file in versions.shared.manifest.mostly_dead_files(_FILES_AT_ONCE):
+        if not versions.shared.is_ours(file.file):
+            continue
         places: dict[int, list[RecordRow]] = defaultdict(list)
         for row in versions.shared.manifest.in_shared(file.file):
             places[row.offset].append(row)

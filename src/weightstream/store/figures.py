@@ -220,8 +220,7 @@ def _space(store: "Store") -> dict[str, Any]:
 def _files(segments: Path) -> Iterator[tuple[str, int]]:
     """Files of one record each, by name as the manifest has it, and their bytes."""
     for folder, folders, names in os.walk(segments):
-        if Path(folder) == segments:
-            folders[:] = [name for name in folders if name != SHARED]
+        folders[:] = [name for name in folders if name != SHARED]
         for name in names:
             path = Path(folder, name)
             yield path.relative_to(segments).as_posix(), path.stat().st_size

@@ -104,13 +104,15 @@ class RecordRow:
         """What another rank needs to publish it, too."""
         checksums = {part: f"{value:016x}" for part, value in self.checksums.items()}
         sparse = [sparsity_to_json(self.sparsity)] if self.sparsity else []
-        return [self.block, self.version, self.file, checksums, self.optimizer_steps, *sparse]
+        place = [self.offset, self.nbytes]
+        return [self.block, self.version, self.file, checksums, self.optimizer_steps, *place, *sparse]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> "RecordRow":
-        block, version, file, checksums, steps, *sparse = data
+        block, version, file, checksums, steps, offset, nbytes, *sparse = data
         sums = {part: int(value, 16) for part, value in checksums.items()}
-        return cls(block, version, file, sums, steps, sparsity=sparsity_from_json(sparse[0]) if sparse else DENSE)
+        sparsity = sparsity_from_json(sparse[0]) if sparse else DENSE
+        return cls(block, version, file, sums, steps, offset=offset, nbytes=nbytes, sparsity=sparsity)
 
     def at(self, number: int) -> "RecordRow":
         """The row as it was at an earlier commit, at or after its birth."""
@@ -407,6 +409,10 @@ class Manifest:
     def shared(self, serial: int = 0) -> list[SharedRow]:
         """The files that records share, from a serial number on."""
         return self._shared("WHERE serial >= ? ORDER BY serial", (serial,))
+
+    def shared_checksum(self) -> str:
+        """Over all that is said of shared files."""
+        return xxhash.xxh3_64_hexdigest(_json([_shared_values(row) for row in self.shared()]).encode())
 
     def life(self) -> LifeRow:
         """The figures of the last commit; none in a store that was just made."""

@@ -20,7 +20,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from weightstream.blocks import PANEL_ELEMENTS, Block, Parameter, Unit, cut
-from weightstream.cluster import owners
+from weightstream.cluster import owner_of, owners
 from weightstream.errors import StoreError, StoreMismatchError
 from weightstream.store import audit, directory, figures, integrity
 from weightstream.store.branch import branch
@@ -73,6 +73,7 @@ class Store:
             families = manifest.families()
             self.blocks, self.units = blocks_of(blocks), units_of(blocks)
             last = manifest.last_commit()
+            self._newest = last.number
             rows = manifest.records(stop=len(self.units))
             if common is not None and common.number != last.number:  # a reader: not all ranks have the last one yet
                 last = manifest.commit_row(common.number)
@@ -345,7 +346,9 @@ class Store:
         if self.writable:
             return [row for row in rows if row.died is None]
         found = [replace(row, died=None) for row in rows if row.lives_at(self._opened)]
-        if lost := {row.block for row in rows if row.born > self._opened} - {row.block for row in found}:
+        # a commit that not all memory ranks have keeps the one before, which was opened then
+        whole = self._newest if self.manifest.last_commit().number == self._newest else self._opened
+        if lost := {row.block for row in rows if row.born > whole} - {row.block for row in found}:
             raise StoreError(
                 f"store '{self.path}': block {min(lost)} {self.layout(min(lost)).block!r} was written since the store was "
                 "opened for reading; open it anew"
@@ -677,9 +680,14 @@ class Store:
             self.commit(self.step, self.progress).result()
 
     def _require_own(self, index: int) -> None:
-        if index < len(self.owner) and self.owner[index] != self.members.rank:
+        if self.members.count == 1:
+            return
+        unit = index < len(self.owner)
+        owner = self.owner[index] if unit else owner_of(self._layouts.number(index), self.members.count)
+        if owner != self.members.rank:
+            what = "unit" if unit else "record"
             raise ValueError(
-                f"store '{self.path}': unit {index} is owned by memory rank {self.owner[index]}, not {self.members.rank}"
+                f"store '{self.path}': {what} {index} is owned by memory rank {owner}, not {self.members.rank}"
             )
 
     def _require_writable(self) -> None:
@@ -703,11 +711,6 @@ def _first_look(path: Path, place: Path, members: Members, *, writable: bool) ->
         handle = directory.lock(place) if writable else None
         file = place / directory.MANIFEST
         manifest = Manifest.open(file, writable=writable) if members.rank == 0 or file.is_file() else None
-        if members.count > 1 and manifest is not None and (families := manifest.families()):
-            raise StoreError(
-                f"store '{path}': families with several memory ranks are not supported: it has {families[0][1]!r}, and "
-                f"{members.count} ranks open it; open it as one rank"
-            )
     except StoreError as error:
         refused = error
     reasons = [None if refused is None else str(refused)] if members.count == 1 else None
