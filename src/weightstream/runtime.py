@@ -350,13 +350,18 @@ class Runtime:
         self._arrivals[block] = arrival
 
     def _evict(self, block: int) -> None:
+        """A block leaves its slab, also where its bytes never came; nobody writes to the slab or sends from it any more."""
         arrival = self._arrivals.pop(block, None)
-        if arrival is not None:
-            self.wait(arrival.here)
-            self.wait(arrival.passed)
-        self.parameters.unbind(block)
-        self.expansion.forget(block)
-        self.slabs.release(block)
+        try:
+            if arrival is not None:
+                try:
+                    self.wait(arrival.here)
+                finally:
+                    self.wait(arrival.passed)
+        finally:
+            self.parameters.unbind(block)
+            self.expansion.forget(block)
+            self.slabs.release(block)
 
     def _need(self, block: int) -> None:
         """Makes sure that a block is present: waits for its bytes and binds its parameters to them."""
@@ -477,9 +482,16 @@ class Runtime:
         self.keeper.abort()
 
     def _leave_slabs(self) -> None:
+        """Raises the first error of those blocks that did not come, once all have left."""
+        failed: BaseException | None = None
         for block in range(len(self.blocks)):
             if self.slabs.slab_of(block) is not None:
-                self._evict(block)
+                try:
+                    self._evict(block)
+                except BaseException as error:
+                    failed = failed or error
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         """Drains, and gives all buffers back. What an interrupted update left is not committed."""
