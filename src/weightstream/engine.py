@@ -19,17 +19,20 @@ from weightstream.blocks import Block, Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.cluster import Cluster, owners
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
+from weightstream.existence import Existence
 from weightstream.fabric.links import Links
 from weightstream.fabric.parcels import Parcels
 from weightstream.fabric.peers import Alone, Peers
 from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
+from weightstream.growing import Growing
 from weightstream.keeping import Keeper
 from weightstream.lending import AllLending, Borrowed, values_bytes
 from weightstream.masking import Masking
 from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
-from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of
+from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of, tokens_in
+from weightstream.nn.pool import Pool
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.past import Past
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
@@ -43,6 +46,7 @@ from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
+from weightstream.store.compaction import SHARE, check_share
 from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
@@ -73,6 +77,8 @@ class MovedBytes:
     read: int
     written: int
     bound: int
+    compaction: int = 0
+    """Those of them that were read and written to copy records of families out of mostly dead files."""
 
     @property
     def total(self) -> int:
@@ -167,6 +173,9 @@ class Engine:
         experts_memory: bytes, beside `host_memory`, for the experts that one step reaches (`nn.StreamedExperts`), with
             their optimizer states, and for those of the step before while they are written. With several ranks each has
             so much, for experts that it owns and for values of those that it computes with.
+        experts_pool: how many experts may come to exist (`nn.Pool`), of all layers together; or by pattern of layer names.
+        compaction_share: bytes that compaction may write for each byte of experts that steps write. Dead bytes on disk are
+            at most one over it times the live ones.
 
     Raises:
         ConfigError: settings that do not go together, or weights given to sparse parameters without a word on their masks.
@@ -205,6 +214,8 @@ class Engine:
         sparsity: Sparsity | None = None,
         kernels: Mapping[str, Kernel] | AutoKernels | None = None,
         experts_memory: str | int = "1GiB",
+        experts_pool: Pool | Mapping[str, Pool] | None = None,
+        compaction_share: float = SHARE,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -256,9 +267,11 @@ class Engine:
             keep_memory()
         self._layers = layers_of(self.model)
         self._crowded: set[str] = set()
-        self._experts_memory = parse_bytes(experts_memory) if self._layers else 0
+        self.experts_memory = parse_bytes(experts_memory) if self._layers else 0
+        self._pools = {"*": experts_pool} if isinstance(experts_pool, Pool) else dict(experts_pool or {})
+        self._compaction_share = check_share(compaction_share)
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
-        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._experts_memory)
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self.experts_memory)
         self.model.train()
         check_model(self.model)
         contract = contract_of(
@@ -314,6 +327,10 @@ class Engine:
         self._parcels: Parcels | None = None  # in which experts go from rank to rank
         self._following = False  # this rank computes nothing, and serves those that run the model
         self.touching = self._make_touching()
+        self.growing = self._make_growing(own.get("experts", {}))
+        self.touching.agree = self.growing.agree
+        if self._layers and self.ranks.owns:
+            self.store.compaction_share = self._compaction_share
         visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
                        if m in self.worker.block_of_module)  # fmt: skip
         self._visits = visits
@@ -376,6 +393,18 @@ class Engine:
             layer.attach(lent[name])
         return Touching(own, self._lending(lent) if lent else None)
 
+    def _make_growing(self, kept: Mapping[str, Any]) -> Growing:
+        """How many experts there are and may be; `kept` is what was committed of it."""
+        own, lent = self.touching.families, self.touching.lending
+        existence = Existence(
+            {name: layer.experts for name, layer in self._layers.items()}, own, self.gather if self._layers else _alone,
+            (self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
+        )  # fmt: skip
+        return Growing(
+            self._layers, own if lent is None else lent.families, existence, self._pools, kept, self._calls, self._log,
+            several=lent is not None,
+        )  # fmt: skip
+
     def _bytes_for_values(self, name: str) -> int:
         """What of a layer's memory is for values, on one of several ranks; the rest is for records that it owns."""
         if not (self.ranks.owns and self.ranks.computes):
@@ -387,7 +416,7 @@ class Engine:
     @property
     def _experts_bytes(self) -> int:
         """What one layer has of the memory for experts."""
-        return self._experts_memory // len(self._layers)
+        return self.experts_memory // len(self._layers)
 
     def _touched(self, name: str, nbytes: int) -> Touched:
         """The records of a layer's experts that this rank owns."""
@@ -423,8 +452,18 @@ class Engine:
         self.worker.generators.restore(state)
 
     def _begin_touching(self, micro_batches: int, own: Iterable[Any]) -> None:
-        """Begins to read the experts that a step is known to reach."""
-        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, known_beforehand(self._layers, own))
+        """Begins to read the experts that a step is known to reach; refuses one that there is no room for."""
+        own = list(own)
+        expected: Mapping[str, Sequence[int]] = {}
+        if micro_batches:
+            expected = self.growing.begin(known_beforehand(self._layers, own), tokens_in(own))
+        else:
+            self.growing.outside()
+        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, expected)
+
+    def _calls(self, layer: str) -> int:
+        """How often the model calls a layer of experts for each micro-batch, as far as it is known."""
+        return max(1, sum(layer.startswith(f"{visit.module}.") for visit in self._visits))
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
@@ -625,6 +664,8 @@ class Engine:
         self.step_count = number
         norm = outcome.norm
         self._count_skipped(outcome, number)
+        self.growing.took(self._added(outcome.finite))
+        self.growing.measured({name: facts.assignments for name, facts in self.touching.facts.items()})
         self._warn_of_crowds()
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         moved = self._moved()
@@ -697,6 +738,8 @@ class Engine:
             progress=self._progress_after, rehearsal=True,
         )  # fmt: skip
         self._learn(outcome, measuring=True)
+        facts = self.touching.facts
+        self.growing.measured({name: micro_batches * found.assignments for name, found in facts.items()})
         self._plan(micro_batches)
         self.recorder.forget()
 
@@ -708,7 +751,13 @@ class Engine:
         }
         if any(layer.untouched == "dense" for layer in self._layers.values()):
             own["past"] = self._past.to_json(() if finite else (self.step_count + 1,))
+        if self._layers:
+            own["experts"] = self.growing.to_json(self._added(finite))
         return {**self.progress, "(engine)": own}
+
+    def _added(self, finite: bool) -> Mapping[str, int]:
+        """The experts that the step under way has brought into existence, if it counts."""
+        return self.touching.added if finite else {}
 
     def _count_skipped(self, outcome: StepOutcome, number: int) -> None:
         own = self._progress_after(outcome.finite)["(engine)"]
@@ -763,7 +812,7 @@ class Engine:
 
     def _moved(self) -> MovedBytes:
         read, written = self.recorder.end()
-        return MovedBytes(read, written, self.bytes_bound().total)
+        return MovedBytes(read, written, self.bytes_bound().total, self.recorder.moved("compaction"))
 
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment, and with what is sparse
@@ -860,9 +909,12 @@ class Engine:
         reads and writes each of them. Otherwise an expert makes up for missed steps when it is next reached."""
         self.commit()
         self._begin_touching(0, ())
+        before = {name: family.first_written for name, family in self.touching.families.items()}
         for writing in self.touching.make_up():
             self.runtime.wait(writing)
-        self.store.commit(self.step_count, self.store.progress).result()
+        made = {name: family.first_written - before[name] for name, family in self.touching.families.items()}
+        own = self.store.progress.get("(engine)", {}) | {"experts": self.growing.made(made)}
+        self.store.commit(self.step_count, {**self.store.progress, "(engine)": own}).result()
 
     def snapshot(self, name: str) -> None:
         """Holds the present state under a name: commits, then one row. With several ranks all of them call it."""
@@ -918,6 +970,10 @@ class Engine:
             self._closed = True
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -22,7 +22,7 @@ from weightstream.errors import AuditError, PlanError
 from weightstream.fabric.parcels import Parcels, Sizes
 from weightstream.store.families import Family
 from weightstream.store.layout import RecordLayout
-from weightstream.touching import Arena, Gradients, Packed, Sums, Touched, TouchedFacts
+from weightstream.touching import Arena, Gradients, Packed, Sums, Touched, TouchedFacts, redirected
 from weightstream.units import format_bytes
 
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -55,6 +55,8 @@ class Borrowed:
         self._nbytes, self._capacity = nbytes, nbytes // (family.numel * dtype.itemsize)
         self.gradients_here = Gradients(groups)
         self.reached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._instead: Mapping[int, int] | None = None
+        self._redirected: dict[tuple[int, int], int] = {}
         self.asked: dict[int, Tensor] = {}  # by owner: numbers that are to come when this rank needs them
         self.promised: dict[int, Tensor] = {}  # by rank that computes: the same of others
         self.fetch: Callable[[Borrowed, Tensor], None] = _refuse
@@ -69,6 +71,36 @@ class Borrowed:
         return [torch.empty(shape, dtype=dtype) for dtype, shape in self.sizes(records, self.dtype)]
 
     # for the layer
+
+    def gate(self, instead: Mapping[int, int] | None) -> None:
+        """From now on only records that exist are reached, of these numbers what they lead to; None: all are."""
+        self._instead = instead
+
+    def existing(self, numbers: Sequence[int]) -> list[int]:
+        """The records that are reached for these.
+
+        Raises:
+            PlanError: it was not found out, when the step began, what exists for one of them.
+        """
+        instead = self._instead
+        if instead is None:
+            return list(numbers)
+        unknown = next((number for number in numbers if number not in instead), None)
+        if unknown is not None:
+            raise PlanError(
+                f"family {self.family.name!r}: its pool is full, and on several ranks it must follow from a step's input_ids "
+                f"what it reaches, found record {unknown} that does not; run on one rank, or with a larger pool"
+            )
+        return [instead[number] for number in numbers]
+
+    def routed(self, numbers: Tensor) -> Tensor:
+        """The records that these assignments of a micro-batch go to."""
+        if self._instead is None:
+            return numbers
+        result = redirected(numbers, self.existing)
+        if (walking := self._walking()) is not None:
+            self._redirected[walking] = int((result != numbers).sum())
+        return result
 
     def weights(self, numbers: Tensor, counts: Tensor) -> list[Tensor]:
         wanted, walking = numbers.cpu(), self._walking()
@@ -94,6 +126,11 @@ class Borrowed:
             return torch.zeros(numbers.shape, dtype=torch.bool)
         place = torch.searchsorted(self._found, numbers).clamp_(max=self._found.numel() - 1)
         return self._found[place] == numbers
+
+    @property
+    def redirected(self) -> int:
+        """How often a record was meant in the step that may not come to exist."""
+        return sum(self._redirected.values())
 
     # for all ranks
 
@@ -140,6 +177,7 @@ class Borrowed:
         self._forget()
         self.gradients_here.clear()
         self.reached.clear()
+        self._redirected.clear()
         self.asked, self.promised = {}, {}
 
 
@@ -147,7 +185,7 @@ def values_bytes(family: Family, layout: RecordLayout, dtype: torch.dtype, nbyte
     """What of a rank's memory is for values that its micro-batches need, where it owns records as well: as many as it has
     records."""
     values = family.numel * dtype.itemsize
-    return nbytes * values // (values + Arena.record_bytes(layout))
+    return nbytes * values // (values + Arena.slot_bytes(layout))
 
 
 def _refuse(borrowed: Borrowed, numbers: Tensor) -> None:
@@ -342,13 +380,15 @@ class AllLending:
 
     def _facts(self) -> dict[str, TouchedFacts]:
         own = [family.own.facts if family.own is not None else None for family in self.families.values()]
-        told = self.parcels.tell([each and (each.touched, each.new, each.assignments, each.most) for each in own])
+        elsewhere = [family.redirected for family in self.families.values()]
+        told = self.parcels.tell([[f and (f.touched, f.new, f.assignments, f.most) for f in own], elsewhere])
         found = {}
-        for name, each in zip(self.families, zip(*told, strict=True), strict=True):
-            parts = [part for part in each if part is not None]
+        for position, name in enumerate(self.families):
+            parts = [facts[position] for facts, _ in told if facts[position] is not None]
             if parts:
                 touched, new, assignments, most = zip(*parts, strict=True)
-                found[name] = TouchedFacts(sum(touched), sum(new), sum(assignments), max(most))
+                redirected = sum(each[position] for _, each in told)
+                found[name] = TouchedFacts(sum(touched), sum(new), sum(assignments), max(most), redirected)
         return found
 
     def drop(self) -> None:

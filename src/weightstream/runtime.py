@@ -466,6 +466,7 @@ class Runtime:
         self.keeper.touching.collect()
         with self._computing():
             squares = self.keeper.touching.close_sums()
+        self.keeper.touching.settle()
         self._note_squares(squares, "")
 
     # between steps

@@ -7,7 +7,7 @@ optimizer steps.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -36,12 +36,13 @@ Node = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class TouchedFacts:
     """What one step reached of a family: records, of those the ones never written before, how often in all, and the one
-    reached most often."""
+    reached most often; how often another one, which does not exist and may not come to, was meant."""
 
     touched: int
     new: int
     assignments: int
     most: int
+    redirected: int = 0
 
 
 @dataclass(slots=True)
@@ -122,24 +123,25 @@ def _sum_up(sums: dict[Node, Packed], groups: int, share: range) -> None:
             sums[low, high] = left or right  # type: ignore[assignment]
 
 
+def redirected(numbers: Tensor, existing: Callable[[Sequence[int]], list[int]]) -> Tensor:
+    """What assignments go to, each different one asked for once."""
+    asked, place = torch.unique(numbers.cpu(), return_inverse=True)
+    return torch.tensor(existing(asked.tolist()), dtype=torch.int64)[place].to(numbers.device)
+
+
 class Arena:
     """Memory for so many records of one family. Nothing is resident until it is used."""
 
     def __init__(self, layout: RecordLayout, records: int) -> None:
-        self._layout, self._stride = layout, self.record_bytes(layout)
+        self._layout, self._stride = layout, self.slot_bytes(layout)
         self._memory = AlignedBuffer(records * self._stride)
         self._buffers: dict[int, RecordBuffer] = {}
         self._records = records
 
     @staticmethod
-    def record_bytes(layout: RecordLayout) -> int:
+    def slot_bytes(layout: RecordLayout) -> int:
         """What one record takes."""
         return align(layout.image_nbytes, ALIGN_PART)
-
-    @staticmethod
-    def fitting(layout: RecordLayout, nbytes: int) -> int:
-        """How many records fit into so much memory."""
-        return nbytes // Arena.record_bytes(layout)
 
     def buffer(self, slot: int) -> RecordBuffer:
         found = self._buffers.get(slot)
@@ -214,7 +216,9 @@ class Touched:
         self._store, self._first, self._dtype, self._device = store, first, dtype, device
         self._wait, self._walking, self._replayed, self._groups = wait, walking, replayed, groups
         layout = store.layout(first + family.count - 1)
-        self._budget_bytes, fitting = nbytes, Arena.fitting(layout, nbytes)
+        self.record_bytes, self.loaded_bytes = layout.parts_nbytes, sum(part.nbytes for part in layout.states)
+        self.slot_bytes = Arena.slot_bytes(layout)
+        self._budget_bytes, fitting = nbytes, nbytes // self.slot_bytes
         if fitting < 1:
             raise PlanError(
                 f"family {family.name!r}: one record takes {format_bytes(layout.image_nbytes)}, there is memory for "
@@ -229,6 +233,10 @@ class Touched:
         self._writes: deque[tuple[Future[None], list[int]]] = deque()  # with the slots that are free afterwards
         self._gradients = Gradients(groups)
         self._reached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._instead: dict[int, int] | None = None  # what is reached for each number, where not all may come to exist
+        self.first_written = 0
+        """Records that this has written which did not exist before."""
+        self._redirected: dict[tuple[int, int], int] = {}
         self._total: Packed | None = None
         self._micro_batches = 0
         self._count = 0  # optimizer steps that untouched records have had before this step, where they are replayed
@@ -238,7 +246,58 @@ class Touched:
         self.drop()
         self._micro_batches, self._count = micro_batches, count
 
+    # which ones exist
+
+    def written(self, numbers: Collection[int]) -> set[int]:
+        """Those of these records that exist, that is, that an earlier step has written."""
+        return {index - self._first for index in self._store.written([self._first + number for number in numbers])}
+
+    def count_written(self) -> int:
+        """How many there are; takes the longer the more there are."""
+        return self._store.count_written(self._indices)
+
+    def next_written(self, numbers: Sequence[int]) -> list[int | None]:
+        """For each of these the next one that exists, by number, round the end; None if none does."""
+        try:
+            found = self._store.next_written(self._indices, [self._first + number for number in numbers])
+        except LookupError:
+            return [None] * len(numbers)
+        return [found[self._first + number] - self._first for number in numbers]
+
+    def gate(self, instead: Mapping[int, int] | None) -> None:
+        """From now on only records that exist are reached: of these numbers, what they lead to; of others, which follow from
+        no tokens, the next that does, looked up when it is wanted. None: all are."""
+        self._instead = None if instead is None else dict(instead)
+
+    def existing(self, numbers: Sequence[int]) -> list[int]:
+        """The records that are reached for these; it follows from what the steps before have written alone."""
+        instead = self._instead
+        if instead is None:
+            return list(numbers)
+        asked = [number for number in numbers if number not in instead]
+        if asked:
+            here = self.written(asked)
+            others = [number for number in asked if number not in here]
+            instead |= {number: number for number in here}
+            instead |= {
+                n: found for n, found in zip(others, self.next_written(others), strict=True) if found is not None
+            }
+        return [instead[number] for number in numbers]
+
+    @property
+    def _indices(self) -> range:
+        return range(self._first, self._first + self.family.count)
+
     # for the layer
+
+    def routed(self, numbers: Tensor) -> Tensor:
+        """The records that these assignments of a micro-batch go to."""
+        if self._instead is None:
+            return numbers
+        result = redirected(numbers, self.existing)
+        if (walking := self._walking()) is not None:
+            self._redirected[walking] = int((result != numbers).sum())
+        return result
 
     def expect(self, numbers: Sequence[int]) -> None:
         """Begins to read those of these records that are not here."""
@@ -331,6 +390,11 @@ class Touched:
             for number, row in zip(numbers, rows.unbind(), strict=True)
         }
 
+    @property
+    def added(self) -> int:
+        """How many records the update will write for the first time."""
+        return 0 if self._total is None else sum(self._held[number].new for number in self._total.numbers.tolist())
+
     def update(self, step: int, coefficient: float) -> "Future[None]":
         """The optimizer step on what got a gradient, and its writing; done when written. All other records go."""
         total, self._total = self._total, None
@@ -349,6 +413,7 @@ class Touched:
     def _write(self, numbers: Sequence[int]) -> "Future[None]":
         """Makes these records the newest versions, and lets them go when they are written."""
         held = [self._held.pop(number) for number in numbers]
+        self.first_written += sum(each.new for each in held)
         for place, copies in enumerate(self._parts.get("copy", ())):
             slots = torch.tensor([each.slot for each in held], dtype=torch.int64)
             copies[slots] = self._parts["param"][place][slots].to(copies.dtype)
@@ -409,6 +474,7 @@ class Touched:
         self._reading.clear()
         self._gradients.clear()
         self._reached.clear()
+        self._redirected.clear()
         self._total = None
         self._free.extend(held.slot for held in self._held.values())
         self._held.clear()
@@ -423,7 +489,8 @@ class Touched:
         found, place = torch.unique(numbers, return_inverse=True)
         reached = torch.zeros(found.numel(), dtype=torch.int64).index_add_(0, place, counts)
         new = sum(self._held[number].new for number in found.tolist())
-        return TouchedFacts(found.numel(), new, int(reached.sum()), int(reached.max()))
+        redirected = sum(self._redirected.values())
+        return TouchedFacts(found.numel(), new, int(reached.sum()), int(reached.max()), redirected)
 
     def close(self) -> None:
         """Waits for writes and gives the memory back."""
@@ -435,8 +502,22 @@ class Touched:
         self._arena.close()
 
 
+class Door(Protocol):
+    """Through which a layer reaches its experts."""
+
+    def gate(self, instead: Mapping[int, int] | None) -> None:
+        """From now on only those that exist are reached, and of these numbers those that they lead to; None: all are."""
+
+    def existing(self, numbers: Sequence[int]) -> list[int]:
+        """Those that are reached for these."""
+
+
 class Lending(Protocol):
     """What several ranks do together with the records of families; see `lending.py`."""
+
+    @property
+    def families(self) -> Mapping[str, Door]:
+        """By the name of their layer."""
 
     def begin(self, micro_batches: int, expected: Mapping[str, Sequence[int]]) -> None:
         """A step begins: asks the owners for what is expected here, and reads what others expect of this rank."""
@@ -469,11 +550,15 @@ class Touching:
     """Where there are several ranks."""
     facts: dict[str, TouchedFacts] = field(default_factory=dict)
     """Of the last step."""
+    added: dict[str, int] = field(default_factory=dict)
+    """Records that the step writes for the first time, if it counts."""
+    agree: Callable[[Mapping[str, int]], dict[str, int]] = dict
+    """What all ranks come to together; refuses a step that writes too many for the first time."""
     _sums: dict[str, Sums] | None = None
 
     def begin(self, micro_batches: int, count: int, expected: Mapping[str, Sequence[int]]) -> None:
         """A step of so many micro-batches begins; the store has had `count` optimizer steps. Reads what is expected."""
-        self.facts = {}
+        self.facts, self.added = {}, {}
         for name, family in self.families.items():
             family.begin(micro_batches, count)
             if self.lending is None:
@@ -498,9 +583,10 @@ class Touching:
     def collect(self) -> None:
         """Before sums are closed: they come to the owners. Notes what the step has reached."""
         if self.lending is not None:
-            self._sums, self.facts = self.lending.collect()
+            self._sums, facts = self.lending.collect()
         else:
-            self.facts = {n: facts for n, family in self.families.items() if (facts := family.facts) is not None}
+            facts = {n: found for n, family in self.families.items() if (found := family.facts) is not None}
+        self.facts |= facts  # of a rehearsal sums are closed twice
 
     def close_sums(self) -> Squares:
         """Sums all gradients of the step; gives their squares."""
@@ -509,6 +595,10 @@ class Touching:
         for name, family in self.families.items():
             squares |= family.close_sums(None if sums is None else sums[name])
         return squares
+
+    def settle(self) -> None:
+        """After sums are closed: finds out what the step adds, on all ranks, and refuses what it may not."""
+        self.added = self.agree({name: family.added for name, family in self.families.items()})
 
     def update(self, step: int, coefficient: float) -> "Future[list[None]]":
         """Updates and writes what got gradients, to be published by the next commit."""

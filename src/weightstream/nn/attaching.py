@@ -66,3 +66,14 @@ def known_beforehand(layers: Mapping[str, StreamedExperts], micro_batches: Itera
         if numbers:
             expected[name] = sorted(numbers)
     return expected
+
+
+def tokens_in(micro_batches: Iterable[Any]) -> int | None:
+    """How many tokens these micro-batches have; None if one of them is no dict with `input_ids`."""
+    total = 0
+    for found in micro_batches:
+        ids = found.get(INPUT_IDS) if isinstance(found, Mapping) else None
+        if not isinstance(ids, Tensor):
+            return None
+        total += ids.numel()
+    return total

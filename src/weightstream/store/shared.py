@@ -84,10 +84,11 @@ class SharedFile:
 @dataclass(eq=False, slots=True)
 class Batch:
     """The files of one commit. `free` are places that an undone or replaced version leaves, by their bytes; SQLite was
-    `asked` for the commit."""
+    `asked` for the commit. `expected_bytes` of records are about to come, if that is known."""
 
     files: list[SharedFile] = field(default_factory=list)
     asked: bool = False
+    expected_bytes: int | None = None
     free: dict[int, list[tuple[SharedFile, int]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -226,9 +227,12 @@ class SharedFiles:
         return False
 
     def _start(self, batch: Batch, first: Place, more: int) -> SharedFile:
-        """Room for the header: as much as the last commit used or, in a later file of a commit, twice what the one before
-        it uses; no more than the file can use. `first` is placed where its text is longest."""
+        """Room for the header: as much as what is expected needs, or else as the last commit used or, in a later file of a
+        commit, twice what the one before it uses; no more than the file can use. `first` is placed where its text is
+        longest."""
         expected = 2 * batch.files[-1].text_bytes if batch.files else self._last_text_bytes
+        if batch.expected_bytes is not None:
+            expected = batch.expected_bytes // max(1, first.nbytes) * first.text_bytes
         asked = (more + more // 8) * first.text_bytes  # the numbers of other records may be longer
         wanted = min(max(expected, asked), (1 + FILE_BYTES // first.nbytes) * first.text_bytes)
         least = first.text_bytes + 512

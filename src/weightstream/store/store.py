@@ -22,8 +22,9 @@ from torch import Tensor
 from weightstream.blocks import PANEL_ELEMENTS, Block, Parameter, Unit, cut
 from weightstream.cluster import owner_of, owners
 from weightstream.errors import StoreError, StoreMismatchError
-from weightstream.store import audit, directory, figures, integrity
+from weightstream.store import audit, directory, figures, integrity, presence
 from weightstream.store.branch import branch
+from weightstream.store.compaction import check_share
 from weightstream.store.facts import block_rows, blocks_of, masks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
@@ -265,6 +266,16 @@ class Store:
         """What the caller kept with the last commit."""
         return self.versions.progress
 
+    @property
+    def compaction_share(self) -> float:
+        """What compaction may write, for each byte that commits write to files that records of families share; may be set
+        at any time. Dead bytes are at most one over it times the live ones."""
+        return self.versions.pace.share
+
+    @compaction_share.setter
+    def compaction_share(self, share: float) -> None:
+        self.versions.pace.share = check_share(share)
+
     @staticmethod
     def exists(path: str | os.PathLike[str]) -> bool:
         """Whether there is a whole store to open; an interrupted creation is none and may be created again."""
@@ -481,6 +492,23 @@ class Store:
             DamagedRecordError: the bytes are not those that were written.
         """
         return self.versions.read_many(records, parts, "states")
+
+    def written(self, indices: Collection[int]) -> set[int]:
+        """Those of these records that were ever written, pending ones included; others are as the generator makes them."""
+        return presence.written(self.versions, indices)
+
+    def next_written(self, within: range, indices: Collection[int]) -> dict[int, int]:
+        """For each of these records of a family (`within`: its indices) the first one that was ever written, from it on and
+        then from the family's first.
+
+        Raises:
+            LookupError: none was.
+        """
+        return presence.next_written(self.versions, within, indices)
+
+    def count_written(self, within: range) -> int:
+        """How many records of a family were ever written, pending ones included; takes the longer the more there are."""
+        return presence.count_written(self.versions, within)
 
     def commit(self, step: int, progress: Mapping[str, Any]) -> "Future[None]":
         """Publish every version written so far, with the step and the caller's progress, in one transaction.

@@ -25,7 +25,7 @@ from typing import Any
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.checksums import checksums
-from weightstream.store.compaction import Copied, compact
+from weightstream.store.compaction import Copied, Pace, compact
 from weightstream.store.families import Layouts
 from weightstream.store.figures import Session
 from weightstream.store.futures import NOW, chain, forward, gather, new_future, settle
@@ -96,7 +96,9 @@ class Versions:
         self._failure: BaseException | None = None
         self.log: Log = NO_LOG
         self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
-        self.session = Session(manifest.life(), {"disk": disk.traffic, "ram": memory.traffic})
+        life = manifest.life()
+        self.pace = Pace.after(life.session)
+        self.session = Session(life, {"disk": disk.traffic, "ram": memory.traffic}, first_step=last.step)
         self.shared = SharedFiles(path / directory.SEGMENTS, disk, manifest, self._lock, members)
 
     def write(
@@ -622,7 +624,7 @@ class Versions:
             shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
             rows = [self._row(index, entry) for index, entry in published.items()]
             gone = self._sync_names(published, batch)
-            life = self.session.row(self.pinned_bytes)
+            life = self.session.row(self.pinned_bytes, step, self.pace.to_json())
             batch.asked = True
             with self._doubting(published):
                 self._manifest.publish(step, progress, rows, shared=shared, moves=copied.moves, gone=gone, life=life)
@@ -659,7 +661,7 @@ class Versions:
         moves = [Move(block, tuple(old), tuple(new)) for block, old, new in every[2]]
         batch.asked = True
         with _Noted() as done_here, self._committing(step), self._doubting(published):
-            life = self.session.row(self.pinned_bytes)
+            life = self.session.row(self.pinned_bytes, step, self.pace.to_json())
             self._manifest.publish(
                 step, progress, rows, ranks=together.count, name=told[0][1], keep_before=True, shared=shared,
                 moves=moves, gone=gone, life=life,
