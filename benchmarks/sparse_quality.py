@@ -20,6 +20,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,6 +37,7 @@ from weightstream.training.metrics import read_metrics
 
 NAME = "sparse_quality"
 LAYER_MATRICES = ("*.self_attn.*", "*.mlp.*")
+BETAS, WEIGHT_DECAY, CLIP_NORM = (0.9, 0.95), 0.1, 1.0
 
 
 def main() -> None:
@@ -62,16 +64,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--source", default="stdlib", help="the text: stdlib, a file, a folder or a pattern")
-    parser.add_argument("--steps", type=int, default=336)
-    parser.add_argument("--sequences", type=int, default=8, help="of one step")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--held-out", type=int, default=96, help="sequences that are held out and evaluated")
-    parser.add_argument("--evaluations", type=int, default=6, help="during training, beside the one before it")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    add_setting(parser)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -82,12 +75,36 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add_setting(parser: argparse.ArgumentParser, *, layers: int = 6, width: int = 384) -> None:
+    """The options that say what is trained, on what and how long."""
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--width", type=int, default=width)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--source", default="stdlib", help="the text: stdlib, a file, a folder or a pattern")
+    parser.add_argument("--steps", type=int, default=336)
+    parser.add_argument("--sequences", type=int, default=8, help="of one step")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--held-out", type=int, default=96, help="sequences that are held out and evaluated")
+    parser.add_argument("--evaluations", type=int, default=6, help="during training, beside the one before it")
+    parser.add_argument("--lr", type=float, default=2e-3)
+
+
+def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_setting` asked for."""
+    names = ("layers", "width", "vocabulary", "source", "steps", "sequences", "length", "held_out", "evaluations", "lr")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def is_layer_matrix(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in LAYER_MATRICES)
+
+
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs have in common, and decides what they come to."""
-    names = ("layers", "width", "vocabulary", "source", "steps", "sequences", "length", "held_out", "evaluations", "lr")
-    return {name: getattr(arguments, name) for name in (*names, "precision", "threads")} | {
-        "groups": {algorithm: group_of(algorithm, arguments.steps) for algorithm in ALGORITHMS}
-    }
+    groups = {algorithm: group_of(algorithm, arguments.steps) for algorithm in ALGORITHMS}
+    return setting_of(arguments) | {
+        "precision": arguments.precision, "threads": arguments.threads, "groups": groups,
+    }  # fmt: skip
 
 
 def require_same_settings(folder: Path, wanted: dict[str, Any]) -> None:
@@ -141,11 +158,11 @@ def config_of(name: str, arguments: argparse.Namespace, out: Path) -> RunConfig:
         "data": {"sources": [arguments.source], "tokenizer": {"size": arguments.vocabulary}},
         "optimizer": {
             "name": "AdamW", "lr": arguments.lr, "schedule": "cosine", "warmup": arguments.steps // 20,
-            "end": arguments.lr / 10, "weight_decay": 0.1, "settings": {"betas": [0.9, 0.95]},
+            "end": arguments.lr / 10, "weight_decay": WEIGHT_DECAY, "settings": {"betas": list(BETAS)},
         },
         "training": {
             "steps": arguments.steps, "micro_batches": 1, "micro_batch_size": arguments.sequences,
-            "sequence_length": arguments.length, "clip_norm": 1.0, "tensorboard": False,
+            "sequence_length": arguments.length, "clip_norm": CLIP_NORM, "tensorboard": False,
             "validation": {
                 "every": max(1, arguments.steps // arguments.evaluations), "sequences": arguments.held_out,
             },
