@@ -4,7 +4,7 @@
     python benchmarks/sparse_growth.py --only rigl-0 --json # these; the result waits for the others
 
 The setting is that of `sparse_quality.py` (same text, order of batches, model, schedules of learning rate and drop
-fraction), in a smaller model and in fp32, so that many arms can be paid for. Nothing is streamed and nothing of the
+fraction), in a smaller model, so that many arms can be paid for. Nothing is streamed and nothing of the
 engine is used: what an arm changes, `sparsity:` mostly has no setting for. That the engine's RigL equals such a reference
 bit for bit is tested elsewhere (`tests/sparse/test_training.py`). On one seed all arms begin with the same values and
 the same masks and see the same batches, so that their differences say more than what seeds differ by.
@@ -93,9 +93,10 @@ ARMS = {
 
 @dataclass
 class Matrix:
-    """A parameter with a mask and Adam's moments; all are zero where the mask is."""
+    """A parameter with its fp32 master, a mask and Adam's moments; all are zero where the mask is."""
 
-    weight: nn.Parameter
+    parameter: nn.Parameter
+    weight: Tensor
     mask: Tensor
     sparse: bool
     decay: float
@@ -107,9 +108,10 @@ class Matrix:
     grown: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.weight.data.mul_(self.mask)
-        self.average, self.square, self.age = (torch.zeros_like(self.weight.data) for _ in range(3))
+        self.weight.mul_(self.mask)
+        self.average, self.square, self.age = (torch.zeros_like(self.weight) for _ in range(3))
         self.ever, self.grown = self.mask.clone(), torch.zeros_like(self.mask)
+        self.parameter.data.copy_(self.weight)
 
     def step(self, gradient: Tensor, lr: float, count: int, *, betas: tuple[float, float], own_age: bool) -> None:
         """AdamW (Loshchilov and Hutter, 2019)."""
@@ -118,8 +120,9 @@ class Matrix:
         self.average.lerp_(gradient, 1 - betas[0])
         self.square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         bias, square_bias = (1 - beta ** (self.age if own_age else torch.tensor(float(count))) for beta in betas)
-        weight = self.weight.data.mul_(1 - lr * self.decay)
-        weight.sub_(lr * (self.average / bias) / (self.square / square_bias).sqrt_().add_(EPS))
+        self.weight.mul_(1 - lr * self.decay)
+        self.weight.sub_(lr * (self.average / bias) / (self.square / square_bias).sqrt_().add_(EPS))
+        self.parameter.data.copy_(self.weight)
 
     def move(self, scores: Tensor, others: Tensor | None, fraction: float, *, taken_back: bool) -> dict[str, float]:
         """Drops the smallest and grows as many, those of the largest scores; what that did.
@@ -129,7 +132,7 @@ class Matrix:
         """
         count = int(self.mask.sum())
         dropped = int(fraction * count)
-        kept = _largest(self.weight.detach().abs().masked_fill(~self.mask, -1), count - dropped)
+        kept = _largest(self.weight.abs().masked_fill(~self.mask, -1), count - dropped)
         barred = kept if taken_back else self.mask
         chosen = _largest(scores.masked_fill(barred, -1), dropped)
         mask = kept | chosen
@@ -143,8 +146,9 @@ class Matrix:
             found["again"] = float((self.grown & ~mask).sum() / self.grown.sum())
         if others is not None:
             found["agreed"] = float((chosen & _largest(others.masked_fill(barred, -1), dropped)).sum() / dropped)
-        for values in (self.weight.data, self.average, self.square, self.age):
+        for values in (self.weight, self.average, self.square, self.age):
             values[~mask | new] = 0.0
+        self.parameter.data.copy_(self.weight)
         self.mask, self.grown, self.ever = mask, new, self.ever | mask
         return found
 
@@ -203,10 +207,10 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 class Training:
     """A model that is trained as an arm says."""
 
-    def __init__(self, arm: Arm, model: nn.Module, text: Text, lr: float) -> None:
+    def __init__(self, arm: Arm, model: nn.Module, text: Text, lr: float, dtype: torch.dtype) -> None:
         group = group_of("rigl", text.steps)
         assert group is not None
-        self.arm, self.model, self.text = arm, model, text
+        self.arm, self.model, self.text, self.dtype = arm, model, text, dtype
         self.sparsity, self.drop = group["sparsity"], group["drop_fraction"] * arm.drop
         self.every, self.end = round(group["every"] * arm.every), round(group["end"] * arm.end)
         self.lr = cosine(lr, warmup=text.steps // 20, steps=text.steps, end=lr / 10)
@@ -221,7 +225,9 @@ class Training:
         if sparse:
             order = torch.randperm(mask.numel(), generator=self._generator)
             mask.view(-1)[order[: round(self.sparsity * mask.numel())]] = False
-        return Matrix(parameter, mask, sparse, WEIGHT_DECAY if parameter.dim() > 1 else 0.0)
+        master = parameter.detach().clone()
+        parameter.data = parameter.data.to(self.dtype)
+        return Matrix(parameter, master, mask, sparse, WEIGHT_DECAY if parameter.dim() > 1 else 0.0)
 
     def step(self, step: int) -> None:
         """The optimizer's, or that of the masks, or both."""
@@ -241,7 +247,8 @@ class Training:
             self._move(step, gradients, by_gradient)
 
     def _gradients(self, ids: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(loss_of(self.model, ids), [matrix.weight for matrix in self.matrices]))
+        found = torch.autograd.grad(loss_of(self.model, ids), [matrix.parameter for matrix in self.matrices])
+        return [gradient.float() for gradient in found]
 
     def _move(self, step: int, gradients: list[Tensor], by_gradient: bool) -> None:
         """New masks; what that did is noted, as the mean over matrices."""
@@ -276,6 +283,15 @@ class Training:
             size = size / (square.mean(1, keepdim=True) * square.mean(0)).sqrt().add(1e-30)
         return size
 
+    def thin(self) -> dict[str, float]:
+        """The part of lines with less than half of the cells that lines have in the mean, over all sparse matrices."""
+        found = {}
+        for line, axis in (("rows", 1), ("columns", 0)):
+            parts = [matrix.mask.sum(axis) / matrix.mask.shape[axis] for matrix in self.matrices if matrix.sparse]
+            thin = [(part < 0.5 * part.mean()).float().mean().item() for part in parts]
+            found[line] = mean(thin)
+        return found
+
     def explored(self) -> float:
         sparse = [matrix for matrix in self.matrices if matrix.sparse]
         return sum(int(matrix.ever.sum()) for matrix in sparse) / sum(matrix.ever.numel() for matrix in sparse)
@@ -306,7 +322,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setting(parser, layers=4, width=128)
-    parser.set_defaults(precision="fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="runs such as rigl-0")
@@ -318,7 +334,8 @@ def _arguments() -> argparse.Namespace:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs have in common, and decides what they come to."""
-    return setting_of(arguments) | {"threads": arguments.threads, "group": group_of("rigl", arguments.steps)}
+    own = {"precision": arguments.precision, "threads": arguments.threads, "group": group_of("rigl", arguments.steps)}
+    return setting_of(arguments) | own
 
 
 def train(name: str, arguments: argparse.Namespace, folder: Path) -> None:
@@ -332,7 +349,8 @@ def train(name: str, arguments: argparse.Namespace, folder: Path) -> None:
     torch.manual_seed(int(seed))
     model = build()
     text = Text(dataset, int(seed), arguments.steps, arguments.sequences, arguments.length, arguments.held_out)
-    run = Training(ARMS[arm], model, text, arguments.lr)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
+    run = Training(ARMS[arm], model, text, arguments.lr, dtype)
     every = max(1, arguments.steps // arguments.evaluations)
     validation = []
     for step in range(1, arguments.steps + 1):
@@ -341,7 +359,7 @@ def train(name: str, arguments: argparse.Namespace, folder: Path) -> None:
             validation.append([step, text.held_out_loss(model)])
     found = {
         "arm": arm, "seed": int(seed), "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "loss": validation[-1][1], "validation": validation, "updates": run.updates, "explored": run.explored(),
+        "loss": validation[-1][1], "validation": validation, "updates": run.updates, "explored": run.explored(), "thin": run.thin(),
         "commit": provenance(1)["commit"],
     }  # fmt: skip
     unfinished = folder / f"{name}.unfinished"

@@ -5,8 +5,8 @@
     python benchmarks/sparse_curves.py --write                  # table and plots of what was found
 
 `weightstream fit` with one configuration but for `sparsity:`, for the same steps, on the same batches, from the same
-initial values: dense; a random mask that stays, SET and RigL at 90% of every layer's matrices; gradual magnitude pruning
-(GMP) to 80%; and SPDF, 75% under a random mask until three quarters of the steps are done, then dense. Seeds change
+initial values: dense; a random mask that stays, SET and RigL (by the gradient as its paper has it, and by the gradient
+relative to rows and columns) at 90% of every layer's matrices; gradual magnitude pruning (GMP) to 80%; and SPDF, 75% under a random mask until three quarters of the steps are done, then dense. Seeds change
 initial values, masks and the order of batches. A run that was interrupted goes on from its store, one that is done is
 kept in the scratch folder until all of them are.
 
@@ -131,6 +131,7 @@ def group_of(algorithm: str, steps: int) -> dict[str, Any] | None:
         "static": {"algorithm": "static", "sparsity": 0.9},
         "set": {"algorithm": "set"} | moving,
         "rigl": {"algorithm": "rigl"} | moving,
+        "rigl_relative": {"algorithm": "rigl", "grow_by": "relative_gradient"} | moving,
         "gmp": {"algorithm": "gmp"} | pruning,
         "spdf": {"algorithm": "static", "sparsity": 0.75, "dense_from": steps * 3 // 4},
     }
@@ -250,6 +251,7 @@ def expectations() -> Iterator[tuple[str, str, str, float]]:
     """What is expected of losses: its text, and `better`, `worse`, `part`: the loss of `better` exceeds that of dense by
     at most `part` of what `worse` exceeds it by."""
     yield "RigL no worse than SET", "rigl", "set", 1.0
+    yield "RigL by relative gradients no worse than SET", "rigl_relative", "set", 1.0
     yield "SET no worse than static", "set", "static", 1.0
     yield "GMP near dense: less than half of what static loses", "gmp", "static", 0.5
     yield "SPDF no worse than static", "spdf", "static", 1.0

@@ -393,6 +393,7 @@ def test_first_match_wins_and_what_is_dense_stays_so() -> None:
             "magnitude with distribution: global",
         ),
         ({"algorithm": "set"}, "the step at which set ends"),
+        ({"algorithm": "set", "end": 5, "grow_by": "relative_gradient"}, "expected gradient with set"),
         ({"dense_until": 5, "dense_from": 5}, "a step after dense_until"),
         ({"dense_until": 5, "init": "masks.safetensors"}, "magnitude after a dense phase"),
     ],
