@@ -359,8 +359,8 @@ def train(name: str, arguments: argparse.Namespace, folder: Path) -> None:
             validation.append([step, text.held_out_loss(model)])
     found = {
         "arm": arm, "seed": int(seed), "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "loss": validation[-1][1], "validation": validation, "updates": run.updates, "explored": run.explored(), "thin": run.thin(),
-        "commit": provenance(1)["commit"],
+        "loss": validation[-1][1], "validation": validation, "updates": run.updates, "explored": run.explored(),
+        "thin": run.thin(), "commit": provenance(1)["commit"],
     }  # fmt: skip
     unfinished = folder / f"{name}.unfinished"
     unfinished.write_text(json.dumps(found), encoding="utf-8")

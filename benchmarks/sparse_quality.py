@@ -6,9 +6,10 @@
 
 `weightstream fit` with one configuration but for `sparsity:`, for the same steps, on the same batches, from the same
 initial values: dense; a random mask that stays, SET and RigL (by the gradient as its paper has it, and by the gradient
-relative to rows and columns) at 90% of every layer's matrices; gradual magnitude pruning (GMP) to 80%; and SPDF, 75% under a random mask until three quarters of the steps are done, then dense. Seeds change
-initial values, masks and the order of batches. A run that was interrupted goes on from its store, one that is done is
-kept in the scratch folder until all of them are.
+relative to rows and columns) at 90% of every layer's matrices; gradual magnitude pruning (GMP) to 80%; and SPDF, 75%
+under a random mask until three quarters of the steps are done, then dense. Seeds change initial values, masks and the
+order of batches. A run that was interrupted goes on from its store, one that is done is kept in the scratch folder until
+all of them are.
 
 Keys: `trained` (by run: held-out loss at several steps, training loss, density and turnover of masks), `loss` (by
 algorithm: mean at the end, least and most of the seeds), `order` (what the literature leads one to expect, whether it
