@@ -1,19 +1,20 @@
 """Why RigL trains no better than SET here: masked dense training in plain PyTorch, one thing changed at a time.
 
-    python benchmarks/sparse_growth.py --json               # all arms that are not done yet, then the result
-    python benchmarks/sparse_growth.py --only rigl-0 --json # these; the result waits for the others
+    python benchmarks/sparse_growth.py --json                          # all runs that are not done yet, then the result
+    python benchmarks/sparse_growth.py --only static-0 rigl-0 --json   # these, and a result of these
 
 The setting is that of `sparse_quality.py` (same text, order of batches, model, schedules of learning rate and drop
-fraction), in a smaller model, so that many arms can be paid for. Nothing is streamed and nothing of the
-engine is used: what an arm changes, `sparsity:` mostly has no setting for. That the engine's RigL equals such a reference
-bit for bit is tested elsewhere (`tests/sparse/test_training.py`). On one seed all arms begin with the same values and
-the same masks and see the same batches, so that their differences say more than what seeds differ by.
+fraction) in a smaller model, so that many arms can be paid for. Nothing is streamed and nothing of the engine is used:
+most of what arms change `sparsity:` has no setting for. That the engine's RigL equals such a reference bit for bit is
+tested elsewhere (`tests/sparse/test_training.py`). On one seed all arms begin with the same values and the same masks
+and see the same batches, so that they can be told apart by less than what seeds differ by.
 
-Keys: `loss` (by arm: held-out loss at the end, mean and by seed), `above_static` (the same, less that of static on the same
-seed), `trained` (by arm and seed: held-out loss over time; at each mask update `again`, the part of what was grown by the
-update before that is dropped by this one, and `crowded`, the parts of what is grown that lie in the tenth of the rows, and
-of the columns, with most of it; `agreed`, the part of what is grown that the gradient of further, unseen text as much as
-this step's would have grown as well; and `explored`, the part of all cells that ever existed).
+Keys: `loss` (by arm: held-out loss at the end, mean and by seed), `above_static` (the same, less that of the mask that
+stays, on the same seed), `trained` (by run: `validation`, held-out loss over time; `updates`, at each mask update the part
+of what exists that is `new`, of what is new the part that lies in the tenth of the rows (`crowded_rows`) and columns with
+most of it, of what was grown by the update before the part that is dropped `again`, of what is grown the part on which
+the gradient of as much other text `agreed`; `explored`, the part of all cells that ever existed; `thin`, in the end the
+part of rows and of columns with less than half of the mean number of cells).
 """
 
 import argparse
@@ -66,28 +67,22 @@ class Arm:
     """Of how many steps' text the gradient is that cells are grown by; what exceeds one is text that is not trained on."""
     own_age: bool = False
     """Whether what is grown has Adam's bias corrected by its own age instead of the number of steps."""
-    taken_back: bool = True
-    """Whether what was just dropped may be grown again."""
     drop: float = 1.0
-    every: float = 1.0
-    end: float = 1.0
-    """Factors of drop fraction, interval and end of the mask updates."""
-    betas: tuple[float, float] | None = None
+    every: int = 1
+    """Factors of the drop fraction, and of the interval of mask updates."""
 
 
 ARMS = {
     "static": Arm(what="mask that stays", grow="none", steps_at_updates=True),
     "static_without_steps": Arm(what="mask that stays, without the steps at which RigL makes none", grow="none"),
     "set": Arm(what="random growth, no step lost (SET)", grow="random", steps_at_updates=True),
-    "set_without_steps": Arm(what="random growth, without these steps", grow="random"),
     "rigl": Arm(what="RigL"),
     "rigl_with_steps": Arm(what="RigL that makes these steps, too", steps_at_updates=True),
     "rigl_8_batches": Arm(what="RigL by the gradient of 8 times the text", batches=8),
-    "rigl_not_back": Arm(what="RigL without taking back what it drops", taken_back=False),
     "rigl_own_age": Arm(what="RigL, bias of what is grown corrected by its age", own_age=True),
     "rigl_spread": Arm(what="RigL by gradients relative to their row and column", grow="spread"),
     "rigl_drop_third": Arm(what="RigL, a third of the drop fraction", drop=1 / 3),
-    "rigl_every_third": Arm(what="RigL, a third of the mask updates", every=3.0),
+    "rigl_every_third": Arm(what="RigL, a third of the mask updates", every=3),
 }
 
 
@@ -113,18 +108,18 @@ class Matrix:
         self.ever, self.grown = self.mask.clone(), torch.zeros_like(self.mask)
         self.parameter.data.copy_(self.weight)
 
-    def step(self, gradient: Tensor, lr: float, count: int, *, betas: tuple[float, float], own_age: bool) -> None:
+    def step(self, gradient: Tensor, lr: float, count: int, *, own_age: bool) -> None:
         """AdamW (Loshchilov and Hutter, 2019)."""
         gradient = gradient * self.mask
         self.age += 1
-        self.average.lerp_(gradient, 1 - betas[0])
-        self.square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-        bias, square_bias = (1 - beta ** (self.age if own_age else torch.tensor(float(count))) for beta in betas)
+        self.average.lerp_(gradient, 1 - BETAS[0])
+        self.square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        bias, square_bias = (1 - beta ** (self.age if own_age else torch.tensor(float(count))) for beta in BETAS)
         self.weight.mul_(1 - lr * self.decay)
         self.weight.sub_(lr * (self.average / bias) / (self.square / square_bias).sqrt_().add_(EPS))
         self.parameter.data.copy_(self.weight)
 
-    def move(self, scores: Tensor, others: Tensor | None, fraction: float, *, taken_back: bool) -> dict[str, float]:
+    def move(self, scores: Tensor, others: Tensor | None, fraction: float) -> dict[str, float]:
         """Drops the smallest and grows as many, those of the largest scores; what that did.
 
         Args:
@@ -133,8 +128,7 @@ class Matrix:
         count = int(self.mask.sum())
         dropped = int(fraction * count)
         kept = _largest(self.weight.abs().masked_fill(~self.mask, -1), count - dropped)
-        barred = kept if taken_back else self.mask
-        chosen = _largest(scores.masked_fill(barred, -1), dropped)
+        chosen = _largest(scores.masked_fill(kept, -1), dropped)
         mask = kept | chosen
         new = mask & ~self.mask
         found = {
@@ -145,7 +139,7 @@ class Matrix:
         if self.grown.any():
             found["again"] = float((self.grown & ~mask).sum() / self.grown.sum())
         if others is not None:
-            found["agreed"] = float((chosen & _largest(others.masked_fill(barred, -1), dropped)).sum() / dropped)
+            found["agreed"] = float((chosen & _largest(others.masked_fill(kept, -1), dropped)).sum() / dropped)
         for values in (self.weight, self.average, self.square, self.age):
             values[~mask | new] = 0.0
         self.parameter.data.copy_(self.weight)
@@ -212,9 +206,8 @@ class Training:
         assert group is not None
         self.arm, self.model, self.text, self.dtype = arm, model, text, dtype
         self.sparsity, self.drop = group["sparsity"], group["drop_fraction"] * arm.drop
-        self.every, self.end = round(group["every"] * arm.every), round(group["end"] * arm.end)
+        self.every, self.end = group["every"] * arm.every, group["end"]
         self.lr = cosine(lr, warmup=text.steps // 20, steps=text.steps, end=lr / 10)
-        self.betas = arm.betas or BETAS
         self.updates: list[dict[str, float]] = []
         self._further = 0
         self._generator = torch.Generator().manual_seed(1000 + text.seed)  # draws the masks first: alike for all arms
@@ -242,7 +235,7 @@ class Training:
         factor = min(1.0, CLIP_NORM / (math.sqrt(sum(squares)) + 1e-6))
         for one, matrix in zip(gradients, self.matrices, strict=True):
             if arm.steps_at_updates or not (moves and matrix.sparse):
-                matrix.step(one * factor, self.lr(step), step, betas=self.betas, own_age=arm.own_age)
+                matrix.step(one * factor, self.lr(step), step, own_age=arm.own_age)
         if moves and arm.grow != "none":
             self._move(step, gradients, by_gradient)
 
@@ -260,13 +253,10 @@ class Training:
                 gradients = [one + two for one, two in zip(gradients, further, strict=True)]
         fraction = self.drop * 0.5 * (1 + math.cos(math.pi * step / self.end))
         found = [
-            matrix.move(
-                self._scores(one), None if other is None else self._scores(other), fraction,
-                taken_back=self.arm.taken_back,
-            )
+            matrix.move(self._scores(one), None if other is None else self._scores(other), fraction)
             for matrix, one, other in zip(self.matrices, gradients, others, strict=True)
             if matrix.sparse
-        ]  # fmt: skip
+        ]
         self.updates.append({"step": step} | {key: mean(one[key] for one in found) for key in found[0]})
 
     def _more_text(self) -> Tensor:
@@ -306,26 +296,24 @@ def main() -> None:
         raise SystemExit(f"--only {' '.join(sorted(unknown))}: expected some of {', '.join(names)}")
     with lasting(arguments.scratch, NAME) as folder:
         require_same_settings(folder, settings(arguments))
-        for name in arguments.only or names:
+        names = arguments.only or names
+        for name in names:
             if not (folder / f"{name}.json").exists():
                 train(name, arguments, folder)
-        missing = [name for name in names if not (folder / f"{name}.json").exists()]
-        if missing:
-            print(f"still to do: {' '.join(missing)}", file=sys.stderr)
-            return
         runs = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
         result = {"benchmark": NAME} | settings(arguments) | findings(runs) | provenance(arguments.seeds)
         write(NAME, result, as_json=arguments.json, record=not arguments.no_record)
-        shutil.rmtree(folder)
+        if not arguments.only:
+            shutil.rmtree(folder)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_setting(parser, layers=4, width=128)
+    add_setting(parser, layers=2)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="runs such as rigl-0")
+    parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="the runs of the result, such as rigl-0")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder for finished runs")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
@@ -369,19 +357,26 @@ def train(name: str, arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def findings(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Runs, and their losses by arm."""
-    by_seed = {arm: [run["loss"] for run in runs if run["arm"] == arm] for arm in ARMS}
+    """Runs, and their losses by arm, with those seeds that there are."""
+    losses: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
+    for run in runs:
+        losses[run["arm"]][run["seed"]] = run["loss"]
+    static = losses["static"]
     above = {
-        arm: [one - other for one, other in zip(losses, by_seed["static"], strict=True)]
-        for arm, losses in by_seed.items()
+        arm: {seed: loss - static[seed] for seed, loss in found.items() if seed in static}
+        for arm, found in losses.items()
     }
     return {
         "parameters": runs[0]["parameters"],
-        "arms": {arm: facts.what for arm, facts in ARMS.items()},
-        "loss": {arm: {"mean": mean(losses), "by_seed": losses} for arm, losses in by_seed.items()},
-        "above_static": {arm: {"mean": mean(found), "by_seed": found} for arm, found in above.items()},
+        "arms": {arm: facts.what for arm, facts in ARMS.items() if losses[arm]},
+        "loss": {arm: _by_seed(found) for arm, found in losses.items() if found},
+        "above_static": {arm: _by_seed(found) for arm, found in above.items() if found},
         "trained": list(runs),
     }
+
+
+def _by_seed(found: dict[int, float]) -> dict[str, Any]:
+    return {"mean": mean(found.values()), "by_seed": {str(seed): value for seed, value in sorted(found.items())}}
 
 
 if __name__ == "__main__":
