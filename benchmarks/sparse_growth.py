@@ -138,7 +138,7 @@ class Matrix:
         }
         if self.grown.any():
             found["again"] = float((self.grown & ~mask).sum() / self.grown.sum())
-        if others is not None:
+        if others is not None and dropped:
             found["agreed"] = float((chosen & _largest(others.masked_fill(kept, -1), dropped)).sum() / dropped)
         for values in (self.weight, self.average, self.square, self.age):
             values[~mask | new] = 0.0
@@ -257,7 +257,8 @@ class Training:
             for matrix, one, other in zip(self.matrices, gradients, others, strict=True)
             if matrix.sparse
         ]
-        self.updates.append({"step": step} | {key: mean(one[key] for one in found) for key in found[0]})
+        keys = dict.fromkeys(key for one in found for key in one)
+        self.updates.append({"step": step} | {key: mean(one[key] for one in found if key in one) for key in keys})
 
     def _more_text(self) -> Tensor:
         self._further += 1
