@@ -2,7 +2,7 @@
 
     python benchmarks/headline.py --json
 
-A small decoder on bytes (`bytewise.py`) with two layers of 256**4 experts, in turn with the same one with 131,072
+A small decoder on bytes (`weightstream.bytewise`) with two layers of 256**4 experts, in turn with the same one with 131,072
 experts a layer, and with none. It shows capacity and exactness, not quality (`docs/120t.md`). As it is by default it
 needs some 60 GB of disk, that is both families' experts and as many dead bytes again; fewer `--steps` need less.
 
@@ -29,11 +29,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from bytewise import Bytewise, add_settings, write_text
+from bytewise import Measured, add_settings
 from memory import DiskPeak
 from results import SCRATCH, provenance, summary, write
 from scratch import scratch
 from turns import Side, in_turn
+
+from weightstream.bytewise import TEXTS, write_text
 
 HERE = Path(__file__).resolve().parent
 STATE_BYTES = 12  # per parameter: fp32 master and AdamW's two moments
@@ -43,19 +45,19 @@ LAST = 10  # steps whose mean loss counts as the last
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Bytewise.add_arguments(parser, "reached")
+    Measured.add_arguments(parser, "reaches")
     parser.add_argument("--small-experts", type=int, default=131_072, help="of each layer of the small family")
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="families that are reached alike")
     add_settings(parser)
     parser.add_argument("--steps", type=int, default=200, help="counted steps of each side")
     parser.add_argument("--turns", type=int, default=5, help="in which a side has them")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each side that do not count")
-    parser.add_argument("--size-steps", type=int, default=20, help="counted steps of each of --sizes")
+    parser.add_argument("--size-steps", type=int, default=10, help="counted steps of each of --sizes")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder on the disk that is measured")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="keep nothing under results/")
     arguments = parser.parse_args()
-    workload = Bytewise.of(arguments)
+    workload = Measured.of(arguments)
     for steps in (arguments.steps, *([arguments.size_steps] if arguments.sizes else [])):
         if steps < arguments.turns:
             raise SystemExit(f"{arguments.turns} turns need as many steps at least, found {steps}")
@@ -64,14 +66,14 @@ def main() -> None:
         result = {"benchmark": "headline"} | compare(workload, arguments, folder)
         if arguments.sizes:
             result |= by_experts(workload, arguments, folder)
-        for name in ("train", "held_out"):
+        for name in TEXTS:
             (folder / name).unlink()
     write("headline", result | provenance(arguments.turns), as_json=arguments.json, record=not arguments.no_record)
 
 
 @contextmanager
 def sides_of(
-    workloads: dict[str, Bytewise], arguments: argparse.Namespace, folder: Path, sequences: int
+    workloads: dict[str, Measured], arguments: argparse.Namespace, folder: Path, sequences: int
 ) -> Iterator[dict[str, Side]]:
     """A side for each; whatever happens, none is left."""
     sides: dict[str, Side] = {}
@@ -89,7 +91,7 @@ def sides_of(
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def compare(workload: Bytewise, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def compare(workload: Measured, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The large family, the small one and no experts, in turn."""
     workloads = {
         "large": workload,
@@ -139,10 +141,10 @@ def compare(workload: Bytewise, arguments: argparse.Namespace, folder: Path) -> 
     }  # fmt: skip
 
 
-def by_experts(workload: Bytewise, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def by_experts(workload: Measured, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Families of all sizes, of which each step reaches as much."""
     reached = min(arguments.sizes)
-    workloads = {str(size): replace(workload, experts=size, reached=reached) for size in arguments.sizes}
+    workloads = {str(size): replace(workload, experts=size, reaches=reached) for size in arguments.sizes}
     with sides_of(workloads, arguments, folder, sequences=0) as sides:
         steps = arguments.size_steps // arguments.turns
         in_turn(list(sides.values()), turns=arguments.turns, steps=steps, warm_up=arguments.warm_up)

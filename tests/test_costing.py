@@ -58,7 +58,8 @@ def census(facts: Facts, *, elements: int = 8192) -> Census:
 
 def durations(facts: Facts, threads: int = 1, *, counted: Census | None = None, **settings: Any) -> Durations:
     settings = {"clipped": True, "dtype": "bfloat16"} | settings
-    return Costs(profile(), threads).durations(
+    measured = settings.pop("measured", profile())
+    return Costs(measured, threads).durations(
         counted or census(facts), facts, allot(facts), tensors=[2] * len(facts.blocks), **settings
     )
 
@@ -81,6 +82,19 @@ def test_durations_add_up() -> None:
     read = durations(replace(facts, ram_tier=False)).update
     assert read == pytest.approx([own + block.load_bytes / 1e9] * 3)
     assert durations(facts, clipped=False).update == pytest.approx([seconds - 1024e-9 for seconds in found.update])
+
+
+def test_updates_take_longer_in_a_step_by_where_their_states_are() -> None:
+    facts, plain = chain(3, root=False, host_memory=1 << 30), profile()
+    longer = plain.executor.model_copy(update={"in_a_step": {"update": 3.0, "update in RAM": 0.5}})
+    measured = plain.model_copy(update={"executor": longer})
+    for ram_tier, times in ((True, 0.5), (False, 3.0)):
+        placed = replace(facts, ram_tier=ram_tier)
+        alone = durations(placed).update
+        assert durations(placed, measured=measured).update == pytest.approx([
+            times * (seconds - 2e-5) + 2e-5 for seconds in alone
+        ])  # fmt: skip
+        assert durations(placed, measured=measured).forward == durations(placed).forward
 
 
 @given(st.integers(1, 1 << 22), st.integers(1, 1 << 22))

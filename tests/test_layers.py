@@ -21,9 +21,9 @@ LAYERS = (
     ("worker",),
     ("masking", "apportioning", "touching", "past", "runtime", "keeping", "improvising", "simulator", "streaming"),
     ("captures", "multiplying", "planning", "opening", "engine", "nn", "plan_text"),
-    ("data", "hub", "training", "report", "census", "costing", "hosts", "machine", "predicting"),
+    ("data", "hub", "training", "report", "census", "costing", "hosts", "machine", "predicting", "bytewise"),
     ("config", "architectures", "presets", "board", "folders", "processes", "launcher", "agent", "ranks"),
-    ("preflight", "sizing", "run", "commands", "simulating", "transfer", "demo", "demo_workers", "cli"),
+    ("preflight", "sizing", "run", "commands", "simulating", "transfer", "demo", "demo_workers", "demo_120t", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PUBLIC = {"__init__", "__main__"}  # the face of the package: may import anything, and nothing may import it

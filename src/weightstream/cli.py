@@ -235,17 +235,33 @@ def simulate(
 @app.command()
 def demo(
     what: Annotated[
-        Literal["resume", "workers"], typer.Argument(help="A run that is killed, or workers of which one is.")
+        Literal["resume", "workers", "120t"],
+        typer.Argument(
+            help="A run that is killed, workers of which one is, or 123 trillion parameters (minutes, 7 GB)."
+        ),
     ] = "resume",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of 120t: fewer take less time and disk.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Of 120t: its folder, where it also goes on; default: runs/demo-120t.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """One minute, offline: train, kill in mid-step, go on, and compare with a run that was never interrupted."""
-    from weightstream import demo as resume
-    from weightstream import demo_workers
+    if what == "120t":
+        from weightstream.demo_120t import demonstration
+        from weightstream.demo_120t.summary import summary
 
-    shown = resume if what == "resume" else demo_workers
-    report = shown.run(_say)
-    _print(report, shown.summary, as_json)
+        report = demonstration.run(_stderr(), out or demonstration.OUT, steps)
+        _print(report, summary, as_json)
+    else:
+        if steps is not None or out is not None:
+            raise ConfigError(f"demo {what}: --steps and --out are of `weightstream demo 120t` alone; leave them out")
+        from weightstream import demo as resume
+        from weightstream import demo_workers
+
+        shown = resume if what == "resume" else demo_workers
+        report = shown.run(_say)
+        _print(report, shown.summary, as_json)
     if not report["equal"]:
         raise typer.Exit(1)
 

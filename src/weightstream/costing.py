@@ -301,18 +301,33 @@ class Costs:
         """One owner's part: read from disk it is checked; scaled, stepped, cast; what will be written gets its checksums."""
         if not block.trainable or not block.staged_bytes:
             return 0.0
-        compute, parameters = tables.compute, block.staged_bytes / 4
-        each = compute.optimizer.get(self.optimizer) or compute.optimizer["AdamW"] * block.load_bytes / (
-            12 * parameters
-        )
-        own = parameters * (each + (compute.scale_s if clipped else 0.0))
-        if dtype != "float32":
-            own += parameters * compute.cast_s[_half_or_whole(dtype)]
         in_ram = block.index in allotment.pinned_states
-        own += (block.record_bytes + (0 if in_ram else block.load_bytes)) / compute.checksum_bytes_per_s
-        if in_ram:  # the RAM tier's threads copy states out of it and back, on cores that compute then lacks
-            own += 2 * block.load_bytes / self.profile.memory_bytes_per_s
+        own = update_alone_s(
+            tables.compute, block, self.optimizer, dtype=dtype, clipped=clipped,
+            memory_bytes_per_s=self.profile.memory_bytes_per_s if in_ram else None,
+        )  # fmt: skip
+        own *= self.executor.in_a_step.get("update in RAM" if in_ram else "update", 1.0)
         return (own + self.executor.tensor_s.get("update", 0.0) * tensors) * self.slowdown
+
+
+def update_alone_s(
+    compute: Compute, block: BlockFacts, optimizer: str, *, dtype: str, clipped: bool, memory_bytes_per_s: float | None
+) -> float:
+    """Seconds of a block's update by themselves, one after another: checked, scaled, stepped, cast, checksums made.
+
+    Args:
+        dtype: of the copy that streams.
+        memory_bytes_per_s: of copies in memory, where the RAM tier has its states; None where they come from disk.
+    """
+    parameters = block.staged_bytes / 4
+    each = compute.optimizer.get(optimizer) or compute.optimizer["AdamW"] * block.load_bytes / (12 * parameters)
+    own = parameters * (each + (compute.scale_s if clipped else 0.0))
+    if dtype != "float32":
+        own += parameters * compute.cast_s[_half_or_whole(dtype)]
+    own += (block.record_bytes + (0 if memory_bytes_per_s else block.load_bytes)) / compute.checksum_bytes_per_s
+    if memory_bytes_per_s:  # the RAM tier's threads copy states out of it and back, on cores that compute then lacks
+        own += 2 * block.load_bytes / memory_bytes_per_s
+    return own
 
 
 def _formed(block: BlockFacts, sparse: Sparse | None) -> float:

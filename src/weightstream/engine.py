@@ -379,6 +379,7 @@ class Engine:
         store: Any = self.store
         common: dict[str, Any] = {
             "partial_sums": allotment.partial_sums, "held_gradients": allotment.held_gradients, "device": self.device,
+            "wait": lambda future: self.runtime.wait(future),
         }  # fmt: skip
         staging = Staging(
             store, self.holding.staged, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,

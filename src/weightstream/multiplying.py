@@ -25,10 +25,13 @@ class AutoKernels:
     """Of each sparse parameter: multiplied by the kernel that was measured to be fastest, or expanded where none was faster.
 
     `tokens` are those of a micro-batch. `curves` is asked when a store is made, never again: the store keeps the choice.
+    `unlike` says of a parameter whether it only stands in for one whose non-zeros nobody knows before weights are read: that
+    will be expanded.
     """
 
     tokens: int
     curves: Callable[[], Sequence[Curve]]
+    unlike: Callable[[str], bool] = lambda name: False
 
 
 def driven(
@@ -93,7 +96,7 @@ def chosen(
         possible = [
             one for one in curves if _obstacle(one.kernel, modules.get(name), group, nonzeros, dtype, device) is None
         ]
-        if nonzeros is None or not possible:
+        if nonzeros is None or not possible or auto.unlike(name):
             continue
         piece = Piece(
             block=group.block, density=nonzeros / modules[name].weight.numel(), dtype=name_of_dtype, tokens=auto.tokens,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from weightstream.cluster import Cluster
 from weightstream.planning import Reach, disk_bytes, reach
 from weightstream.schedule.flows import Flow, Flows, flows_of
-from weightstream.schedule.planner import Allotment, Facts, records_room, sharing_records
+from weightstream.schedule.planner import buffers_text
 from weightstream.store.owned import bytes_of_blocks
 from weightstream.units import format_bytes, format_count
 
@@ -65,7 +65,7 @@ def plan_text(
         f"{format_bytes(allotment.resident_bytes)}, {allotment.partial_sums} partial gradient sums of "
         f"{format_bytes(allotment.partial_bytes)}, {allotment.held_gradients} gradients of a block held at once",
         f"host memory       {format_bytes(allotment.host_bytes)} of {format_bytes(facts.host_memory)}: "
-        f"{_record_buffers(facts, allotment)}, staged gradients of "
+        f"{buffers_text(facts.blocks, allotment.record_buffers)}, staged gradients of "
         f"{staged}",
         f"RAM tier          copies of {len(allotment.pinned_copies)} blocks, states of {len(allotment.pinned_states)}",
         f"activations kept  {kept}" + ("" if facts.kept_bytes is None else f"; inputs of visits wait {waiting}"),
@@ -91,13 +91,6 @@ def plan_text(
         ]
     lines.append(_room(*reach_of(engine)))
     return "\n".join(lines)
-
-
-def _record_buffers(facts: Facts, allotment: Allotment) -> str:
-    if allotment.record_buffers < len(sharing_records(facts.blocks)):
-        return f"{allotment.record_buffers} record buffers of {format_bytes(allotment.record_bytes)}"
-    room = records_room(facts.blocks, allotment.record_buffers)
-    return f"a record buffer for each of {allotment.record_buffers} blocks, {format_bytes(room)}"
 
 
 def flows_now(

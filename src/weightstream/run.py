@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -123,8 +123,15 @@ def _temporary(config: RunConfig, say: Say | None = None) -> Iterator[Engine]:
     """An engine as the run would have it, before there is any text: its store is a temporary one beside the run's own.
 
     The tokenizer is taken to have all the tokens that were asked for. Weights are not read, and masks that would follow from
-    them are random ones: of as many non-zeros, or where only weights tell how many, of the share that the group asks for.
+    them are random ones: of as many non-zeros, or where only weights tell how many, of the share that the group asks for;
+    `kernels: auto` takes none of these then, as the run's own store does not know their density when it chooses.
     """
+    settings = config.sparsity.settings(config.training.steps)
+
+    def uncounted(name: str) -> bool:
+        group = settings.group_of(name)
+        return group is not None and not group.counted and group.given is None
+
     groups = [
         group.model_copy(update={"init": "random"})
         if group.init in ("magnitude", "zeros") and group.algorithm != "gmp"
@@ -136,7 +143,7 @@ def _temporary(config: RunConfig, say: Say | None = None) -> Iterator[Engine]:
     _, build = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
     near = next(folder for folder in config.store.absolute().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".weightstream-plan-", dir=near) as folder:
-        engine = _engine(config, Path(folder) / "store", build, say)
+        engine = _engine(config, Path(folder) / "store", build, say, unlike=uncounted)
         try:
             yield engine
         finally:
@@ -187,9 +194,12 @@ def _engine(
     say: Say | None,
     initial: Mapping[str, Tensor] | None = None,
     ranks: Ranks = ALONE,
+    unlike: Callable[[str], bool] | None = None,
 ) -> Engine:
     optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
     settings = engine_settings(config, say or (lambda text: None))
+    if unlike is not None and isinstance(settings["kernels"], AutoKernels):
+        settings["kernels"] = replace(settings["kernels"], unlike=unlike)
     threads = threads_of(config)
     if ranks.links is not None:  # the first rank has the store, and hosts may differ in cores
         threads = ranks.gather(threads or torch.get_num_threads())[0]

@@ -115,7 +115,7 @@ class Runtime:
         )
         self.places = KeptPlaces(allotment.kept_places)
         self.expansion = Expansion(keeper.holding, driven, worker.device, self.places)
-        self.activations = Activations(scratch, worker.device)
+        self.activations = Activations(scratch, worker.device, self.wait)
         worker.slabs, worker.activations = self.slabs, self.activations
         self.outcome = StepOutcome()
         self.visits: list[Visit] = []  # as they are made
@@ -364,7 +364,7 @@ class Runtime:
             self.wait(self._arrivals[block].here)
             slab = self.slabs.slab_of(block)
             assert slab is not None, f"block {block} is in no slab"
-            self.expansion.finish(block)
+            self.expansion.finish(block, self.wait)
             self.parameters.bind(block, self.slabs[slab], self.holding.slabs[block])
 
     # the worker's side

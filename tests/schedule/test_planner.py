@@ -30,6 +30,16 @@ def test_a_refusal_names_a_value_that_works(some: Facts, budget: str) -> None:
     assert parse_bytes(named[0]) < least + MIB  # and none that is needlessly large
 
 
+def test_what_is_refused_says_which_buffers_there_are() -> None:
+    """Where each block has its own, they are as large as these, not as the largest."""
+    few = chain(2, root=False, ram_tier=False)
+    few = replace(few, blocks=(block(0, 64), block(1)))
+    with pytest.raises(PlanError, match=r"too small: a record buffer for each of 2 blocks, 20\.8 KiB, "):
+        allot(replace(few, host_memory=0))
+    with pytest.raises(PlanError, match=r"too small: 2 record buffers of 16\.0 KiB, "):
+        allot(replace(chain(3, root=False), host_memory=0))
+
+
 @QUICK
 @given(facts())
 def test_keeping_everything_is_refused_with_a_value_that_works(some: Facts) -> None:

@@ -7,15 +7,6 @@ from hypothesis import strategies as st
 from tests.schedule.examples import facts, smallest
 
 from weightstream.cluster import Cluster
-from weightstream.schedule.operations import (
-    Backward,
-    Forward,
-    Operation,
-    Restore,
-    Schedule,
-    Spill,
-    Turn,
-)
 from weightstream.schedule.planner import Allotment, Facts, allot
 from weightstream.schedule.reduction import subtrees
 from weightstream.simulator.durations import Durations
@@ -109,17 +100,3 @@ def cases(draw: st.DrawFn, *, quiet: bool = False, alone: bool = False) -> Case:
                 together=draw(st.sampled_from([1.0, 1.5, 2.0])), latency_s=draw(st.sampled_from([0.0, TICK])),
             )  # fmt: skip
     return Case(some, allot(some), chosen, Hardware(cluster=cluster, **settings))
-
-
-def as_alone(order: tuple[Operation, ...], schedule: Schedule) -> Schedule:
-    """What one rank did as a schedule of its own: its micro-batches are numbered from 0."""
-    numbers: dict[int, int] = {}
-
-    def renumbered(operation: Operation) -> Operation:
-        if isinstance(operation, Forward | Backward | Turn | Spill | Restore):
-            return replace(operation, micro_batch=numbers[operation.micro_batch])
-        return operation
-
-    own = {op.micro_batch for op in order if isinstance(op, Turn)}
-    numbers.update({micro_batch: position for position, micro_batch in enumerate(sorted(own))})
-    return replace(schedule, operations=tuple(map(renumbered, order)), micro_batches=len(own))

@@ -5,14 +5,27 @@ from math import isclose
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.simulator.examples import Case, as_alone, cases
+from tests.simulator.examples import Case, cases
+from tests.trace.legal import Act, check_order, check_times
 
 from weightstream.schedule.flows import flows_of
-from weightstream.schedule.operations import Backward, Fetch, Forward, Load, Reduce, Restore, Spill, Turn, Update, Write
-from weightstream.schedule.verify import verify
+from weightstream.schedule.operations import (
+    Backward,
+    Fetch,
+    Forward,
+    Load,
+    Operation,
+    Reduce,
+    Restore,
+    Schedule,
+    Spill,
+    Turn,
+    Update,
+    Write,
+)
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Disk, Hardware
-from weightstream.simulator.simulator import Simulation, simulate
+from weightstream.simulator.simulator import Simulation, _Run, _schedules, simulate
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NEARLY = 1 + 1e-9  # what rounding adds up to
@@ -43,16 +56,38 @@ def test_a_step_ends_within_its_memory_and_takes_as_long_as_what_it_does(case: C
 @given(cases())
 def test_operations_begin_in_a_legal_order(case: Case) -> None:
     found = run(case)
-    own = as_alone(found.order, found.schedule)
-    verify(own, case.facts, case.allotment)
-    # and nothing that the rank had to do is missing
-    first = {op.micro_batch for op in found.order if isinstance(op, Turn)}
-    planned = [
-        op
-        for op in found.schedule.operations
-        if not isinstance(op, Forward | Backward | Turn | Spill | Restore) or op.micro_batch in first
+    check_order(found.order, found.schedule, case.facts, case.allotment)
+
+
+@QUICK
+@given(cases())
+def test_nothing_is_used_before_it_is_there_or_by_two_at_once(case: Case) -> None:
+    """By the checker of the runtime's traces."""
+    schedules = _schedules(case.facts, case.allotment, 3)
+    carried_out = _Run(case.facts, case.allotment, case.durations, case.hardware, schedules, every_rank=True)
+    carried_out.run(keep_spans=False)
+    acts = [
+        Act(
+            rank.number,
+            log.step,
+            place(schedule, work.operation),
+            work.operation,
+            work.resource,
+            work.begun_s,
+            work.ended_s,
+        )
+        for rank in carried_out.ranks.values()
+        for log, schedule in zip(rank.logs, schedules, strict=True)
+        for work in log.works
+        if work.operation is not None
     ]
-    assert sorted(map(repr, found.order)) == sorted(map(repr, planned))
+    assert check_times(acts, dict(enumerate(schedules, start=1)), case.facts, case.allotment) > 0
+
+
+def place(schedule: Schedule, operation: Operation) -> int:
+    """Of this very operation, which may have equals; or of one that there is once."""
+    found = [number for number, each in enumerate(schedule.operations) if each is operation]
+    return found[0] if found else schedule.operations.index(operation)
 
 
 @QUICK

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -572,6 +574,15 @@ def test_a_model_from_outside_is_refused() -> None:
         record(lambda: model, seed=0)
     with pytest.raises(AuditError, match=r"must return a torch.nn.Module, found int"):
         record(lambda: 3, seed=0)  # type: ignore[type-var, return-value]
+
+
+def test_recording_does_not_import_the_compiler() -> None:
+    """`torch._dynamo` takes seconds, and every start of an engine records a model."""
+    code = (
+        "import sys; from torch import nn; from weightstream.store.initial import record; "
+        "record(lambda: nn.Linear(2, 2), 0); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_pytorch_is_left_as_it_was() -> None:

@@ -173,11 +173,88 @@ def test_perfetto_gets_a_process_per_rank_and_a_thread_per_resource(tmp_path: Pa
     assert all((event["pid"], event["tid"]) in threads for event in complete)
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in complete)
     (load, later) = (event for event in complete if event["cat"] == "load")
-    assert (load["ts"], load["dur"], load["args"]["bytes"], load["args"]["waited_ms"]) == (1e6, 1e6, 100, 1000)
-    assert later["ts"] == 3e6  # the second step begins with it, where the first one ends
+    assert (cut(load["ts"]), cut(load["dur"])) == (10**9, 10**9)
+    assert (load["args"]["bytes"], load["args"]["waited_ms"]) == (100, 1000)
+    assert cut(later["ts"]) == 3 * 10**9  # the second step begins with it, where the first one ends
     waits = next(event for event in complete if event["name"] == "waits")
     whole = next(event for event in complete if event["cat"] == "forward" and event["tid"] == waits["tid"])
-    assert (waits["ts"], waits["dur"]) == (whole["ts"], 0.5e6)
+    assert (waits["ts"], cut(waits["dur"])) == (whole["ts"], 5 * 10**8)
+
+
+def cut(microseconds: float) -> int:
+    """Whole nanoseconds, as Perfetto reads a number."""
+    return int(microseconds * 1000)
+
+
+def check_format(text: str) -> int:
+    """What the Trace Event Format asks for, and Perfetto, which does not show slices that overlap on a thread in part.
+
+    Returns:
+        How many slices there are.
+    """
+
+    def none_such(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    trace = json.loads(text, parse_constant=none_such)
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    named: set[tuple[str, int, int]] = set()
+    threads: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for place, event in enumerate(trace["traceEvents"]):
+        assert isinstance(event["name"], str)
+        assert event["name"]
+        assert all(type(event[key]) is int and 0 <= event[key] < 2**31 for key in ("pid", "tid"))
+        if event["ph"] == "M":
+            kind = {"process_name": str, "thread_name": str, "process_sort_index": int, "thread_sort_index": int}
+            (value,) = event["args"].values()
+            assert type(value) is kind[event["name"]]
+            name = event["name"], event["pid"], event["tid"]
+            assert name not in named, "one name each"
+            named.add(name)
+        else:
+            assert event["ph"] == "X"
+            assert event["ts"] >= 0
+            assert event["dur"] >= 0
+            slices = threads.setdefault((event["pid"], event["tid"]), [])
+            slices.append((cut(event["ts"]), place, cut(event["ts"]) + cut(event["dur"])))
+    for pid, tid in threads:
+        assert {("process_name", pid, 0), ("thread_name", pid, tid)} <= named
+    for slices in threads.values():
+        around: list[int] = []  # the ends of those that a slice lies within
+        for begin, _, end in sorted(slices):  # of two that begin together the first in the file is the outer one
+            while around and around[-1] <= begin:
+                around.pop()
+            assert not around or end <= around[-1], "slices nest"
+            around.append(end)
+    return sum(map(len, threads.values()))
+
+
+moments = st.floats(0, 1e-3) | st.integers(0, 40).map(lambda tenths: tenths / 10)
+
+
+@given(st.lists(st.tuples(moments, moments, moments, st.sampled_from(["compute", "read", "write"])), max_size=30))
+def test_any_trace_is_one_that_perfetto_shows_whole(drawn: list[tuple[float, float, float, str]]) -> None:
+    """One thing at a time on compute, which may follow at once; anything on other resources."""
+    spans, at = [], {1: 0.0, 2: 0.0}
+    for place, (begin_s, length_s, waited_s, resource) in enumerate(drawn):
+        step = 1 + (place >= len(drawn) // 2)
+        if resource == "compute":
+            begin_s, at[step] = at[step], at[step] + length_s
+        facts = {"step": step, "waited_s": min(waited_s, length_s), "rank": place % 2 if resource != "compute" else 0}
+        spans.append(span("forward", resource, begin_s, begin_s + length_s, **facts))
+    waits = sum(each.resource == "compute" and each.waited_s > 0 for each in spans)
+    ranks = [{each.step for each in spans if each.rank == rank} for rank in (0, 1)]
+    found = check_format(json.dumps({"traceEvents": events(spans, spans), "displayTimeUnit": "ms"}))
+    assert found == 2 * (len(spans) + waits + sum(map(len, ranks)))
+
+
+def test_numbers_that_are_cut_off_and_slices_that_cross_are_found() -> None:
+    export_of = {"displayTimeUnit": "ms", "traceEvents": events([span("forward", "compute", 0.0, 0.3)])}
+    crossing = {"ph": "X", "name": "x", "pid": 0, "tid": 1000, "ts": 1e5, "dur": 1e6, "args": {}}
+    for wrong in (crossing, crossing | {"dur": float("nan")}, crossing | {"tid": 7, "dur": 0}, crossing | {"ph": "B"}):
+        changed = export_of | {"traceEvents": [*export_of["traceEvents"], wrong]}
+        with pytest.raises((AssertionError, KeyError)):
+            check_format(json.dumps(changed))
 
 
 def test_totals_of_nothing() -> None:

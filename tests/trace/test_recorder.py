@@ -199,6 +199,20 @@ def test_a_slow_disk_shows_as_waiting_not_as_work(tmp_path: Path) -> None:
     assert totals(recorder.spans())["update", "compute"].seconds == pytest.approx(1, abs=0.01)
 
 
+def test_a_record_and_its_gradient_are_read_by_one_operation_each_in_its_time() -> None:
+    """The gradient is read ahead of the record that waits for a buffer: the disk does not work for it meanwhile."""
+    recorder = Recorder(0, [0])
+    recorder.begin(1)
+    start = recorder._now.began_s = time.perf_counter() - 10
+    recorder.ran(Load(0), start, start + 0.001, 0.0)
+    recorder.log.note("scratch", ("gradient", 0), "read", start + 1, start + 2, 100)
+    recorder.log.note("states", 0, "read", start + 7, start + 8, 300)
+    recorder.end()
+    gradient, record = (span for span in recorder.spans() if span.resource == "read")
+    assert [(each.what, each.nbytes) for each in (gradient, record)] == [("Load(0)", 100), ("Load(0)", 300)]
+    assert totals(recorder.spans())["load", "read"].seconds == pytest.approx(2, abs=0.01)
+
+
 def test_a_resource_is_shared_by_what_it_works_for() -> None:
     busy = [(0.0, 4.0, "load"), (2.0, 6.0, "fetch"), (2.0, 4.0, "fetch"), (8.0, 9.0, "load")]
     found = shares(busy)

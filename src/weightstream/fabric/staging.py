@@ -66,7 +66,9 @@ class Pool(Generic[T]):
             waiting = self._waiting.popleft()
         waiting.set_result(buffer)  # not under the lock: what waits for it begins here
 
-    def take_or(self, make: Callable[[], T], *, patient: bool = True) -> T:
+    def take_or(
+        self, make: Callable[[], T], *, patient: bool = True, wait: "Callable[[Future[T]], T]" = Future.result
+    ) -> T:
         """A buffer at once: waits only for one that is on its way back, and if not `patient` not even for that; where
         none is, the pool grows by a new one."""
         with self._lock:
@@ -74,7 +76,7 @@ class Pool(Generic[T]):
             if grows:
                 self.buffers.append(make())
                 return self.buffers[-1]
-        return self.take().result()
+        return wait(self.take())
 
 
 class Scratch(Protocol):
@@ -105,6 +107,7 @@ class Staging:
         partial_sums: how many partial sums may be alive beside the leftmost; each gets a buffer on the device.
         held_gradients: how many gradients of a parameter may be kept until they are added together.
         immediate: every gradient is used as soon as it is complete, so that none goes to scratch.
+        wait: waits for a buffer, and may note for how long.
     """
 
     def __init__(
@@ -119,8 +122,9 @@ class Staging:
         device: torch.device,
         immediate: bool,
         image_now: Callable[[int], Image] | None = None,
+        wait: "Callable[[Future[Any]], Any]" = Future.result,
     ) -> None:
-        self._scratch, self._in_ram, self._immediate = scratch, in_ram, immediate
+        self._scratch, self._in_ram, self._immediate, self._wait = scratch, in_ram, immediate, wait
         self._image_now = image_now or images.__getitem__
         self._held = held_gradients
         self._device = device
@@ -148,11 +152,13 @@ class Staging:
                 and hold gradients.
         """
         # more sums than planned are open at once only in a first step that finds other calls than were guessed
-        own = self._own.get(block)
+        memory = self._own.get(block)
         patient = share is None  # with several ranks the runtime waits, outside of what it computes
         make = partial(AlignedBuffer, self._largest)
         image = self._image_now(block)
-        staged = _Staged(done(own if own is not None else self._ring.take_or(make, patient=patient)), image)
+        if memory is None:
+            memory = self._ring.take_or(make, patient=patient, wait=self._wait)
+        staged = _Staged(done(memory), image)
         buffer = staged.buffer
         if self._device.type == "cpu":
             staged.targets = _tensors(image, buffer.result())
@@ -210,8 +216,9 @@ class Staging:
 
     def room(self, block: int) -> AlignedBuffer:
         """Memory for a block's gradient that is summed elsewhere; `settle` stages it."""
-        own = self._own.get(block)
-        buffer = own if own is not None else self._ring.take_or(lambda: AlignedBuffer(self._largest))
+        buffer = self._own.get(block)
+        if buffer is None:
+            buffer = self._ring.take_or(lambda: AlignedBuffer(self._largest), wait=self._wait)
         self._staged[block] = _Staged(done(buffer), self._image_now(block))
         return buffer
 
@@ -261,7 +268,8 @@ class Staging:
         if staged is None:  # none of what this rank owns of it got a gradient
             return done(None)
         if staged.ready is None:
-            self._bring_back(block, staged, done(self._ring.take_or(lambda: AlignedBuffer(self._largest))))
+            buffer = self._ring.take_or(lambda: AlignedBuffer(self._largest), wait=self._wait)
+            self._bring_back(block, staged, done(buffer))
         ready = staged.ready
         assert ready is not None
         return ready

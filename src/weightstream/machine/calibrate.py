@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from weightstream.costing import Tables
+from weightstream.costing import Tables, update_alone_s
 from weightstream.machine import kernels, sharing, sparsity, storing
 from weightstream.machine.codec import codec_rates
 from weightstream.machine.executing import executor
 from weightstream.machine.profile import Compute, Contention, Profile, this_machine
+from weightstream.schedule.cost import BlockFacts
 from weightstream.sparse.choosing import Curve
 from weightstream.worker.allocator import keep_memory
 
@@ -94,7 +95,14 @@ def _calibrate(folder: Path, threads: int, effort: Effort, step: Step) -> Profil
     tables = Tables(
         compute[-1], effort.product_sizes, effort.attention_lengths, kernels.ATTENTION_WIDTH, effort.kernel_elements
     )
-    overheads = executor(folder, tables.seconds, steps=effort.executor_steps, threads=threads)
+
+    def update_s(block: BlockFacts, in_ram: bool) -> float:
+        return update_alone_s(
+            compute[-1], block, "AdamW", dtype="bfloat16", clipped=True,
+            memory_bytes_per_s=memory_bytes_per_s if in_ram else None,
+        )  # fmt: skip
+
+    overheads = executor(folder, tables.seconds, update_s, steps=effort.executor_steps, threads=threads)
     link, ranks = None, {}
     if effort.processes:
         step("processes that share cores", 0.88)

@@ -2,7 +2,7 @@
 
 One has a single product in each block, the other as many kernels as a decoder layer; what their operations take, less the
 kernels by themselves, is an overhead per operation and one per kernel or tensor. A third one, of ordinary width, says how
-much longer kernels take in a step than one by one.
+much longer kernels and updates take in a step than one by one; it is trained with states on disk and in RAM.
 """
 
 import importlib
@@ -22,6 +22,7 @@ from weightstream.engine import Engine
 from weightstream.errors import ConfigError
 from weightstream.machine.kernels import significant
 from weightstream.machine.profile import Executor
+from weightstream.schedule.cost import BlockFacts
 from weightstream.store.optimizers import AdamW
 from weightstream.training.memory import peak_rss_bytes, rss_bytes
 
@@ -29,6 +30,8 @@ _WIDTH, _TOKENS, _LAYERS, _MICRO_BATCHES = 32, 16, 4, 4
 _LARGE = 256
 _ORDINARY_WIDTH, _ORDINARY_TOKENS, _ORDINARY_STEPS = 448, 320, 7
 KernelSeconds = Callable[[Kernels], float]
+UpdateSeconds = Callable[[BlockFacts, bool], float]
+"""Of a block's update by itself, and whether its states are in RAM; bf16, AdamW, clipped."""
 
 
 class _Bare(nn.Module):
@@ -95,12 +98,15 @@ class _Toy:
     between_s: float
     census: Census
     tensors: int
+    blocks: Sequence[BlockFacts]
 
 
-def _engine(layer: Callable[[int], nn.Module], folder: Path, threads: int, width: int) -> Engine:
+def _engine(
+    layer: Callable[[int], nn.Module], folder: Path, threads: int, width: int, *, ram_tier: bool = False
+) -> Engine:
     return Engine(
         lambda: _Model(layer, width), folder, AdamW(), clip_norm=1.0, precision="bf16", device_memory="256MiB",
-        host_memory="256MiB", activations="recompute", ram_tier=False, threads_per_worker=threads,
+        host_memory="256MiB", activations="recompute", ram_tier=ram_tier, threads_per_worker=threads,
         block_rules={"layers.*": "block"},
     )  # fmt: skip
 
@@ -117,11 +123,12 @@ def _measure(
     *,
     width: int = _WIDTH,
     tokens: int = _TOKENS,
+    ram_tier: bool = False,
 ) -> _Toy:
     micro_batches = _micro_batches(tokens, width)
     found: dict[str, list[float]] = {}
     begins, betweens = [], []
-    with _engine(layer, folder, threads, width) as engine:
+    with _engine(layer, folder, threads, width, ram_tier=ram_tier) as engine:
         for number in range(steps + 3):
             result = engine.step(micro_batches, _loss)
             counts = engine.runtime.outcome.counts
@@ -138,14 +145,17 @@ def _measure(
             forwards={visit.module: engine.worker.own_forward(visit.module) for visit in engine.runtime.facts.visits},
         )  # fmt: skip
         tensors = len(list(engine.model.layers[1].parameters()))  # type: ignore[index, union-attr]
+        blocks = [block for block in engine.runtime.facts.blocks if block.trainable and block.staged_bytes]
     return _Toy(
         {kind: median(values) for kind, values in found.items()}, median(begins), max(0.0, median(betweens)), census,
-        tensors,
+        tensors, blocks,
     )  # fmt: skip
 
 
-def executor(folder: Path, kernel_seconds: KernelSeconds, *, steps: int = 15, threads: int) -> Executor:
-    """Overheads, from two toys in a folder that is theirs."""
+def executor(
+    folder: Path, kernel_seconds: KernelSeconds, update_seconds: UpdateSeconds, *, steps: int = 15, threads: int
+) -> Executor:
+    """Overheads, from toys in a folder that is theirs."""
     bare, rich = (_measure(layer, folder / name, steps, threads) for name, layer in (("bare", _Bare), ("rich", _Layer)))
     operation_s = dict(bare.operation_s)
     kernel_s, tensor_s = {}, {}
@@ -163,15 +173,16 @@ def executor(folder: Path, kernel_seconds: KernelSeconds, *, steps: int = 15, th
         tensor_s[kind] = max(0.0, each)
         operation_s[kind] = max(0.0, bare.operation_s[kind] - tensor_s[kind] * bare.tensors)
     operation_s["begin"] = bare.begin_s
-    ordinary = _measure(
-        _Layer,
-        folder / "ordinary",
-        min(steps, _ORDINARY_STEPS),
-        threads,
-        width=_ORDINARY_WIDTH,
-        tokens=_ORDINARY_TOKENS,
-    )
-    in_a_step = _in_a_step(ordinary, kernel_seconds, operation_s, kernel_s)
+    on_disk, in_ram = (
+        _measure(
+            _Layer, folder / name, min(steps, _ORDINARY_STEPS), threads, width=_ORDINARY_WIDTH, tokens=_ORDINARY_TOKENS,
+            ram_tier=ram_tier,
+        )
+        for name, ram_tier in (("ordinary", False), ("ordinary-in-ram", True))
+    )  # fmt: skip
+    in_a_step = _in_a_step(on_disk, kernel_seconds, operation_s, kernel_s)
+    for key, toy, ram_tier in (("update", on_disk, False), ("update in RAM", in_ram, True)):
+        in_a_step[key] = _update_in_a_step(toy, update_seconds, operation_s, tensor_s, ram_tier=ram_tier)
     return Executor(
         operation_s={kind: significant(value) for kind, value in sorted(operation_s.items())},
         kernel_s={kind: significant(value) for kind, value in kernel_s.items()},
@@ -196,6 +207,20 @@ def _in_a_step(
     again_s = forward * alone_s([visit.recompute for visit in visits[:-1]], "forward")
     left_s = toy.operation_s["backward"] - operation_s["backward"] - again_s
     return {"forward": forward, "backward": max(1.0, left_s / alone_s([v.backward for v in visits], "backward"))}
+
+
+def _update_in_a_step(
+    toy: _Toy,
+    update_seconds: UpdateSeconds,
+    operation_s: Mapping[str, float],
+    tensor_s: Mapping[str, float],
+    *,
+    ram_tier: bool,
+) -> float:
+    """How many times longer an update takes in a step, of records that just came and beside what still moves."""
+    alone_s = sum(update_seconds(block, ram_tier) for block in toy.blocks) / len(toy.blocks)
+    own_s = toy.operation_s["update"] - operation_s["update"] - tensor_s["update"] * toy.tensors
+    return max(0.1, own_s / alone_s)
 
 
 def _in_a_process(folder: Path, threads: int) -> int:

@@ -20,6 +20,8 @@ from weightstream.store.tiers import CHUNK_BYTES, Device, Disk
 
 OPTIMIZERS: tuple[Optimizer, ...] = (AdamW(), SGD(), Lion(), Adafactor())
 _ROWS = 1024
+_TURNS = 16
+"""So many tensors take turns that none of them is in a cache when its turn comes, where one is 16 MiB."""
 
 
 def updates(parameters: int) -> Iterator[tuple[str, float]]:
@@ -27,14 +29,14 @@ def updates(parameters: int) -> Iterator[tuple[str, float]]:
     columns = max(1, parameters // 4 // _ROWS)
     shape = (_ROWS, columns)
     for optimizer in OPTIMIZERS:
-        records = [_record(optimizer, shape) for _ in range(4)]
+        records = [_record(optimizer, shape) for _ in range(_TURNS)]
 
         def step(records: Any = records, optimizer: Optimizer = optimizer) -> None:
             for master, grad, states in records:
                 optimizer.update(master, grad, states, name="weight", step=1, count=2)
 
         taken = seconds(step)
-        yield type(optimizer).__name__, significant(taken / (4 * _ROWS * columns))
+        yield type(optimizer).__name__, significant(taken / (_TURNS * _ROWS * columns))
 
 
 def _record(optimizer: Optimizer, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -44,7 +46,7 @@ def _record(optimizer: Optimizer, shape: tuple[int, int]) -> tuple[torch.Tensor,
 
 def scale_and_cast(parameters: int) -> tuple[float, dict[str, float]]:
     """Seconds per parameter: the clip coefficient times the gradient; the copy that streams, by dtype."""
-    masters = [torch.randn(parameters) for _ in range(4)]
+    masters = [torch.randn(parameters) for _ in range(_TURNS)]
     casts = {}
     for dtype in DTYPES:
         copies = [torch.empty(parameters, dtype=dtype) for _ in masters]

@@ -191,8 +191,8 @@ def allot(facts: Facts) -> Allotment:
     host += travelling + masks_bytes
     if host > facts.host_memory:
         raise PlanError(
-            f"host_memory={format_bytes(facts.host_memory)} is too small: {buffers} record buffers of "
-            f"{format_bytes(record_bytes)}, {ring} gradient buffers of {format_bytes(staged_bytes)}, those of resident "
+            f"host_memory={format_bytes(facts.host_memory)} is too small: {buffers_text(facts.blocks, buffers)}, "
+            f"{ring} gradient buffers of {format_bytes(staged_bytes)}, those of resident "
             f"blocks{_between_ranks(travelling)}{_for_masks(masks_bytes)} need {format_bytes(host)}; the smallest value "
             f"that works is host_memory={-(-host // MIB)}MiB (or a smaller max_block_bytes)"
         )
@@ -249,6 +249,13 @@ def records_room(blocks: Sequence[BlockFacts], buffers: int) -> int:
     as large as its own block's."""
     sizes = [block.record_bytes for block in sharing_records(blocks)]
     return sum(sizes) if buffers >= len(sizes) else buffers * max(sizes)
+
+
+def buffers_text(blocks: Sequence[BlockFacts], buffers: int) -> str:
+    """`3 record buffers of 2 MiB`, or what they are where each block has its own."""
+    if buffers < len(sharing_records(blocks)):
+        return f"{buffers} record buffers of {format_bytes(records_room(blocks, 1))}"
+    return f"a record buffer for each of {buffers} blocks, {format_bytes(records_room(blocks, buffers))}"
 
 
 def _buffers_from(blocks: Sequence[BlockFacts], least: int) -> int:

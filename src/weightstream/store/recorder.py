@@ -41,6 +41,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.paused = False
         self.tracks = Tracks()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Asked when the class is made. PyTorch would hide this mode from the compiler, and import that at its first use, which
+        takes seconds; nothing compiles what it watches."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

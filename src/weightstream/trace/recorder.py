@@ -169,22 +169,23 @@ class Recorder:
             )  # fmt: skip
 
     def _moved_spans(self, step: _Step) -> Iterator[Span]:
-        """One span per operation and resource, from its issue on; what an earlier step issued and began is no wait."""
+        """One span per operation, resource and kind of bytes (a record's, its gradient's), from its issue on; what an earlier
+        step issued and began is no wait."""
         issued = self._issued()
-        found: dict[tuple[Key, float, str], _Move] = {}
+        found: dict[tuple[Key, float, str, str], _Move] = {}
         names: dict[tuple[Key, float], str] = {}
         for note in step.moved:
-            _, _, resource, began_s, ended_s, nbytes = note
+            kind, _, resource, began_s, ended_s, nbytes = note
             key = self._key(note)
             issue_s, name = _latest(issued.get(key, ()), began_s)
             names[key, issue_s] = name or f"{key[0]} {key[1]}".strip()
-            move = found.get((key, issue_s, resource))
+            move = found.get((key, issue_s, resource, kind))
             if move is None:
-                found[key, issue_s, resource] = _Move(began_s, ended_s, nbytes)
+                found[key, issue_s, resource, kind] = _Move(began_s, ended_s, nbytes)
             else:
                 move.began_s, move.ended_s = min(move.began_s, began_s), max(move.ended_s, ended_s)
                 move.nbytes += nbytes
-        for (key, issue_s, resource), move in sorted(found.items(), key=lambda item: item[1].began_s):
+        for (key, issue_s, resource, _), move in sorted(found.items(), key=lambda item: item[1].began_s):
             earlier = issue_s < self._since(step)
             begin_s = move.began_s if earlier else issue_s
             yield Span(

@@ -8,10 +8,10 @@ CPU, host memory is where they are already.
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,10 +73,16 @@ def spillable(tensor: Tensor, known_references: int, known_aliases: int = 0) -> 
 
 
 class Activations:
-    """Moves boundary activations of one worker. All bytes it holds on the host come from a pool of aligned buffers."""
+    """Moves boundary activations of one worker. All bytes it holds on the host come from a pool of aligned buffers.
 
-    def __init__(self, scratch: Scratch, device: torch.device) -> None:
-        self._scratch, self._device = scratch, device
+    Args:
+        wait: waits for bytes, and may note for how long.
+    """
+
+    def __init__(
+        self, scratch: Scratch, device: torch.device, wait: "Callable[[Future[None]], Any]" = Future.result
+    ) -> None:
+        self._scratch, self._device, self._wait = scratch, device, wait
         self._spilled: dict[Key, list[_Spilled]] = {}
         self._by_storage: dict[int, tuple[Key, _Spilled]] = {}
         self._pool: dict[int, list[AlignedBuffer]] = defaultdict(list)
@@ -133,7 +139,7 @@ class Activations:
         for entry in self._spilled.get(key, ()):
             if entry.empty and entry.on_disk and entry.reading is None:
                 if entry.writing is not None:
-                    entry.writing.result()
+                    self._wait(entry.writing)
                 entry.buffer = self._take(entry.nbytes)
                 entry.reading = self._scratch.scratch_read(entry.key, entry.buffer.view)
 
@@ -155,7 +161,7 @@ class Activations:
 
     def _fill(self, entry: _Spilled) -> None:
         if entry.reading is not None:
-            entry.reading.result()
+            self._wait(entry.reading)
         assert entry.buffer is not None
         storage = entry.tensor.untyped_storage()
         if not pages.has_pages(entry.tensor):
@@ -213,7 +219,7 @@ class Activations:
                 waiting.append((future, buffer))
         while not self._pool[size] and len(waiting) > 3:  # the disk sets the pace, not the memory
             future, buffer = waiting.pop(0)
-            future.result()
+            self._wait(future)
             self._give(buffer)
         self._bounces = waiting
         return self._pool[size].pop() if self._pool[size] else AlignedBuffer(size)

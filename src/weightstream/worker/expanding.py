@@ -111,14 +111,18 @@ class Expansion:
         filled = chain([arrived], start)
         landing.expanded = chain([filled], lambda: _uploaded(filled, slab))
 
-    def finish(self, block: int) -> bool:
+    def finish(self, block: int, wait: "Callable[[Future[Any]], Any]" = Future.result) -> bool:
         """Waits until the slab of a block is full, and on its way to the device; kernels multiply by what is in it from now
-        on. Whether it is one that is expanded."""
+        on. Whether it is one that is expanded.
+
+        Args:
+            wait: waits for that, and may note for how long.
+        """
         landing = self._landings.get(block)
         if landing is None:
             return False
         assert landing.expanded is not None, "it was begun"
-        pieces = landing.expanded.result()
+        pieces = wait(landing.expanded)
         del self._landings[block]
         panels: dict[str, list[_Panel]] = {}
         masks: dict[str, list[Mask]] = {}
