@@ -417,3 +417,6 @@ def test_the_section_becomes_settings_that_survive_json() -> None:
     assert settings.groups[1].sparsity_at(0) == 0.2
     assert settings.groups[1].sparsity_at(50) == settings.groups[1].sparsity_at(10**6) == 0.8
     assert Sparsity.from_json(settings.to_json()) == settings
+    assert "grow_by" not in settings.to_json()["groups"][0]  # as in stores that were made before there was a choice
+    chosen = section.groups[0].model_copy(update={"grow_by": "relative_gradient"}).group(1000)
+    assert Sparsity.from_json(Sparsity((chosen,)).to_json()).groups[0].grow_by == "relative_gradient"
