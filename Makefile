@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: setup train demo browser test test-fast lint format clean
+.PHONY: setup train demo browser test test-fast lint style format clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -29,10 +29,12 @@ train: setup
 demo: setup
 	$(BIN)/weightstream demo
 
-lint: setup
+lint: style
+	$(BIN)/mypy
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -42,8 +44,11 @@ format: setup
 browser:
 	@.ci/chromium.sh
 
-test: lint browser
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+# mypy keeps one core busy: the tests have the others meanwhile, and what it says comes last.
+test: style browser
+	@$(BIN)/mypy > $(VENV)/types 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup; tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/types; exit $$((tests ? tests : types))
 
 test-fast: setup browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"

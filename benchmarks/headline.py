@@ -4,7 +4,7 @@
 
 A small decoder on bytes (`weightstream.bytewise`) with two layers of 256**4 experts, in turn with the same one with 131,072
 experts a layer, and with none. It shows capacity and exactness, not quality (`docs/120t.md`). As it is by default it
-needs some 60 GB of disk, that is both families' experts and as many dead bytes again; fewer `--steps` need less.
+needs some 60 GB of disk, that is both families' experts and about as many dead bytes again; fewer `--steps` need less.
 
 Keys: `parameters`, `open_s` (an engine on the trained store; imports not counted), `seconds_per_step`,
 `small_family_seconds_per_step`, `no_expert_seconds_per_step` (median of turns; `*_spread` least and most), `size_ratio`

@@ -74,5 +74,8 @@ class LateLinks(Links):
         self._links.divide(cluster)
         self.commits = LateChannel(self._links.commits, self._latency_s)
 
+    def channel(self, name: str, members: range) -> Channel:
+        return LateChannel(self._links.channel(name, members), self._latency_s)
+
     def close(self) -> None:
         self._links.close()

@@ -2,14 +2,16 @@
 
     python benchmarks/sparse.py --json
 
-Streamed runs of one model in turn: dense; with nine tenths of every layer's matrices missing (static random masks,
-multiplied densely); and with as many missing in blocks, multiplied by a kernel. Everything on disk, no RAM tier; embedding
-and head are dense in all. `--disk-limit` holds the disk to so many bytes per second each way, as a slower one would.
+Streamed runs of one model in turn: dense; with nine tenths of every layer's matrices missing (static random masks),
+multiplied by a kernel; the same expanded and multiplied densely; and with as many missing in blocks, multiplied by a kernel.
+Everything on disk, no RAM tier; embedding and head are dense in all. `--disk-limit` holds the disk to so many bytes per
+second each way, as a slower one would.
 
 Keys: `store_bytes_ratio`, `streamed_bytes_ratio` (sparse over dense, of the layers' matrices with their masks, as records
 have them), `optimizer_ratio` (updates of the layers: gradients scaled, AdamW, the cast, checksums), `dense_s`, `sparse_s`
-(median seconds per step), `disk_bound_speedup`, of the run in blocks `block_s`, `disk_bound_block_speedup`,
-`bytes_ratio` (read and written per step, all parameters; not in blocks), `codec_gb_per_s` (dense bf16 output of one thread,
+(median seconds per step), `disk_bound_speedup`, of the expanded run `expanded_s`, `disk_bound_expanded_speedup`, of the
+run in blocks `block_s`, `disk_bound_block_speedup`, `bytes_ratio` (read and written per step, all parameters; not in
+blocks), `codec_gb_per_s` (dense bf16 output of one thread,
 places of non-zeros kept), `codec_cold_gb_per_s` (from the mask as it is stored). Products with non-zeros only:
 `sparse_kernels.py`.
 """
@@ -41,8 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     Workload.add_arguments(parser, tokens=128, micro_batches=1)
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--block", type=int, nargs=2, default=[1, 1], help="of the run that is multiplied densely")
-    parser.add_argument("--kernel", default="gathered", help="of the run in blocks; none: there is no such run")
+    parser.add_argument("--block", type=int, nargs=2, default=[1, 1], help="of the runs that are not in blocks")
+    parser.add_argument(
+        "--multiply", default="native", help="kernel of the run that is not in blocks; none: all is expanded"
+    )
+    parser.add_argument("--kernel", default="native", help="of the run in blocks; none: there is no such run")
     parser.add_argument("--kernel-block", type=int, nargs=2, default=[32, 32])
     parser.add_argument(
         "--disk-limit", help="bytes per second, such as 500MB, of reads and of writes; results are kept apart"
@@ -70,7 +75,10 @@ def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> 
     common = [sys.executable, HERE / "streamed.py", *workload.arguments(), "--serve", "--activations", "recompute"]
     common += ["--threads", str(arguments.threads), "--device-memory", arguments.device_memory]
     common += ["--host-memory", arguments.host_memory]
-    ways = {"dense": [], "sparse": ["--sparsity", str(arguments.sparsity), "--block", *map(str, arguments.block)]}
+    single = ["--sparsity", str(arguments.sparsity), "--block", *map(str, arguments.block)]
+    ways = {"dense": [], "sparse": single}
+    if arguments.multiply != "none":
+        ways |= {"sparse": [*single, "--kernel", arguments.multiply], "expanded": single}
     if arguments.kernel != "none":
         blocks = ["--block", *map(str, arguments.kernel_block), "--kernel", arguments.kernel]
         ways["block"] = ["--sparsity", str(arguments.sparsity), *blocks]
@@ -93,9 +101,15 @@ def compare(workload: Workload, arguments: argparse.Namespace, folder: Path) -> 
     moved = {name: median(fact["read"] + fact["written"] for fact in side.facts) for name, side in sides.items()}
     updates = {name: [fact["layer_updates_s"] for fact in side.facts] for name, side in sides.items()}
     had = {name: facts["layer_bytes"] for name, facts in closed.items()}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"multiply": arguments.multiply}
+    if "expanded" in sides:
+        found |= {
+            **summary("expanded_s", sides["expanded"].turns), **summary("expanded_updates_s", updates["expanded"]),
+            **speedup("disk_bound_expanded_speedup", dense, sides["expanded"]),
+            "expanded_seconds": sides["expanded"].facts[-1]["seconds"],
+        }  # fmt: skip
     if "block" in sides:
-        found = {
+        found |= {
             "kernel": arguments.kernel, "kernel_block": arguments.kernel_block,
             **summary("block_updates_s", updates["block"]), **summary("block_s", sides["block"].turns),
             **speedup("disk_bound_block_speedup", dense, sides["block"]),

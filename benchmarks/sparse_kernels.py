@@ -9,11 +9,12 @@ process, dense, kernel, kernel, …, `--turns` times after one turn that does no
 A kernel that took more than four times as long as the dense product is not measured at higher densities of the same layer.
 
 Keys: `crossover` by kernel, block and dtype: the density below which it wins, least over all layers (null: in one of them
-at least it never wins); `block_speedup`: the speedup of `gathered` in blocks of 32×32 at 10% where compute sets the pace,
-that is with the most tokens, the least over all shapes and dtypes (null: not measured); `block_speedups`: the same by block,
-dtype and tokens; `worst_error`: largest difference between a kernel's y and the dense one, by the largest element of that,
-by dtype; `curves`: by layer, kernel, block and dtype, `densities`, `speedups` (of medians), `crossover`, `kernel_s` and
-`dense_s` with `*_spread` (least and most). The curves are drawn in `results/sparse_kernels.html`.
+at least it never wins); `block_speedup`: the speedup in blocks of 32×32 at 10% where compute sets the pace, that is with the
+most tokens, the least over dtypes and over all shapes, by the kernel that is fastest so (null: not measured); `best`: the
+same by block, dtype and tokens, with the kernel; `block_speedups`: the same by kernel; `worst_error`: largest difference
+between a kernel's y and the dense one, by the largest element of that, by dtype; `curves`: by layer, kernel, block and
+dtype, `densities`, `speedups` (of medians), `crossover`, `kernel_s` and `dense_s` with `*_spread` (least and most). The
+curves are drawn in `results/sparse_kernels.html`.
 """
 
 import argparse
@@ -38,6 +39,7 @@ Call = Callable[[], Any]
 Side = tuple[Kernel, tuple[int, int]]
 
 SIDES: tuple[Side, ...] = (
+    ("native", (16, 16)), ("native", (32, 32)), ("native", (64, 64)), ("native", (128, 128)), ("native", (1, 1)),
     ("gathered", (32, 32)), ("gathered", (64, 64)), ("gathered", (128, 128)), ("bsr", (32, 32)), ("bsr", (64, 64)),
     ("csr", (1, 1)),
 )  # fmt: skip
@@ -71,8 +73,8 @@ def main() -> None:
     named = "sparse_kernels" if arguments.device == "cpu" else f"sparse_kernels_{arguments.device}"
     result = {
         "benchmark": named, "threads": arguments.threads, "crossover": crossovers(curves),
-        "block_speedup": block_speedup(curves), "block_speedups": block_speedups(curves), "worst_error": errors,
-        "curves": curves,
+        "block_speedup": block_speedup(curves), "best": best(curves), "block_speedups": block_speedups(curves),
+        "worst_error": errors, "curves": curves,
     }  # fmt: skip
     if arguments.device != "cpu":
         result["accelerator"] = torch.cuda.get_device_name(arguments.device)
@@ -171,24 +173,32 @@ def crossovers(curves: list[dict[str, Any]]) -> dict[str, float | None]:
     return {key: None if None in each else min(one for one in each if one is not None) for key, each in found.items()}
 
 
-def block_speedups(curves: list[dict[str, Any]]) -> dict[str, float]:
-    """Of `gathered` at a tenth of the blocks, the least over all shapes, by block, dtype and tokens."""
-    found: dict[str, float] = {}
+def block_speedups(curves: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """At a tenth of the blocks, the least over all shapes, by block, dtype and tokens, and by kernel."""
+    found: dict[str, dict[str, float]] = {}
     for one in curves:
         a, b = one["block"]
-        key = f"{a}x{b} {one['dtype']} {one['tokens']}"
         for density, speedup in zip(one["densities"], one["speedups"], strict=True):
-            if one["kernel"] == "gathered" and 0.09 <= density <= 0.11:
-                found[key] = min(speedup, found.get(key, speedup))
+            if 0.09 <= density <= 0.11:
+                kernels = found.setdefault(f"{a}x{b} {one['dtype']} {one['tokens']}", {})
+                kernels[one["kernel"]] = min(speedup, kernels.get(one["kernel"], speedup))
+    return found
+
+
+def best(curves: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The fastest of those kernels, as a choice by what was measured takes it."""
+    found = {}
+    for key, kernels in block_speedups(curves).items():
+        kernel = max(kernels, key=lambda one: kernels[one])
+        found[key] = {"kernel": kernel, "speedup": kernels[kernel]}
     return found
 
 
 def block_speedup(curves: list[dict[str, Any]]) -> float | None:
-    """The least of those of 32×32 with the most tokens."""
-    most = max(one["tokens"] for one in curves)
+    """The least of the best of 32×32 with the most tokens."""
+    most, fastest = max(one["tokens"] for one in curves), best(curves)
     keys = [f"32x32 {name_of(dtype)} {most}" for dtype in DTYPES.values()]
-    found = block_speedups(curves)
-    return min((found[key] for key in keys if key in found), default=None)
+    return min((fastest[key]["speedup"] for key in keys if key in fastest), default=None)
 
 
 def drawn(curves: list[dict[str, Any]], about: str) -> str:

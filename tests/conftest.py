@@ -1,4 +1,5 @@
 """Order of the tests: from the fast and elementary to the slow and whole, so that a first failure is the cause.
+Of those that go to several processes one by one, the slow ones come first: the last test is one that all wait for.
 
 `--update-golden` writes golden schedules and simulations anew, so that a change of the planner shows as a diff of them.
 
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # beside another one, threads that wait for each other would wait long
+_BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+if _BESIDE_OTHERS:  # beside another one, threads that wait for each other would wait long
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 # Where a folder or file is not named, it runs after those that are and before the last ones.
@@ -41,7 +43,8 @@ def _rank(item: pytest.Item) -> tuple[bool, int]:
         place = len(_FIRST) + 1 + _LAST.index(top)
     else:
         place = len(_FIRST)
-    return item.get_closest_marker("slow") is not None, place
+    slow = item.get_closest_marker("slow") is not None
+    return slow != _BESIDE_OTHERS, place
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,7 @@
-"""The demonstration itself: what it prints is what a newcomer sees first."""
+"""The demonstrations themselves: what they print is what a newcomer sees first.
+
+On less text and shorter sequences, as what is shown does not depend on them.
+"""
 
 import sysconfig
 from pathlib import Path
@@ -7,12 +10,20 @@ from typing import Any
 import pytest
 
 from weightstream import demo, demo_workers
-from weightstream.config import RunConfig
+from weightstream.config import RunConfig, check_config
 from weightstream.presets import push_button
+
+TEXT = [str(Path(sysconfig.get_path("stdlib"), name)) for name in ("collections", "json")]
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_like_one_that_was_not() -> None:
+def test_a_killed_run_ends_like_one_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_less_text(values: dict[str, Any], *, source: str) -> RunConfig:
+        data = values["data"] | {"sources": TEXT, "validation_share": 0.1}
+        training = values["training"] | {"sequence_length": 64}
+        return check_config(values | {"data": data, "training": training}, source=source)
+
+    monkeypatch.setattr(demo, "check_config", with_less_text)
     said: list[str] = []
     report = demo.run(said.append)
     assert report["equal"], demo.summary(report)
@@ -25,18 +36,19 @@ def test_a_killed_run_ends_like_one_that_was_not() -> None:
 
 
 @pytest.mark.slow
-def test_four_workers_of_which_one_is_killed_end_like_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tenth of the text: what is shown does not depend on it, and preparing it twice took as long as all the rest."""
+def test_workers_of_which_one_is_killed_end_like_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two in place of four: each start of one costs a new interpreter seconds."""
 
     def with_less_text(*arguments: Any, overrides: list[str], **settings: Any) -> RunConfig:
-        stdlib = Path(sysconfig.get_path("stdlib"))
-        sources = [str(stdlib / name) for name in ("asyncio", "collections", "json", "email")]
-        return push_button(*arguments, overrides=[*overrides, f"data.sources={sources}"], **settings)
+        text = [f"data.sources={TEXT}", "data.validation_share=0.1"]
+        return push_button(*arguments, overrides=[*overrides, *text], **settings)
 
+    monkeypatch.setattr(demo_workers, "WORKERS", 2)
+    monkeypatch.setattr(demo_workers, "KILLED", 1)
     monkeypatch.setattr(demo_workers, "push_button", with_less_text)
     said: list[str] = []
     report = demo_workers.run(said.append)
     assert report["equal"], demo_workers.summary(report)
-    assert any("rank 2 was killed by SIGKILL" in line for line in report["said"])
+    assert any("rank 1 was killed by SIGKILL" in line for line in report["said"])
     assert report["sent_by_rank_0_bytes"] > 0
     assert "equal, bit for bit" in demo_workers.summary(report)

@@ -1,5 +1,6 @@
 """The engine: what a user does with it beyond plain steps, and that none of it leaves a trace in the numbers."""
 
+import errno
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import weightstream as ws
 from weightstream.errors import ConfigError, DamagedRecordError, StoreMismatchError
+from weightstream.store.futures import new_future
+from weightstream.store.owned import Holding
 from weightstream.store.pull import pull
 from weightstream.store.push import push
 
@@ -567,6 +570,41 @@ class TestErrors:
                 engine.step(tokens(4), self.fails(where, at))
             engine.commit()
         assert micro_batch_threads() == []
+        assert step_and_digest(tmp_path / "store") == undisturbed[clip_norm]
+
+    @MODES
+    @pytest.mark.parametrize("at", [0, 1, 4])
+    def test_what_cannot_be_read_costs_its_step_alone(
+        self, at: int, clip_norm: float | None, tmp_path: Path, undisturbed: dict[Any, Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """From a fetch of the step on, none can be read: all blocks leave their slabs, and the next try has them anew."""
+        with open_engine(tmp_path / "store", clip_norm=clip_norm) as engine:
+            engine.step(tokens(1), loss_fn)
+            engine.step(tokens(2), loss_fn)
+            begun: list[int] = []
+
+            def failing(how: Callable[..., Any]) -> Callable[..., Any]:
+                def come(holding: Holding, block: int, *arguments: Any) -> Any:
+                    begun.append(block)
+                    if len(begun) <= at:
+                        return how(holding, block, *arguments)
+                    unread = new_future()
+                    unread.set_exception(OSError(errno.EIO, "Input/output error"))
+                    return {0: unread}
+
+                return come
+
+            with monkeypatch.context() as patch:
+                for name in ("fetch", "serve"):
+                    patch.setattr(Holding, name, failing(getattr(Holding, name)))
+                with pytest.raises(OSError, match="Input/output error"):
+                    engine.step(tokens(3), loss_fn)
+            assert len(begun) > at
+            assert [block for block in begun if engine.runtime.slabs.slab_of(block) is not None] == []
+            assert [block for block in begun if engine.runtime.parameters.present(block)] == []
+            engine.step(tokens(3), loss_fn)
+            engine.commit()
         assert step_and_digest(tmp_path / "store") == undisturbed[clip_norm]
 
 

@@ -6,10 +6,14 @@ All of it is arithmetic on a few numbers, the same on every rank, so that nobody
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from weightstream.errors import PlanError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Number = TypeVar("Number", int, "Tensor")
 LASTING_VARIABLE = "WEIGHTSTREAM_LASTING"
 """In the environment of ranks, the folder where their pinned parts outlive them (`store/lasting.py`)."""
 
@@ -101,3 +105,13 @@ def owners(record_bytes: Sequence[int], ranks: int) -> tuple[int, ...]:
         owner[record] = rank
         heapq.heappush(loads, (nbytes + record_bytes[record], rank))
     return tuple(owner)
+
+
+def owner_of(number: Number, ranks: int) -> Number:
+    """The memory rank that owns a family's record of that number, or of each of these: numbers are dealt out in turn."""
+    return number % ranks
+
+
+def owned(count: int, rank: int, ranks: int) -> range:
+    """The numbers of a family of `count` records that a memory rank owns (`owner_of`)."""
+    return range(rank, count, ranks)

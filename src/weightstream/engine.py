@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,15 +19,20 @@ from weightstream.blocks import Block, Rule, call_order
 from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.cluster import Cluster, owners
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
+from weightstream.existence import Existence
 from weightstream.fabric.links import Links
+from weightstream.fabric.parcels import Parcels
 from weightstream.fabric.peers import Alone, Peers
 from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
+from weightstream.growing import Growing
 from weightstream.keeping import Keeper
+from weightstream.lending import AllLending, Borrowed, values_bytes
 from weightstream.masking import Masking
 from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
-from weightstream.nn.attaching import check_places, known_beforehand, layers_of
+from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of, tokens_in
+from weightstream.nn.pool import Pool
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.past import Past
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
@@ -40,6 +46,7 @@ from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
+from weightstream.store.compaction import SHARE, check_share
 from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
@@ -70,6 +77,8 @@ class MovedBytes:
     read: int
     written: int
     bound: int
+    compaction: int = 0
+    """Those of them that were read and written to copy records of families out of mostly dead files."""
 
     @property
     def total(self) -> int:
@@ -162,7 +171,11 @@ class Engine:
         kernels: by pattern of names, which of them are not expanded but multiplied by a kernel; or `auto_kernels(…)`: those
             with which a kernel was measured to be faster. Fixed when the store is made, since it decides the order of sums.
         experts_memory: bytes, beside `host_memory`, for the experts that one step reaches (`nn.StreamedExperts`), with
-            their optimizer states, and for those of the step before while they are written.
+            their optimizer states, and for those of the step before while they are written. With several ranks each has
+            so much, for experts that it owns and for values of those that it computes with.
+        experts_pool: how many experts may come to exist (`nn.Pool`), of all layers together; or by pattern of layer names.
+        compaction_share: bytes that compaction may write for each byte of experts that steps write. Dead bytes on disk are
+            at most one over it times the live ones.
 
     Raises:
         ConfigError: settings that do not go together, or weights given to sparse parameters without a word on their masks.
@@ -201,6 +214,8 @@ class Engine:
         sparsity: Sparsity | None = None,
         kernels: Mapping[str, Kernel] | AutoKernels | None = None,
         experts_memory: str | int = "1GiB",
+        experts_pool: Pool | Mapping[str, Pool] | None = None,
+        compaction_share: float = SHARE,
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
@@ -252,14 +267,11 @@ class Engine:
             keep_memory()
         self._layers = layers_of(self.model)
         self._crowded: set[str] = set()
-        self._experts_memory = parse_bytes(experts_memory) if self._layers else 0
-        if self._layers and not self.ranks.alone:
-            raise ConfigError(
-                f"layer '{next(iter(self._layers))}' (StreamedExperts): training of experts on several ranks is not "
-                f"supported, found {self.ranks.cluster.size} ranks; run it as one process"
-            )
+        self.experts_memory = parse_bytes(experts_memory) if self._layers else 0
+        self._pools = {"*": experts_pool} if isinstance(experts_pool, Pool) else dict(experts_pool or {})
+        self._compaction_share = check_share(compaction_share)
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
-        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._experts_memory)
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self.experts_memory)
         self.model.train()
         check_model(self.model)
         contract = contract_of(
@@ -310,7 +322,15 @@ class Engine:
         self._skipped_in_a_row: int = own.get("skipped_in_a_row", 0)
         self._past = Past.from_json(own.get("past", {}))
         self._past.goes_on(self.step_count + 1, self.optimizer)
+        self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
+        self.store.watch(self.recorder.log)
+        self._parcels: Parcels | None = None  # in which experts go from rank to rank
+        self._following = False  # this rank computes nothing, and serves those that run the model
         self.touching = self._make_touching()
+        self.growing = self._make_growing(own.get("experts", {}))
+        self.touching.agree = self.growing.agree
+        if self._layers and self.ranks.owns:
+            self.store.compaction_share = self._compaction_share
         visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
                        if m in self.worker.block_of_module)  # fmt: skip
         self._visits = visits
@@ -322,8 +342,6 @@ class Engine:
         self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
         self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
         self.holding = Holding(self.store, owned, self._largest if self.masking else None, now, self._driven)
-        self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
-        self.store.watch(self.recorder.log)
         self._division = self._divide(cluster, self.owner)
         facts = self._facts(cluster.workers)
         self.runtime = self._runtime(facts, allot(facts))
@@ -357,22 +375,95 @@ class Engine:
 
     def _make_touching(self) -> Touching:
         """The memory of experts, from which their layers take weights."""
-        families = {}
+        if self.ranks.alone:
+            own = {name: self._touched(name, self._experts_bytes) for name in self._layers}
+            for name, layer in self._layers.items():
+                layer.attach(own[name])
+            return Touching(own)
+        own, lent = {}, {}
         for name, layer in self._layers.items():
-            family = layer.family(name)
-            families[name] = Touched(
-                self.store, self.store.index(family.name, 0), family,
-                nbytes=self._experts_memory // len(self._layers), dtype=DTYPES[self.precision], device=self.device,
-                groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
-                walking=lambda: None if self.worker.outside is not None else self.worker.walking,
-                replayed=self._past.at if layer.untouched == "dense" else None,
+            family, nbytes = layer.family(name), self._bytes_for_values(name)
+            if self.ranks.owns:
+                own[name] = self._touched(name, self._experts_bytes - nbytes)
+            lent[name] = Borrowed(
+                family, own.get(name), nbytes=nbytes, owners=len(self.ranks.cluster.memory_ranks),
+                dtype=DTYPES[self.precision], device=self.device, groups=self._budgets.reduction_groups,
+                walking=self._walking,
             )  # fmt: skip
-            layer.attach(families[name])
-        return Touching(families)
+            layer.attach(lent[name])
+        return Touching(own, self._lending(lent) if lent else None)
+
+    def _make_growing(self, kept: Mapping[str, Any]) -> Growing:
+        """How many experts there are and may be; `kept` is what was committed of it."""
+        own, lent = self.touching.families, self.touching.lending
+        existence = Existence(
+            {name: layer.experts for name, layer in self._layers.items()}, own, self.gather if self._layers else _alone,
+            (self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
+        )  # fmt: skip
+        return Growing(
+            self._layers, own if lent is None else lent.families, existence, self._pools, kept, self._calls, self._log,
+            several=lent is not None,
+        )  # fmt: skip
+
+    def _bytes_for_values(self, name: str) -> int:
+        """What of a layer's memory is for values, on one of several ranks; the rest is for records that it owns."""
+        if not (self.ranks.owns and self.ranks.computes):
+            return self._experts_bytes if self.ranks.computes else 0
+        family = self._layers[name].family(name)
+        layout = self.store.layout(self.store.index(family.name, family.count - 1))
+        return values_bytes(family, layout, DTYPES[self.precision], self._experts_bytes)
+
+    @property
+    def _experts_bytes(self) -> int:
+        """What one layer has of the memory for experts."""
+        return self.experts_memory // len(self._layers)
+
+    def _touched(self, name: str, nbytes: int) -> Touched:
+        """The records of a layer's experts that this rank owns."""
+        layer = self._layers[name]
+        family = layer.family(name)
+        return Touched(
+            self.store, self.store.index(family.name, 0), family, nbytes=nbytes, dtype=DTYPES[self.precision],
+            device=self.device, groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
+            walking=self._walking, member=(self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
+            replayed=self._past.at if layer.untouched == "dense" else None,
+        )  # fmt: skip
+
+    def _lending(self, families: Mapping[str, Borrowed]) -> AllLending:
+        """What all ranks do together with these."""
+        links = self.ranks.links
+        assert links is not None, "one rank has nobody to lend to"
+        self._parcels = Parcels(links.add_records(), self.recorder.log)
+        return AllLending(
+            self._parcels, self.ranks.cluster, families, blocks_of(families, self.store.blocks),
+            groups=self._budgets.reduction_groups, standing_still=self._standing_still,
+        )  # fmt: skip
+
+    def _walking(self) -> tuple[int, int] | None:
+        """The use and micro-batch that is computed now; None outside of steps."""
+        return None if self._following or self.worker.outside is not None else self.worker.walking
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """This rank waits for others though it computes: one that shares its process may use the random state meanwhile."""
+        state = self.worker.generators.state()
+        with self.ranks.waiting():
+            yield
+        self.worker.generators.restore(state)
 
     def _begin_touching(self, micro_batches: int, own: Iterable[Any]) -> None:
-        """Begins to read the experts that a step is known to reach."""
-        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, known_beforehand(self._layers, own))
+        """Begins to read the experts that a step is known to reach; refuses one that there is no room for."""
+        own = list(own)
+        expected: Mapping[str, Sequence[int]] = {}
+        if micro_batches:
+            expected = self.growing.begin(known_beforehand(self._layers, own), tokens_in(own))
+        else:
+            self.growing.outside()
+        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, expected)
+
+    def _calls(self, layer: str) -> int:
+        """How often the model calls a layer of experts for each micro-batch, as far as it is known."""
+        return max(1, sum(layer.startswith(f"{visit.module}.") for visit in self._visits))
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
@@ -437,7 +528,7 @@ class Engine:
         return facts_of(
             self.store.blocks, division.records, self._budgets, visits=self._visits,
             uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=division, structures=structure_bytes(self.store.blocks, self._driven),
+            division=division, structures=structure_bytes(self.store.blocks, self._driven, self.threads),
         )  # fmt: skip
 
     def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:
@@ -573,6 +664,8 @@ class Engine:
         self.step_count = number
         norm = outcome.norm
         self._count_skipped(outcome, number)
+        self.growing.took(self._added(outcome.finite))
+        self.growing.measured({name: facts.assignments for name, facts in self.touching.facts.items()})
         self._warn_of_crowds()
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         moved = self._moved()
@@ -603,7 +696,9 @@ class Engine:
         links = self.ranks.links
         if links is None:
             return {}
-        down, up = dict(links.down.traffic.sent), dict(links.up.traffic.sent)
+        down, up = Counter(links.down.traffic.sent), Counter(links.up.traffic.sent)
+        if self._parcels is not None:
+            down, up = down + self._parcels.sent["down"], up + self._parcels.sent["up"]
         return {rank: (down.get(rank, 0), up.get(rank, 0)) for rank in sorted(down.keys() | up.keys())}
 
     def gather(self, value: Any) -> list[Any]:
@@ -643,6 +738,8 @@ class Engine:
             progress=self._progress_after, rehearsal=True,
         )  # fmt: skip
         self._learn(outcome, measuring=True)
+        facts = self.touching.facts
+        self.growing.measured({name: micro_batches * found.assignments for name, found in facts.items()})
         self._plan(micro_batches)
         self.recorder.forget()
 
@@ -654,7 +751,13 @@ class Engine:
         }
         if any(layer.untouched == "dense" for layer in self._layers.values()):
             own["past"] = self._past.to_json(() if finite else (self.step_count + 1,))
+        if self._layers:
+            own["experts"] = self.growing.to_json(self._added(finite))
         return {**self.progress, "(engine)": own}
+
+    def _added(self, finite: bool) -> Mapping[str, int]:
+        """The experts that the step under way has brought into existence, if it counts."""
+        return self.touching.added if finite else {}
 
     def _count_skipped(self, outcome: StepOutcome, number: int) -> None:
         own = self._progress_after(outcome.finite)["(engine)"]
@@ -709,7 +812,7 @@ class Engine:
 
     def _moved(self) -> MovedBytes:
         read, written = self.recorder.end()
-        return MovedBytes(read, written, self.bytes_bound().total)
+        return MovedBytes(read, written, self.bytes_bound().total, self.recorder.moved("compaction"))
 
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment, and with what is sparse
@@ -765,17 +868,17 @@ class Engine:
             yield from self._streamed()
 
     def _streamed(self) -> Iterator[nn.Module]:
+        self._begin_touching(0, ())
         if not self.ranks.computes:
-            follow(self.holding, self.runtime.peers, self.runtime.slabs)
+            self._follow()
             yield self.model
             return
         streamed = StreamedModel(
             self.holding, self.runtime.peers, self.worker, self.parameters,
-            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places,
+            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places, self.touching,
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()
-        self._begin_touching(0, ())
         self.worker.outside = streamed.call
         try:
             with torch.no_grad():
@@ -787,6 +890,15 @@ class Engine:
             self.model.train()
             streamed.close()
 
+    def _follow(self) -> None:
+        """Serves the ranks that run the model."""
+        self._following = True
+        try:
+            follow(self.holding, self.runtime.peers, self.runtime.slabs, self.touching)
+        finally:
+            self._following = False
+            self.touching.drop()
+
     def commit(self) -> None:
         """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""
         self.runtime.drain()
@@ -797,9 +909,12 @@ class Engine:
         reads and writes each of them. Otherwise an expert makes up for missed steps when it is next reached."""
         self.commit()
         self._begin_touching(0, ())
+        before = {name: family.first_written for name, family in self.touching.families.items()}
         for writing in self.touching.make_up():
             self.runtime.wait(writing)
-        self.store.commit(self.step_count, self.store.progress).result()
+        made = {name: family.first_written - before[name] for name, family in self.touching.families.items()}
+        own = self.store.progress.get("(engine)", {}) | {"experts": self.growing.made(made)}
+        self.store.commit(self.step_count, {**self.store.progress, "(engine)": own}).result()
 
     def snapshot(self, name: str) -> None:
         """Holds the present state under a name: commits, then one row. With several ranks all of them call it."""
@@ -855,6 +970,10 @@ class Engine:
             self._closed = True
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

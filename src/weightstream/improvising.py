@@ -97,8 +97,9 @@ class _Improvisation:
     def _pass(self, visit: int, wishes: Sequence[_Wish]) -> set[int]:
         """Micro-batches through one visit; those that come to their loss turn at once."""
         runtime, turned = self.runtime, set[int]()
+        block = self.worker.block_of_module[wishes[0].module]
+        self.keeper.touching.enter(block)
         for wish in wishes:
-            block = self.worker.block_of_module[wish.module]
             runtime.make_visit(visit, Visit(block, wish.module), wish.micro_batch)
             began_s, stalled_s = time.perf_counter(), runtime.outcome.stalled_s
             runtime.pass_through(visit, block, wish.micro_batch, last=False)
@@ -108,6 +109,7 @@ class _Improvisation:
                 if self.worker.wants(wish.micro_batch) is None:
                     runtime.run(Turn(wish.micro_batch))
                     turned.add(wish.micro_batch)
+        self.keeper.touching.leave(block)
         return turned
 
     def _backward(self) -> None:

@@ -13,7 +13,8 @@ from weightstream.errors import ConfigError
 from weightstream.masking import Masking
 from weightstream.sparse.choosing import DENSE, Curve, Piece, choose
 from weightstream.sparse.driving import drivable
-from weightstream.sparse.kernels import KERNELS, Kernel, supports
+from weightstream.sparse.kernels import KERNELS, Kernel, obstacle
+from weightstream.sparse.native.products import as_elements, workspace_bytes
 from weightstream.sparse.settings import SparsityGroup
 from weightstream.worker.expanding import Driven
 
@@ -136,17 +137,32 @@ def _obstacle(
         return "the number of its non-zeros changes, or all of a panel of it exists"
     if group.algorithm == "rigl":
         return "rigl needs its dense gradient"
-    if not supports(kernel, group.block, dtype, device):
-        rows, columns = group.block
-        return f"'{kernel}' has no product of {dtype} with blocks of {rows}×{columns} on {device.type}"
-    return None
+    return obstacle(next(one for one in KERNELS if one == kernel), group.block, dtype, device)
 
 
-def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven]) -> dict[int, int]:
-    """By block, what the structures of its weights take while it is in a slab: row, column, and the orders in which products
-    go through the weights' own blocks."""
+def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven], threads: int) -> dict[int, int]:
+    """By block, what kernels need beside its weights while it is in a slab: of each weight which cells there are; row, column,
+    and the orders in which products go through what they multiply by, be it its own blocks or single elements; and what
+    one product at a time packs."""
     found: dict[int, int] = {}
     for block in blocks:
         own = [driven[parameter.name] for parameter in block.parameters if parameter.name in driven]
-        found[block.index] = sum(_ENTRY_BYTES * each.nonzeros // prod(each.block) for each in own)
+        packed = [
+            workspace_bytes(_shape(each), each.block, each.nonzeros, threads) for each in own if each.kernel == "native"
+        ]
+        found[block.index] = sum(_structure_bytes(each) for each in own) + max(packed, default=0)
     return found
+
+
+def _structure_bytes(each: Driven) -> int:
+    elements, cell = prod(_shape(each)), prod(each.block)
+    cells, entries = elements // cell, each.nonzeros // cell
+    if each.kernel == "csr":
+        cells, entries = cells + elements, each.nonzeros
+    elif each.kernel == "native" and as_elements(each.block):
+        entries = each.nonzeros
+    return cells + _ENTRY_BYTES * entries
+
+
+def _shape(each: Driven) -> tuple[int, int]:
+    return each.module.out_features, each.module.in_features

@@ -10,7 +10,8 @@ from weightstream.planning import Reach, disk_bytes, reach
 from weightstream.schedule.flows import Flow, Flows, flows_of
 from weightstream.schedule.planner import buffers_text
 from weightstream.store.owned import bytes_of_blocks
-from weightstream.units import format_bytes, format_count
+from weightstream.store.shared import FILE_BYTES
+from weightstream.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from weightstream.engine import Engine
@@ -89,8 +90,72 @@ def plan_text(
             f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch",
             "products          " + ", ".join([*products, f"{expanded} expanded"]),
         ]
+    lines += _experts(engine)
     lines.append(_room(*reach_of(engine)))
     return "\n".join(lines)
+
+
+def _experts(engine: "Engine") -> list[str]:
+    """What layers of experts move, hold and grow by: by arithmetic before a run, and at the rate that was seen in it."""
+    layers = engine.growing.layers
+    if not layers or not engine.ranks.owns:
+        return []
+    live = sum(layer.written * layer.record_bytes for layer in layers.values())
+    times = 1 + 1 / engine.store.compaction_share
+    lines = [
+        f"experts           {sum(layer.written for layer in layers.values()):,} of "
+        f"{format_count(sum(layer.experts for layer in layers.values()))} in {len(layers)} layers exist, "
+        f"{format_bytes(live)}; their files take at most {times:g} times that, {format_bytes(FILE_BYTES)} and a commit"
+    ]
+    reached = [(layer.most_per_step, layer) for layer in layers.values() if layer.most_per_step is not None]
+    if reached:
+        held = " and ".join(sorted({f"{layer.held:,}" for layer in layers.values()}))
+        memory = len(layers) * max(most * layer.slot_bytes for most, layer in reached)  # it is divided alike
+        read = sum(most * layer.loaded_bytes for most, layer in reached)
+        written = sum(most * layer.record_bytes for most, layer in reached)
+        lines.append(
+            f"experts per step  at most {sum(most for most, _ in reached):,}, which take {format_bytes(memory)} of "
+            f"experts_memory; {format_bytes(engine.experts_memory)} are given, for {held} of each layer; read up to "
+            f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}"
+        )
+    else:
+        lines.append("experts per step  not known yet: rehearse a step, or take one")
+    return [*lines, *_growth(engine, times)]
+
+
+def _growth(engine: "Engine", times: float) -> list[str]:
+    """At the rate of the last steps, how soon the disk and pools are full; `times` is how much larger files are at most."""
+    layers, step_s = engine.growing.layers.values(), engine.store.versions.session.step_s(engine.store.step)
+
+    def after(steps: float) -> str:
+        if step_s is None:
+            return f"{int(steps):,} steps"
+        days = steps * step_s / 86_400
+        return f"{int(steps):,} steps, " + (f"{days:,.1f} days" if days > 2 else format_seconds(steps * step_s))
+
+    lines = []
+    if any(layer.new_per_step is not None for layer in layers):
+        new = sum(layer.new_per_step or 0.0 for layer in layers)
+        grown = sum((layer.new_per_step or 0.0) * layer.record_bytes for layer in layers)
+        full = ""
+        if grown:
+            free = shutil.disk_usage(engine.store.path).free
+            full = (
+                f"; the disk is full after {after(free / grown)}, or {after(free / grown / times)} with all dead bytes"
+            )
+        lines.append(f"experts grow by   {new:,.1f} a step lately, {format_bytes(grown)}{full}")
+    for found in engine.growing.pools:
+        limit = f"{found.pool.limit:,} experts" if isinstance(found.pool.limit, int) else format_bytes(found.pool.most)
+        used = f"{found.used:,}" if found.pool.counts else format_bytes(found.used)
+        state = "; at this rate it is never full"
+        if found.closed:
+            state = "; it is full: tokens go to experts that exist"
+        elif found.steps_left is not None:
+            state = f"; full after {after(found.steps_left)} at this rate"
+        elif found.unseen:
+            state = ""
+        lines.append(f"experts pool      {used} of {limit} of {', '.join(found.layers)}{state}")
+    return lines
 
 
 def flows_now(

@@ -350,13 +350,18 @@ class Runtime:
         self._arrivals[block] = arrival
 
     def _evict(self, block: int) -> None:
+        """A block leaves its slab, also where its bytes never came; nobody writes to the slab or sends from it any more."""
         arrival = self._arrivals.pop(block, None)
-        if arrival is not None:
-            self.wait(arrival.here)
-            self.wait(arrival.passed)
-        self.parameters.unbind(block)
-        self.expansion.forget(block)
-        self.slabs.release(block)
+        try:
+            if arrival is not None:
+                try:
+                    self.wait(arrival.here)
+                finally:
+                    self.wait(arrival.passed)
+        finally:
+            self.parameters.unbind(block)
+            self.expansion.forget(block)
+            self.slabs.release(block)
 
     def _need(self, block: int) -> None:
         """Makes sure that a block is present: waits for its bytes and binds its parameters to them."""
@@ -380,7 +385,11 @@ class Runtime:
         last = visit == len(self.facts.visits) - 1
         assert planned is not None
         self.make_visit(visit, planned, micro_batch)
+        if micro_batch == 0:
+            self.keeper.touching.enter(block)
         self.pass_through(visit, block, micro_batch, last=last)
+        if micro_batch == self.micro_batches - 1:
+            self.keeper.touching.leave(block)
         if last and micro_batch in self.own and self.worker.wants(micro_batch) is not None:
             raise DivergedError(
                 f"micro-batch {micro_batch} called {self.worker.wants(micro_batch)} after the last visit"
@@ -454,8 +463,10 @@ class Runtime:
     def _settle_all(self) -> None:
         for block in list(self._reducing):
             self.settle(block)
+        self.keeper.touching.collect()
         with self._computing():
             squares = self.keeper.touching.close_sums()
+        self.keeper.touching.settle()
         self._note_squares(squares, "")
 
     # between steps
@@ -471,9 +482,16 @@ class Runtime:
         self.keeper.abort()
 
     def _leave_slabs(self) -> None:
+        """Raises the first error of those blocks that did not come, once all have left."""
+        failed: BaseException | None = None
         for block in range(len(self.blocks)):
             if self.slabs.slab_of(block) is not None:
-                self._evict(block)
+                try:
+                    self._evict(block)
+                except BaseException as error:
+                    failed = failed or error
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         """Drains, and gives all buffers back. What an interrupted update left is not committed."""

@@ -12,6 +12,7 @@ from torch import nn
 from weightstream.errors import AuditError
 from weightstream.fabric.peers import Arrival, Peers
 from weightstream.store.owned import Holding
+from weightstream.touching import Touching
 from weightstream.worker.expanding import Driven, Expansion
 from weightstream.worker.places import KeptPlaces
 from weightstream.worker.slabs import Parameters, Slabs
@@ -34,8 +35,9 @@ class StreamedModel:
         streaming: int,
         driven: Mapping[str, Driven] | None = None,
         places: KeptPlaces | None = None,
+        touching: Touching | None = None,
     ) -> None:
-        self._holding, self._peers = holding, peers
+        self._holding, self._peers, self._touching = holding, peers, touching or Touching()
         self._expansion = Expansion(holding, driven, worker.device, places)
         self._worker, self._parameters, self._slabs = worker, parameters, slabs
         self._free = list(range(streaming))
@@ -105,7 +107,13 @@ class StreamedModel:
         ahead = self._followed_by.get(block)
         if ahead is not None:
             self._claim(ahead, keep=block)
-        return self._worker.own_forward(module)(*args, **kwargs)
+        if not self._touching.lends(block):
+            return self._worker.own_forward(module)(*args, **kwargs)
+        _announce(self._peers, [block, _THROUGH])
+        self._touching.enter(block)
+        found = self._worker.own_forward(module)(*args, **kwargs)
+        self._touching.leave(block)
+        return found
 
     def close(self) -> None:
         _announce(self._peers, None)
@@ -114,12 +122,17 @@ class StreamedModel:
         self._expansion.close()
 
 
-def follow(holding: Holding, peers: Peers, slabs: Slabs) -> None:
+def follow(holding: Holding, peers: Peers, slabs: Slabs, touching: Touching | None = None) -> None:
     """What a rank that computes nothing does meanwhile: it sends what it owns of each block that is announced."""
     arrivals: dict[int, Arrival] = {}
     expansion = Expansion(holding)
     while (announced := _announce(peers, _FOLLOWS)) is not None:
         block, slab = announced
+        if slab == _THROUGH:
+            assert touching is not None, "a model with families is followed with them"
+            touching.enter(block)
+            touching.leave(block)
+            continue
         if slab in arrivals:
             arrivals[slab].passed.result()
         view = expansion.landing(block, slabs[slab])
@@ -128,11 +141,12 @@ def follow(holding: Holding, peers: Peers, slabs: Slabs) -> None:
         arrival.passed.result()
 
 
-_FOLLOWS = "follows"
+_FOLLOWS, _THROUGH = "follows", -1  # in place of a slab: the block is there and is gone through
 
 
 def _announce(peers: Peers, fetch: list[int] | str | None) -> list[int] | None:
-    """What all ranks do next: the block and slab that the computing ones fetch, or None at the end.
+    """What all ranks do next: the block and slab that the computing ones fetch, the block whose records of families they
+    may want, or None at the end.
 
     Raises:
         AuditError: they do not agree.

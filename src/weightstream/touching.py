@@ -7,14 +7,15 @@ optimizer steps.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from weightstream.cluster import owned
 from weightstream.errors import PlanError
 from weightstream.fabric.reduction import Squares, sum_of_squares
 from weightstream.schedule.reduction import group_of, tree
@@ -28,17 +29,20 @@ from weightstream.units import align, format_bytes
 
 T = TypeVar("T")
 Wait = Callable[["Future[T]"], T]
+Node = tuple[int, int]
+"""A node of the contract's tree: its first reduction group, and the one behind its last."""
 
 
 @dataclass(frozen=True, slots=True)
 class TouchedFacts:
     """What one step reached of a family: records, of those the ones never written before, how often in all, and the one
-    reached most often."""
+    reached most often; how often another one, which does not exist and may not come to, was meant."""
 
     touched: int
     new: int
     assignments: int
     most: int
+    redirected: int = 0
 
 
 @dataclass(slots=True)
@@ -47,6 +51,10 @@ class Packed:
 
     numbers: Tensor
     tensors: list[Tensor]
+
+    def of(self, which: Tensor) -> "Packed":
+        """Those for which this is true."""
+        return Packed(self.numbers[which], [tensor[which] for tensor in self.tensors])
 
     def plus(self, other: "Packed") -> "Packed":
         """The sum of both, in the memory of this one where that is enough. A record that only one has is as it is there."""
@@ -62,19 +70,78 @@ class Packed:
         return self
 
 
+Sums = dict[int, dict[Node, Packed]]
+"""Partial sums of gradients, by use and by node."""
+
+
+class Gradients:
+    """What a rank's micro-batches give of one family in a step, until it is summed."""
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self._found: dict[int, dict[int, Packed]] = defaultdict(dict)  # by use and micro-batch
+
+    def add(self, use: int, micro_batch: int, numbers: Tensor, gradients: Sequence[Tensor]) -> None:
+        packed = Packed(numbers.cpu(), [gradient.to("cpu", torch.float32) for gradient in gradients])
+        before = self._found[use].get(micro_batch)
+        self._found[use][micro_batch] = packed if before is None else before.plus(packed)
+
+    def partial_sums(self, micro_batches: int, share: range) -> Sums:
+        """The sums of the largest subtrees that lie within a share of the reduction groups; what was given is gone."""
+        found, self._found = self._found, defaultdict(dict)
+        return {use: self._within(found[use], micro_batches, share) for use in sorted(found)}
+
+    def _within(self, found: Mapping[int, Packed], micro_batches: int, share: range) -> dict[Node, Packed]:
+        sums: dict[Node, Packed] = {}
+        for micro_batch in sorted(found):
+            group = group_of(micro_batch, micro_batches, self._groups)
+            before = sums.get((group, group + 1))
+            sums[group, group + 1] = found[micro_batch] if before is None else before.plus(found[micro_batch])
+        _sum_up(sums, self._groups, share)
+        return sums
+
+    def clear(self) -> None:
+        self._found.clear()
+
+
+def over_groups(sums: dict[Node, Packed], groups: int) -> Packed:
+    """The sum of partial sums that have no group in common, in the contract's order, whoever made them."""
+    _sum_up(sums, groups, range(groups))
+    (total,) = sums.values()
+    return total
+
+
+def _sum_up(sums: dict[Node, Packed], groups: int, share: range) -> None:
+    """Puts the sums of the largest subtrees within the share in the place of those that they are made of."""
+    for low, middle, high in tree(groups):
+        if low < share.start or high > share.stop:
+            continue
+        left, right = sums.pop((low, middle), None), sums.pop((middle, high), None)
+        if left is not None and right is not None:
+            sums[low, high] = left.plus(right)
+        elif left is not None or right is not None:
+            sums[low, high] = left or right  # type: ignore[assignment]
+
+
+def redirected(numbers: Tensor, existing: Callable[[Sequence[int]], list[int]]) -> Tensor:
+    """What assignments go to, each different one asked for once."""
+    asked, place = torch.unique(numbers.cpu(), return_inverse=True)
+    return torch.tensor(existing(asked.tolist()), dtype=torch.int64)[place].to(numbers.device)
+
+
 class Arena:
     """Memory for so many records of one family. Nothing is resident until it is used."""
 
     def __init__(self, layout: RecordLayout, records: int) -> None:
-        self._layout, self._stride = layout, align(layout.image_nbytes, ALIGN_PART)
+        self._layout, self._stride = layout, self.slot_bytes(layout)
         self._memory = AlignedBuffer(records * self._stride)
         self._buffers: dict[int, RecordBuffer] = {}
         self._records = records
 
     @staticmethod
-    def fitting(layout: RecordLayout, nbytes: int) -> int:
-        """How many records fit into so much memory."""
-        return nbytes // align(layout.image_nbytes, ALIGN_PART)
+    def slot_bytes(layout: RecordLayout) -> int:
+        """What one record takes."""
+        return align(layout.image_nbytes, ALIGN_PART)
 
     def buffer(self, slot: int) -> RecordBuffer:
         found = self._buffers.get(slot)
@@ -123,6 +190,7 @@ class Touched:
     Args:
         first: the store's index of the family's record 0.
         nbytes: memory for records: those of a step, and those of the step before that are still being written.
+        member: which of how many ranks that own the records this is (`cluster.owner_of`).
         replayed: gradients of zeros are made up for, of the steps that a record was not reached in: for each optimizer
             step, counted from 1, the training step and the optimizer that it had. None where they are nothing.
         walking: the use (visit) and micro-batch that is computed now; None outside of steps.
@@ -140,13 +208,17 @@ class Touched:
         groups: int,
         wait: Wait,
         walking: Callable[[], tuple[int, int] | None],
+        member: tuple[int, int] = (0, 1),
         replayed: "Callable[[int], tuple[int, Optimizer]] | None" = None,
     ) -> None:
         self.family = family
+        self._own = owned(family.count, *member)
         self._store, self._first, self._dtype, self._device = store, first, dtype, device
-        self._groups, self._wait, self._walking, self._replayed = groups, wait, walking, replayed
+        self._wait, self._walking, self._replayed, self._groups = wait, walking, replayed, groups
         layout = store.layout(first + family.count - 1)
-        self._budget_bytes, fitting = nbytes, Arena.fitting(layout, nbytes)
+        self.record_bytes, self.loaded_bytes = layout.parts_nbytes, sum(part.nbytes for part in layout.states)
+        self.slot_bytes = Arena.slot_bytes(layout)
+        self._budget_bytes, fitting = nbytes, nbytes // self.slot_bytes
         if fitting < 1:
             raise PlanError(
                 f"family {family.name!r}: one record takes {format_bytes(layout.image_nbytes)}, there is memory for "
@@ -159,8 +231,12 @@ class Touched:
         self._held: dict[int, _Held] = {}
         self._reading: list[_Reading] = []
         self._writes: deque[tuple[Future[None], list[int]]] = deque()  # with the slots that are free afterwards
-        self._gradients: dict[int, dict[int, Packed]] = defaultdict(dict)
+        self._gradients = Gradients(groups)
         self._reached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._instead: dict[int, int] | None = None  # what is reached for each number, where not all may come to exist
+        self.first_written = 0
+        """Records that this has written which did not exist before."""
+        self._redirected: dict[tuple[int, int], int] = {}
         self._total: Packed | None = None
         self._micro_batches = 0
         self._count = 0  # optimizer steps that untouched records have had before this step, where they are replayed
@@ -170,7 +246,58 @@ class Touched:
         self.drop()
         self._micro_batches, self._count = micro_batches, count
 
+    # which ones exist
+
+    def written(self, numbers: Collection[int]) -> set[int]:
+        """Those of these records that exist, that is, that an earlier step has written."""
+        return {index - self._first for index in self._store.written([self._first + number for number in numbers])}
+
+    def count_written(self) -> int:
+        """How many there are; takes the longer the more there are."""
+        return self._store.count_written(self._indices)
+
+    def next_written(self, numbers: Sequence[int]) -> list[int | None]:
+        """For each of these the next one that exists, by number, round the end; None if none does."""
+        try:
+            found = self._store.next_written(self._indices, [self._first + number for number in numbers])
+        except LookupError:
+            return [None] * len(numbers)
+        return [found[self._first + number] - self._first for number in numbers]
+
+    def gate(self, instead: Mapping[int, int] | None) -> None:
+        """From now on only records that exist are reached: of these numbers, what they lead to; of others, which follow from
+        no tokens, the next that does, looked up when it is wanted. None: all are."""
+        self._instead = None if instead is None else dict(instead)
+
+    def existing(self, numbers: Sequence[int]) -> list[int]:
+        """The records that are reached for these; it follows from what the steps before have written alone."""
+        instead = self._instead
+        if instead is None:
+            return list(numbers)
+        asked = [number for number in numbers if number not in instead]
+        if asked:
+            here = self.written(asked)
+            others = [number for number in asked if number not in here]
+            instead |= {number: number for number in here}
+            instead |= {
+                n: found for n, found in zip(others, self.next_written(others), strict=True) if found is not None
+            }
+        return [instead[number] for number in numbers]
+
+    @property
+    def _indices(self) -> range:
+        return range(self._first, self._first + self.family.count)
+
     # for the layer
+
+    def routed(self, numbers: Tensor) -> Tensor:
+        """The records that these assignments of a micro-batch go to."""
+        if self._instead is None:
+            return numbers
+        result = redirected(numbers, self.existing)
+        if (walking := self._walking()) is not None:
+            self._redirected[walking] = int((result != numbers).sum())
+        return result
 
     def expect(self, numbers: Sequence[int]) -> None:
         """Begins to read those of these records that are not here."""
@@ -188,23 +315,29 @@ class Touched:
         self._reading.append(_Reading(missing, self._store.read_many(records)))
 
     def weights(self, numbers: Tensor, counts: Tensor) -> list[Tensor]:
-        wanted = numbers.tolist()
-        self.expect(wanted)
-        self._await_reads()
+        packed = self.packed(numbers.tolist())
         walking = self._walking()
         if walking is not None:
-            self._reached[walking] = numbers, counts
-        slots = torch.tensor([self._held[number].slot for number in wanted])
-        packed = [masters.index_select(0, slots) for masters in self._parts["param"]]
-        return [tensor.to(self._device, self._dtype) for tensor in packed]
+            self.reached(walking, numbers, counts)
+        return [tensor.to(self._device) for tensor in packed]
 
     def gradients(self, numbers: Tensor, gradients: list[Tensor]) -> None:
         walking = self._walking()
         assert walking is not None, "gradients are made in steps"
-        use, micro_batch = walking
-        packed = Packed(numbers.cpu(), [gradient.to("cpu", torch.float32) for gradient in gradients])
-        before = self._gradients[use].get(micro_batch)
-        self._gradients[use][micro_batch] = packed if before is None else before.plus(packed)
+        self._gradients.add(*walking, numbers, gradients)
+
+    # for other ranks as well
+
+    def packed(self, numbers: Sequence[int]) -> list[Tensor]:
+        """The masters of these records in the dtype that computes, in host memory; read where they are not here."""
+        self.expect(numbers)
+        self._await_reads()
+        slots = torch.tensor([self._held[number].slot for number in numbers], dtype=torch.int64)
+        return [masters.index_select(0, slots).to(self._dtype) for masters in self._parts["param"]]
+
+    def reached(self, place: tuple[int, int], numbers: Tensor, counts: Tensor) -> None:
+        """These records, which are here, are reached so often, in a place that is said once."""
+        self._reached[place] = numbers, counts
 
     def _make_room(self, records: int) -> None:
         """Waits for records that are being written where there is no room without.
@@ -235,13 +368,18 @@ class Touched:
 
     # at the store
 
-    def close_sums(self) -> Squares:
-        """Sums the step's gradients; gives the fp64 sum of squares of each tensor's."""
+    def close_sums(self, sums: Sums | None = None) -> Squares:
+        """Sums the step's gradients; gives the fp64 sum of squares of each tensor's.
+
+        Args:
+            sums: of all ranks, where there are several; by default what the layer gave here.
+        """
+        if sums is None:
+            sums = self._gradients.partial_sums(self._micro_batches, range(self._groups))
         total: Packed | None = None
-        for use in sorted(self._gradients):
-            summed = self._over_micro_batches(self._gradients[use])
+        for use in sorted(sums):
+            summed = over_groups(sums[use], self._groups)
             total = summed if total is None else total.plus(summed)
-        self._gradients.clear()
         self._total = total
         if total is None:
             return {}
@@ -252,20 +390,10 @@ class Touched:
             for number, row in zip(numbers, rows.unbind(), strict=True)
         }
 
-    def _over_micro_batches(self, found: Mapping[int, Packed]) -> Packed:
-        sums: dict[tuple[int, int], Packed] = {}
-        for micro_batch in sorted(found):
-            group = group_of(micro_batch, self._micro_batches, self._groups)
-            before = sums.get((group, group + 1))
-            sums[group, group + 1] = found[micro_batch] if before is None else before.plus(found[micro_batch])
-        for low, middle, high in tree(self._groups):
-            left, right = sums.pop((low, middle), None), sums.pop((middle, high), None)
-            if left is not None and right is not None:
-                sums[low, high] = left.plus(right)
-            elif left is not None or right is not None:
-                sums[low, high] = left or right  # type: ignore[assignment]
-        (total,) = sums.values()
-        return total
+    @property
+    def added(self) -> int:
+        """How many records the update will write for the first time."""
+        return 0 if self._total is None else sum(self._held[number].new for number in self._total.numbers.tolist())
 
     def update(self, step: int, coefficient: float) -> "Future[None]":
         """The optimizer step on what got a gradient, and its writing; done when written. All other records go."""
@@ -285,8 +413,9 @@ class Touched:
     def _write(self, numbers: Sequence[int]) -> "Future[None]":
         """Makes these records the newest versions, and lets them go when they are written."""
         held = [self._held.pop(number) for number in numbers]
+        self.first_written += sum(each.new for each in held)
         for place, copies in enumerate(self._parts.get("copy", ())):
-            slots = torch.tensor([each.slot for each in held])
+            slots = torch.tensor([each.slot for each in held], dtype=torch.int64)
             copies[slots] = self._parts["param"][place][slots].to(copies.dtype)
         writing = self._store.write_many(
             [
@@ -327,10 +456,11 @@ class Touched:
         held.version = max(held.version, self._count)
 
     def make_up(self) -> "list[Future[None]]":
-        """Brings every record of the family to the present step, outside of steps; to be published by the next commit."""
+        """Brings every record that is this rank's to the present step, outside of steps; to be published by the next
+        commit."""
         writing, at_once = [], max(1, self.capacity // 2)
-        for first in range(0, self.family.count if self._replayed is not None else 0, at_once):
-            numbers = range(first, min(first + at_once, self.family.count))
+        for first in range(0, len(self._own) if self._replayed is not None else 0, at_once):
+            numbers = self._own[first : first + at_once]
             self.expect(numbers)
             self._await_reads()
             writing.append(self._write([number for number in numbers if self._held[number].replayed]))
@@ -344,6 +474,7 @@ class Touched:
         self._reading.clear()
         self._gradients.clear()
         self._reached.clear()
+        self._redirected.clear()
         self._total = None
         self._free.extend(held.slot for held in self._held.values())
         self._held.clear()
@@ -358,7 +489,8 @@ class Touched:
         found, place = torch.unique(numbers, return_inverse=True)
         reached = torch.zeros(found.numel(), dtype=torch.int64).index_add_(0, place, counts)
         new = sum(self._held[number].new for number in found.tolist())
-        return TouchedFacts(found.numel(), new, int(reached.sum()), int(reached.max()))
+        redirected = sum(self._redirected.values())
+        return TouchedFacts(found.numel(), new, int(reached.sum()), int(reached.max()), redirected)
 
     def close(self) -> None:
         """Waits for writes and gives the memory back."""
@@ -370,31 +502,108 @@ class Touched:
         self._arena.close()
 
 
+class Door(Protocol):
+    """Through which a layer reaches its experts."""
+
+    def gate(self, instead: Mapping[int, int] | None) -> None:
+        """From now on only those that exist are reached, and of these numbers those that they lead to; None: all are."""
+
+    def existing(self, numbers: Sequence[int]) -> list[int]:
+        """Those that are reached for these."""
+
+
+class Lending(Protocol):
+    """What several ranks do together with the records of families; see `lending.py`."""
+
+    @property
+    def families(self) -> Mapping[str, Door]:
+        """By the name of their layer."""
+
+    def begin(self, micro_batches: int, expected: Mapping[str, Sequence[int]]) -> None:
+        """A step begins: asks the owners for what is expected here, and reads what others expect of this rank."""
+
+    blocks: frozenset[int]
+    """Those that layers with families lie in."""
+
+    def enter(self, block: int) -> None:
+        """Micro-batches are about to go through a block; `leave` follows."""
+
+    def leave(self, block: int) -> None:
+        """This rank's micro-batches are through a visit of a block: serves the others until theirs are."""
+
+    def collect(self) -> tuple[dict[str, Sums], dict[str, TouchedFacts]]:
+        """At the end of backward: what this rank is to sum up, and what all have reached."""
+
+    def drop(self) -> None:
+        """Lets go of what was borrowed and of all gradients."""
+
+
 @dataclass(slots=True)
 class Touching:
-    """All families that a model's steps touch, by the name of their layer."""
+    """All families that a model's steps touch, by the name of their layer; those whose records this rank owns.
+
+    With several ranks all call the same methods in the same order.
+    """
 
     families: dict[str, Touched] = field(default_factory=dict)
+    lending: Lending | None = None
+    """Where there are several ranks."""
     facts: dict[str, TouchedFacts] = field(default_factory=dict)
     """Of the last step."""
+    added: dict[str, int] = field(default_factory=dict)
+    """Records that the step writes for the first time, if it counts."""
+    agree: Callable[[Mapping[str, int]], dict[str, int]] = dict
+    """What all ranks come to together; refuses a step that writes too many for the first time."""
+    _sums: dict[str, Sums] | None = None
 
     def begin(self, micro_batches: int, count: int, expected: Mapping[str, Sequence[int]]) -> None:
         """A step of so many micro-batches begins; the store has had `count` optimizer steps. Reads what is expected."""
-        self.facts = {}
+        self.facts, self.added = {}, {}
         for name, family in self.families.items():
             family.begin(micro_batches, count)
-            family.expect(expected.get(name, ()))
+            if self.lending is None:
+                family.expect(expected.get(name, ()))
+        if self.lending is not None:
+            self.lending.begin(micro_batches, expected)
+
+    def lends(self, block: int) -> bool:
+        """Whether ranks lend each other records when micro-batches go through a block."""
+        return self.lending is not None and block in self.lending.blocks
+
+    def enter(self, block: int) -> None:
+        """Micro-batches are about to go through a block, in one visit."""
+        if self.lending is not None:
+            self.lending.enter(block)
+
+    def leave(self, block: int) -> None:
+        """They are through, as far as they are this rank's."""
+        if self.lending is not None:
+            self.lending.leave(block)
+
+    def collect(self) -> None:
+        """Before sums are closed: they come to the owners. Notes what the step has reached."""
+        if self.lending is not None:
+            self._sums, facts = self.lending.collect()
+        else:
+            facts = {n: found for n, family in self.families.items() if (found := family.facts) is not None}
+        self.facts |= facts  # of a rehearsal sums are closed twice
 
     def close_sums(self) -> Squares:
         """Sums all gradients of the step; gives their squares."""
-        self.facts = {name: facts for name, family in self.families.items() if (facts := family.facts) is not None}
+        sums, self._sums = self._sums, None
         squares: Squares = {}
-        for family in self.families.values():
-            squares |= family.close_sums()
+        for name, family in self.families.items():
+            squares |= family.close_sums(None if sums is None else sums[name])
         return squares
+
+    def settle(self) -> None:
+        """After sums are closed: finds out what the step adds, on all ranks, and refuses what it may not."""
+        self.added = self.agree({name: family.added for name, family in self.families.items()})
 
     def update(self, step: int, coefficient: float) -> "Future[list[None]]":
         """Updates and writes what got gradients, to be published by the next commit."""
+        if self.lending is not None:
+            self.lending.drop()
         return gather([family.update(step, coefficient) for family in self.families.values()])
 
     def make_up(self) -> "list[Future[None]]":
@@ -402,6 +611,8 @@ class Touching:
         return [writing for family in self.families.values() for writing in family.make_up()]
 
     def drop(self) -> None:
+        if self.lending is not None:
+            self.lending.drop()
         for family in self.families.values():
             family.drop()
 

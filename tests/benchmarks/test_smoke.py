@@ -2,13 +2,14 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from tests.forks import Command
 
 import weightstream
 from benchmarks import table
@@ -22,15 +23,18 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
     command += ["--json", "--no-record", "--scratch", folder]
     sources = str(Path(weightstream.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([sources, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    with TemporaryDirectory() as outputs:
+        run = Command(command, Path(outputs), environment)
+        out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
     assert [path.name for path in folder.iterdir()] in (["lock"], [])
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(out))
 
 
 @pytest.mark.slow
 def test_kills(tmp_path: Path) -> None:
-    found = measured(tmp_path, "kills.py", "--kills", "3", "--verify-every", "2", "--layers", "2", "--width", "32")
+    small = ("--piece", "4", "--layers", "2", "--width", "32")
+    found = measured(tmp_path, "kills.py", "--kills", "3", "--verify-every", "2", *small)
     assert found["kills"] == 3
     assert found["digest_equal"]
     assert found["lost_steps_max"] <= 2
@@ -120,7 +124,7 @@ def test_headline(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sparse_quality(tmp_path: Path) -> None:
-    model = f"--layers 1 --width 64 --vocabulary 300 --lr 1e-2 --source {ROOT / 'benchmarks'}"
+    model = f"--layers 1 --width 64 --vocabulary 300 --lr 1e-2 --source {ROOT / 'src' / 'weightstream' / 'data'}"
     small = f"{model} --steps 16 --sequences 2 --length 32 --held-out 4 --evaluations 2 --seeds 1".split()
     static = {"algorithm": "static", "seed": 0, "parameters": 0, "loss": 1.25, "validation": [[0, 3.5], [16, 1.25]]}
     (tmp_path / "sparse_quality").mkdir()

@@ -1,4 +1,7 @@
-"""The command itself on several ranks: the digest of one rank, whichever rank is lost, and whatever number goes on."""
+"""The command itself on several ranks: the digest of one rank, whichever rank is lost, and whatever number goes on.
+
+Its processes are forked, but for one refusal; the demonstrations (`test_demo.py`) start theirs as a shell does.
+"""
 
 import json
 import os
@@ -8,13 +11,15 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forks import Command
 
 from weightstream.processes import children
+from weightstream.store.store import Store
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "weightstream"
 STEPS = 6
@@ -51,22 +56,26 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def command(*arguments: object, code: int = 0, timeout: float = 240) -> dict[str, Any]:
-    ended = subprocess.run(
-        [COMMAND, *map(str, arguments), "--json"], capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert ended.returncode == code, ended.stderr
-    return json.loads(ended.stdout) if code == 0 else {"stderr": ended.stderr}
+def started(folder: Path, *arguments: object, environment: Mapping[str, str] = os.environ) -> Command:
+    return Command([sys.executable, "-m", "weightstream", *arguments], folder, environment)
+
+
+def command(folder: Path, *arguments: object, code: int = 0, timeout: float = 240) -> dict[str, Any]:
+    run = started(folder, *arguments, "--json")
+    out, err = run.communicate(timeout)
+    assert run.returncode == code, err
+    return json.loads(out) if code == 0 else {"stderr": err}
 
 
 def digest(run: Path) -> str:
-    return str(command("store", "digest", run / "run")["digest"])
+    with Store.open(run / "run" / "store", writable=False) as store:
+        return store.digest()
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("alone")
-    report = command("fit", write_config(folder))
+    report = command(folder, "fit", write_config(folder))
     return {"report": report, "digest": digest(folder)}
 
 
@@ -74,10 +83,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_killed_rank_costs_nothing_but_time_and_sizes_change(alone: dict[str, Any], tmp_path: Path) -> None:
     """Three workers, of which one is killed in the middle; then two with two memory ranks apart; then one process."""
     config = write_config(tmp_path)
-    first = subprocess.Popen(
-        [COMMAND, "fit", config, "training.steps=4", "optimizer.steps=6", "cluster.workers=3"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    first = started(tmp_path, "fit", config, "training.steps=4", "optimizer.steps=6", "cluster.workers=3")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and '"train"' in metrics.read_text()):
@@ -92,9 +98,10 @@ def test_a_killed_rank_costs_nothing_but_time_and_sizes_change(alone: dict[str, 
     assert err.count("starting all 3 ranks anew") == 1
     assert (tmp_path / "run" / "metrics" / "rank-2.jsonl").exists()
     assert "sent_to_" in (tmp_path / "run" / "metrics" / "rank-2.jsonl").read_text()
-    found = command("fit", config, "training.steps=5", "optimizer.steps=6", "cluster.workers=2", "cluster.memory=2")
+    roles = ("cluster.workers=2", "cluster.memory=2")
+    found = command(tmp_path, "fit", config, "training.steps=5", "optimizer.steps=6", *roles)
     assert found["step"] == 5
-    report = command("fit", config, "optimizer.steps=6")
+    report = command(tmp_path, "fit", config, "optimizer.steps=6")
     assert report["step"] == STEPS
     assert digest(tmp_path) == alone["digest"]
     for key in ("loss_before", "loss_after", "samples"):
@@ -111,7 +118,7 @@ def test_what_a_person_must_put_right_is_said_once(tmp_path: Path) -> None:
         (["cluster.workers=2", "engine.device_memory=1KiB"], "the smallest value that works is device_memory="),
         (["cluster.workers=2", "data.sources=[nothing]"], "nothing"),
     ):
-        refused = command("fit", config, *settings, code=2)["stderr"]
+        refused = command(tmp_path, "fit", config, *settings, code=2)["stderr"]
         assert refused.count("weightstream:") == 1, refused
         assert said in refused
     assert not (tmp_path / "run" / "store").exists()
@@ -120,9 +127,7 @@ def test_what_a_person_must_put_right_is_said_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stop_ends_both_ranks_after_the_same_step_and_is_said_once(alone: dict[str, Any], tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    run = subprocess.Popen(
-        [COMMAND, "fit", config, "cluster.workers=2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = started(tmp_path, "fit", config, "cluster.workers=2")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and '"train"' in metrics.read_text()):
@@ -133,7 +138,7 @@ def test_a_stop_ends_both_ranks_after_the_same_step_and_is_said_once(alone: dict
     _, err = run.communicate(timeout=120)
     assert run.returncode == 143, err
     assert [err.count(said) for said in ("SIGTERM: finishing", "stopped at step", "go on with:")] == [1, 1, 1], err
-    assert command("fit", config, "cluster.workers=4")["step"] == STEPS
+    assert command(tmp_path, "fit", config, "cluster.workers=4")["step"] == STEPS
     assert digest(tmp_path) == alone["digest"]
 
 
@@ -143,17 +148,17 @@ class Hosts:
     def __init__(self, config: Path) -> None:
         self.config = config
 
-    def __call__(self, *own: Path, hosts: int = 1, settings: Sequence[str] = ()) -> list[tuple[int, str]]:
+    def __call__(self, *own: Path, hosts: int = 1, settings: Sequence[str] = ()) -> list[tuple[int | None, str]]:
         """Exit code and stderr of each rank; `own` are their folders."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        told |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(2 // hosts)}
         ranks = [
-            subprocess.Popen(
-                [COMMAND, "fit", self.config, "cluster.workers=2", f"out={own[rank]}", *settings],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(2 // hosts)},
+            started(
+                self.config.parent, "fit", self.config, "cluster.workers=2", f"out={own[rank]}", *settings,
+                environment={**os.environ, **told, "RANK": str(rank)},
             )
             for rank in range(2)
         ]  # fmt: skip
@@ -200,8 +205,10 @@ def test_the_button_plans_the_rest(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_the_button_planned_is_not_kept_where_it_is_refused(tmp_path: Path) -> None:
-    refused = command(
-        "fit", "--model", "llama-1m", "--workers", 2, "--out", tmp_path / "none", "data.sources=[none]", code=2
-    )
-    assert "no text found in data.sources: 'none'" in refused["stderr"]
+    arguments = ("--model", "llama-1m", "--workers", "2", "--out", tmp_path / "none", "data.sources=[none]")
+    refused = subprocess.run([COMMAND, "fit", *arguments], capture_output=True, text=True, timeout=240, check=False)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert refused.stderr.count("weightstream:") == 1, refused.stderr
+    assert "no text found in data.sources: 'none'" in refused.stderr
     assert not (tmp_path / "none").exists()

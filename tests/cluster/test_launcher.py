@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.forks import Command
 
 from weightstream.processes import children
 
@@ -32,19 +33,24 @@ _PATIENCE_S = 60.0
 
 
 class Started:
-    """A launcher in a process of its own, as a shell would start it."""
+    """A launcher in a process of its own, as a shell would start it; or `forked`, and so is all that it starts."""
 
     def __init__(
-        self, folder: Path, steps: int, *faults: str, ranks: int = 2, restarts: int = 3, port: int = 0
-    ) -> None:
+        self, folder: Path, steps: int, *faults: str, ranks: int = 2, restarts: int = 3, port: int = 0,
+        forked: bool = True,
+    ) -> None:  # fmt: skip
         self.folder = folder
         folder.mkdir(exist_ok=True)
         arguments = [str(folder), str(ranks), str(restarts), str(port), str(FAKE), str(steps), *faults]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", STARTER, *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "TMPDIR": str(folder)},  # where a killed launcher leaves its board
-        )  # fmt: skip
+        command = [sys.executable, "-c", STARTER, *arguments]
+        environment = {**os.environ, "TMPDIR": str(folder)}  # where a killed launcher leaves its board
+        self.process: Command | subprocess.Popen[str]
+        if forked:
+            self.process = Command(command, folder, environment)
+        else:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )
 
     def ended(self) -> tuple[int, str, str]:
         """Exit code, stdout, stderr; by then all that it started is gone."""
@@ -87,7 +93,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_ranks_run_and_the_first_one_reports(tmp_path: Path) -> None:
-    run = Started(tmp_path, 5, ranks=3)
+    run = Started(tmp_path, 5, ranks=3, forked=False)
     assert run.ended() == (0, "report\n", "")
     assert run.steps() == 5
     assert (tmp_path / "threads").read_text() == "3"
@@ -177,7 +183,7 @@ def test_a_second_stop_is_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["starting", "training", "hanging"])
 def test_a_killed_launcher_leaves_nobody(tmp_path: Path, when: str) -> None:
-    run = Started(tmp_path, 10_000)
+    run = Started(tmp_path, 10_000, forked=when != "starting")  # an agent that is still importing
     if when == "starting":
         run.until(lambda: bool(children(run.process.pid)))
     else:

@@ -3,7 +3,6 @@
 They are forked from a server that has imported everything. Where the ranks meet outlives them, as under torchrun.
 """
 
-import multiprocessing as mp
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -13,13 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.forks import CONTEXT
 
 from weightstream import errors
 from weightstream.cluster import Cluster
 from weightstream.fabric.distributed import compare, connect
 
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])
 LOST = ("Lost", "no answer")
 
 
@@ -46,13 +44,13 @@ class Processes:
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
         for rank in range(cluster.size):
-            ours, theirs = _CONTEXT.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             environment = {
                 "RANK": f"{rank}", "WORLD_SIZE": f"{cluster.size if world is None else world}", "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": f"{self._meeting.port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
             }  # fmt: skip
             arguments = (theirs, environment, cluster, dict((facts or {}).get(rank, {})), timeout_s)
-            process = _CONTEXT.Process(target=_rank, args=arguments)
+            process = CONTEXT.Process(target=_rank, args=arguments)
             if rank in leave_out:
                 theirs.close()
                 self.pipes.append(ours)

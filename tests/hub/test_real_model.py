@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import weightstream as ws
 from weightstream.hub import builder, export_store, import_model, load_gguf
 
-LENGTH = 128
+LENGTH = 64
 # Library reference by topic; held out are modules of other authors and topics.
 TRAINED_ON = ("argparse", "collections/__init__", "statistics", "tarfile", "mailbox", "threading", "subprocess", "ssl")
 HELD_OUT = ("fractions", "zipfile", "queue")

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from weightstream.machine.calibrate import Effort
+from weightstream.machine.kernels import name_of
 from weightstream.machine.profile import load_profile
 from weightstream.machine.reporting import calibrate_here
+from weightstream.machine.sparsity import DTYPES, MEASURED
+from weightstream.sparse.kernels import supports
 
 TINY = Effort(
     product_sizes=(8, 32), attention_lengths=(16, 32), kernel_elements=(512, 4096), repeats=1, parameters=1 << 14,
@@ -40,6 +44,9 @@ def test_everything_is_measured_and_nothing_stays(tmp_path: Path) -> None:
         profile.executor.operation_s
     )
     assert {(one.kernel, one.dtype) for one in profile.sparse} == {
-        (kernel, dtype) for kernel in ("gathered", "csr") for dtype in ("bfloat16", "float32")
+        (kernel, name_of(dtype))
+        for kernel, block in MEASURED
+        for dtype in DTYPES
+        if supports(kernel, block, dtype, torch.device("cpu"))
     }
     assert "gathered 32×32 float32, 8 tokens" in text

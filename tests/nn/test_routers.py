@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from weightstream.errors import ConfigError
 from weightstream.nn import HashRouter, ProductKeyRouter, StreamedExperts
+from weightstream.nn.attaching import layers_of
 
 
 def test_hashes_are_those_of_integers_of_any_size() -> None:
@@ -73,6 +75,9 @@ def test_product_keys_find_the_best_of_all(side: int, codebooks: int, top_k: int
 def test_sizes_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ConfigError, match="can tell apart"):
         StreamedExperts(8, 4, 2**62 + 1, 1, HashRouter())
+    half = nn.ModuleList(StreamedExperts(8, 4, 2**62, 1, HashRouter()) for _ in range(2))
+    with pytest.raises(ConfigError, match=r"2 layers of 9,223,372,036,854,775,808 experts in all: a store can number"):
+        layers_of(half)
     with pytest.raises(ConfigError, match="top_k must be from 1 to the 4 experts, found 5"):
         StreamedExperts(8, 4, 4, 5, HashRouter())
     with pytest.raises(ConfigError, match="256 would do"):

@@ -89,7 +89,7 @@ def test_an_allotment_is_within_its_budgets(some: Facts) -> None:
         records_room(some.blocks, allotment.record_buffers)
         + allotment.gradient_buffers * allotment.gradient_bytes
         + sum(sizes[index].gradient_bytes for index in allotment.staged_in_ram)
-        + sum(sizes[index].streamed_bytes for index in allotment.pinned_copies)
+        + sum(sizes[index].fetched_bytes for index in allotment.pinned_copies)
         + sum(sizes[index].load_bytes for index in allotment.pinned_states)
         + sum(sizes[index].kept_places_bytes for index in allotment.kept_places)
     )

@@ -16,10 +16,14 @@ from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
 from weightstream.multiplying import AutoKernels
 from weightstream.sparse.choosing import Curve
+from weightstream.sparse.kernels import Kernel
+from weightstream.sparse.native.compiling import compiled
+from weightstream.sparse.native.products import obstacle
 
 GATHERED = {"*.up.weight": "gathered", "*.down.weight": "gathered"}
+NATIVE = {"*.up.weight": "native", "*.down.weight": "native"}
 SETTINGS = {"algorithm": "set", "block": (8, 8), "begin": 0, "end": 9, "every": 3}
-
+needs_compiler = pytest.mark.skipif(obstacle() is not None, reason="no C compiler")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,13 +67,14 @@ def test_the_same_training_up_to_the_order_of_sums(activations: str, tmp_path: P
     assert digest(tmp_path / "kernel") != digest(tmp_path / "expanded")  # the kernel was used
 
 
-def test_in_pieces_and_on_several_ranks_as_in_one_go(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", GATHERED, [6], 8, precision="bf16")
-    assert train(tmp_path / "pieces", GATHERED, [2, 4], 8, precision="bf16", ram_tier=False) == whole
+@pytest.mark.parametrize("kernels", [GATHERED, pytest.param(NATIVE, marks=needs_compiler)], ids=["gathered", "native"])
+def test_in_pieces_and_on_several_ranks_as_in_one_go(kernels: Any, tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", kernels, [6], 8, precision="bf16")
+    assert train(tmp_path / "pieces", kernels, [2, 4], 8, precision="bf16", ram_tier=False) == whole
 
     def work(links: Links) -> list[float]:
         settings = {"cluster": Cluster(2), "links": links, "precision": "bf16"}
-        return train(tmp_path / "ranks", GATHERED, [6], 8, **settings)
+        return train(tmp_path / "ranks", kernels, [6], 8, **settings)
 
     assert all(found == whole for found in run_ranks(Cluster(2), work, timeout_s=60))
     assert digest(tmp_path / "whole") == digest(tmp_path / "pieces") == digest(tmp_path / "ranks")
@@ -123,6 +128,27 @@ class TestRefused:
         with pytest.raises(StoreMismatchError, match="kernels: the store has .*gathered.*this run has nothing"):
             open_engine(tmp_path / "store", None)
 
+    @needs_compiler
+    def test_a_machine_without_a_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whether a kernel was named or chosen: the run says what is missing, and the store stays as it was."""
+        auto = measured(4.0, 4.0, kernel="native")
+        train(tmp_path / "named", NATIVE, [1])
+        train(tmp_path / "chosen", auto, [1])
+        before = digest(tmp_path / "named"), digest(tmp_path / "chosen")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        compiled.cache_clear()
+        try:
+            for store, kernels in ((tmp_path / "named", NATIVE), (tmp_path / "chosen", auto)):
+                with pytest.raises(
+                    ConfigError, match=r"layers\.0\.\w+\.weight': 'native' needs a C compiler .* no C compiler"
+                ):
+                    open_engine(store, kernels)
+            with open_engine(tmp_path / "new", auto) as engine:
+                assert engine.kernels == {}
+        finally:
+            compiled.cache_clear()
+        assert (digest(tmp_path / "named"), digest(tmp_path / "chosen")) == before
+
     @pytest.mark.parametrize(
         ("kernels", "settings", "said"),
         [
@@ -147,9 +173,9 @@ def test_models_are_as_they_were_when_nothing_is_present(tmp_path: Path) -> None
         assert sum("forward" in vars(module) for module in linear) == 1  # the head, which is a block of its own
 
 
-def measured(*speedups: float) -> AutoKernels:
+def measured(*speedups: float, kernel: Kernel = "gathered") -> AutoKernels:
     curve = Curve(
-        kernel="gathered", dtype="float32", block=(8, 8), tokens=16, threads=1, densities=(0.05, 0.5), speedups=speedups
+        kernel=kernel, dtype="float32", block=(8, 8), tokens=16, threads=1, densities=(0.05, 0.5), speedups=speedups
     )
     return AutoKernels(tokens=16, curves=lambda: [curve])
 

@@ -1,12 +1,16 @@
 """A small model's records, an oracle that writes them, and devices that are slow, full or dead."""
 
 import errno
+import hashlib
 import os
 import random
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -202,7 +206,7 @@ def assert_accounted(store: Store) -> None:
         if found:
             assert found[0][0] >= row.header_nbytes
             assert (store.path / "segments" / name).stat().st_size == row.nbytes >= sum(found[-1])
-    there = {str(path.relative_to(store.path / "segments")) for path in (store.path / "segments").glob("shared/*/*")}
+    there = {str(path.relative_to(store.path / "segments")) for path in (store.path / "segments").rglob("shared/*/*")}
     uncommitted = {file.name for file in (*shared.filling.files, *shared._doubtful)}
     assert {name for name, row in rows.items() if row.live_bytes} <= there
     assert there <= rows.keys() | uncommitted | set(shared._spare) | shared._resting
@@ -216,6 +220,27 @@ def step(store: Store, value: int, index: int = 0) -> None:
 def files(path: Path) -> dict[str, bytes]:
     """Everything below a directory, to show that a refusal changed nothing."""
     return {str(found.relative_to(path)): found.read_bytes() for found in path.rglob("*") if found.is_file()}
+
+
+@contextmanager
+def fast_directory() -> Iterator[Path]:
+    """A directory in memory where there is one: a crash is tried some hundred times, and syncs are slow on a disk."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(prefix="store ", dir=memory if memory.is_dir() else None) as directory:
+        yield Path(directory)
+
+
+def told_apart_by(root: Path) -> bytes:
+    """Differs where files below a directory do, in what they hold or in which of their names are links to one file; but for
+    the index of a write-ahead log, which is made anew by who opens it."""
+    found, first = hashlib.sha256(), dict[int, Path]()
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not path.name.endswith("-shm"):
+            link, contents = first.setdefault(path.stat().st_ino, path), path.read_bytes()
+            found.update(repr((path.relative_to(root), link.relative_to(root), len(contents))).encode() + contents)
+        elif path.is_dir():
+            found.update(repr(path.relative_to(root)).encode())
+    return found.digest()
 
 
 class Wrapped:

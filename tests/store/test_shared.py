@@ -84,10 +84,11 @@ def shared_files(store: Store) -> list[Path]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of a few records, two in a folder; a commit copies no more than it writes."""
+    """Files of a few records, two in a folder; a commit copies as much as it writes and no more."""
     monkeypatch.setattr(shared, "FILE_BYTES", 80_000)
     monkeypatch.setattr(shared, "FILES_PER_FOLDER", 2)
-    monkeypatch.setattr(compaction, "COPIED_BYTES", 0)
+    monkeypatch.setattr(compaction, "SHARE", 1.0)
+    monkeypatch.setattr(compaction, "KEPT_BYTES", 0)
     monkeypatch.setattr(compaction, "_BUFFER_BYTES", 40_000)
 
 

@@ -157,16 +157,16 @@ class GroupLinks(Links):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._blame, self._timeout_s, self._interface = blame, timeout_s, interface
         every = range(self.size)
-        self.down, self.up, self.control = (self._channel(name, every) for name in ("down", "up", "control"))
+        self.down, self.up, self.control = (self.channel(name, every) for name in ("down", "up", "control"))
 
-    def _channel(self, name: str, members: range) -> _GroupChannel:
+    def channel(self, name: str, members: range) -> _GroupChannel:
         with _listening_on(self._interface):
             group = dist.new_group(list(members), timeout=timedelta(seconds=self._timeout_s), backend="gloo")
         return _GroupChannel(name, self.rank, members, group, self._blame, self._timeout_s)
 
     def divide(self, cluster: Cluster) -> None:
         super().divide(cluster)
-        self.commits = self._channel("commits", cluster.memory_ranks)
+        self.commits = self.channel("commits", cluster.memory_ranks)
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -1,6 +1,6 @@
 """Messages between ranks: what trees of broadcasts and sums are made of.
 
-Four channels are independent of each other, so that weights on their way down do not wait for gradients on their way
+Channels are independent of each other, so that weights on their way down do not wait for gradients on their way
 up. Messages between two ranks are told apart by tags, so that any thread may send and receive. `local.py`
 connects ranks of one process, `distributed.py` processes by `torch.distributed`.
 """
@@ -85,7 +85,8 @@ class Links(ABC):
     """One rank's channels.
 
     `down` is for blocks, `up` for gradients, `control` for what ranks tell each other in the scheduler's thread, and
-    `commits` for what memory ranks tell each other in their commit threads.
+    `commits` for what memory ranks tell each other in their commit threads. `records` is for records of families; a model
+    without any has no such channel.
     """
 
     rank: int
@@ -94,6 +95,7 @@ class Links(ABC):
     up: Channel
     control: Channel
     commits: Channel
+    records: Channel
 
     def divide(self, cluster: Cluster) -> None:
         """Connects the memory ranks of a cluster (`commits`). All ranks call it, once.
@@ -115,9 +117,23 @@ class Links(ABC):
         """Entered while this rank computes; ranks that share a process take turns."""
         return nullcontext()
 
+    def waiting(self) -> AbstractContextManager[object]:
+        """Entered while this rank waits for others though it is `computing`: they have their turn meanwhile."""
+        return nullcontext()
+
+    def add_records(self) -> Channel:
+        """The channel for records of families, made when it is first asked for. All ranks call it."""
+        if not hasattr(self, "records"):
+            self.records = self.channel("records", range(self.size))
+        return self.records
+
+    @abstractmethod
+    def channel(self, name: str, members: range) -> Channel:
+        """A new channel between these ranks. All ranks call it, in the same order."""
+
     def stop(self, reason: str) -> None:
         """This rank goes no further: all its waits, and those of others for it, end at once and with this reason."""
-        for name in ("down", "up", "control", "commits"):
+        for name in ("down", "up", "control", "commits", "records"):
             if (channel := getattr(self, name, None)) is not None:  # a rank may stop before it has all of them
                 channel.stop(reason)
 

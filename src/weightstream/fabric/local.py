@@ -8,9 +8,9 @@ import json
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -122,11 +122,26 @@ class LocalLinks(Links):
     def __init__(self, hub: Hub, rank: int) -> None:
         self.hub, self.rank, self.size = hub, rank, hub.cluster.size
         every = range(self.size)
-        self.down, self.up, self.control = (_LocalChannel(hub, name, rank, every) for name in ("down", "up", "control"))
-        self.commits = _LocalChannel(hub, "commits", rank, hub.cluster.memory_ranks)
+        self.down, self.up, self.control = (self.channel(name, every) for name in ("down", "up", "control"))
+        self.commits = self.channel("commits", hub.cluster.memory_ranks)
+
+    def channel(self, name: str, members: range) -> Channel:
+        return _LocalChannel(self.hub, name, self.rank, members)
 
     def computing(self) -> AbstractContextManager[object]:
         return self.hub.computing
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        try:
+            self.hub.computing.release()
+        except RuntimeError:  # it is not this rank's turn
+            yield
+            return
+        try:
+            yield
+        finally:
+            self.hub.computing.acquire()
 
     def close(self) -> None:
         pass

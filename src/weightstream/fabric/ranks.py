@@ -49,6 +49,10 @@ class Ranks:
         """Entered while this rank computes; ranks that share a process take turns."""
         return nullcontext() if self.links is None else self.links.computing()
 
+    def waiting(self) -> AbstractContextManager[object]:
+        """Entered while this rank waits for others though it is `computing`."""
+        return nullcontext() if self.links is None else self.links.waiting()
+
     def gather(self, value: Any) -> list[Any]:
         """A small JSON value of every rank, in order of rank; every rank calls it."""
         return [value] if self.links is None else self.links.gather(value)

@@ -21,7 +21,9 @@ SHAPE = (1024, 1024)
 TOKENS = (128, 512)
 DENSITIES = (0.01, 0.03, 0.1, 0.2, 0.4)
 # `bsr` on a CPU is `gathered` with a slower forward: benchmarks/sparse_kernels.py has its curve
-MEASURED: tuple[tuple[Kernel, tuple[int, int]], ...] = (("gathered", (32, 32)), ("csr", (1, 1)))
+MEASURED: tuple[tuple[Kernel, tuple[int, int]], ...] = (
+    ("native", (16, 16)), ("native", (32, 32)), ("native", (1, 1)), ("gathered", (32, 32)), ("csr", (1, 1)),
+)  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 _LOST = 0.5  # a kernel that is so much slower is not measured at higher densities
 _COPIES = 4  # weights take turns: no layer finds its own in the cache

@@ -45,6 +45,14 @@ def check_places(layers: Iterable[str], blocks: Sequence[Block]) -> None:
             )
 
 
+def blocks_of(layers: Iterable[str], blocks: Sequence[Block]) -> dict[str, int]:
+    """The block that each layer lies in."""
+    return {
+        name: next(block.index for block in blocks for module in block.modules if name.startswith(f"{module}."))
+        for name in layers
+    }
+
+
 def known_beforehand(layers: Mapping[str, StreamedExperts], micro_batches: Iterable[Any]) -> dict[str, list[int]]:
     """The experts that these micro-batches will reach, by layer, as far as they follow from their `input_ids`."""
     texts = [found[INPUT_IDS] for found in micro_batches if isinstance(found, Mapping) and INPUT_IDS in found]
@@ -58,3 +66,14 @@ def known_beforehand(layers: Mapping[str, StreamedExperts], micro_batches: Itera
         if numbers:
             expected[name] = sorted(numbers)
     return expected
+
+
+def tokens_in(micro_batches: Iterable[Any]) -> int | None:
+    """How many tokens these micro-batches have; None if one of them is no dict with `input_ids`."""
+    total = 0
+    for found in micro_batches:
+        ids = found.get(INPUT_IDS) if isinstance(found, Mapping) else None
+        if not isinstance(ids, Tensor):
+            return None
+        total += ids.numel()
+    return total

@@ -24,6 +24,9 @@ _MOST_RESIDENT_BYTES = 1 << 30
 class Source(Protocol):
     """Where a layer's weights come from in a step, and where their gradients go."""
 
+    def routed(self, numbers: Tensor) -> Tensor:
+        """The experts that these assignments go to: themselves, or others in place of those that may not come to exist."""
+
     def weights(self, numbers: Tensor, counts: Tensor) -> list[Tensor]:
         """The packed weights of these experts, which get so many rows each: `w_in` (touched, d_hidden, d_model) and
         `w_out` (touched, d_model, d_hidden)."""
@@ -87,6 +90,8 @@ class StreamedExperts(nn.Module):
     def forward(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """(..., d_model) to the same. `ids` are token ids, (...), for routers that go by them."""
         numbers, gates = self.router(hidden, ids, self.experts, self.top_k)
+        if self.held is None and self._source is not None:
+            numbers = self._source.routed(numbers)
         tokens = hidden.reshape(-1, self.d_model)
         grouped = grouping.group(numbers)
         if self.held is not None:

@@ -182,9 +182,10 @@ def allot(facts: Facts) -> Allotment:
             slabs, device = slabs + 1, device + each_slab
 
     # host memory: buffers that the stream cannot do without, then what saves disk traffic, cheapest first
-    buffers = _buffers_from(facts.blocks, min(2, len(shared)))
+    records = _SharingRecords.of(facts.blocks)
+    buffers = records.buffers_from(min(2, len(shared)))
     ring = min(2 + len(often), len(trained))
-    host = records_room(facts.blocks, buffers) + ring * staged_bytes + 2 * largest_boundary
+    host = records.room(buffers) + ring * staged_bytes + 2 * largest_boundary
     host += sum(block.staged_bytes + block.record_bytes for block in trained if block.resident)
     travelling = facts.sum_buffers * gradient_bytes + facts.fabric_bytes
     masks_bytes = max((block.masks_bytes for block in trained), default=0)
@@ -200,9 +201,9 @@ def allot(facts: Facts) -> Allotment:
         size = boundary[visit] * micro_batches
         if facts.boundary_bytes is not None and tiers[visit] == "disk" and host + size <= facts.host_memory:
             tiers[visit], host = "host", host + size
-    while buffers < min(3, len(shared)) and host + _for_more(facts.blocks, buffers) <= facts.host_memory:
-        host += _for_more(facts.blocks, buffers)
-        buffers = _buffers_from(facts.blocks, buffers + 1)
+    while buffers < min(3, len(shared)) and host + records.for_more(buffers) <= facts.host_memory:
+        host += records.for_more(buffers)
+        buffers = records.buffers_from(buffers + 1)
     staged = {block.index for block in trained if block.resident}
     if facts.deferred:
         for block in trained:
@@ -220,9 +221,9 @@ def allot(facts: Facts) -> Allotment:
     kept_places = {index for kind, index in pins if kind == "places"}
     host += sum(block.kept_places_bytes for block in facts.blocks if block.index in kept_places)
     # what is left lets reads run ahead into the backward and writes trail into it, where the disk is idle otherwise
-    while buffers < len(shared) and host + _for_more(facts.blocks, buffers) <= facts.host_memory:
-        host += _for_more(facts.blocks, buffers)
-        buffers = _buffers_from(facts.blocks, buffers + 1)
+    while buffers < len(shared) and host + records.for_more(buffers) <= facts.host_memory:
+        host += records.for_more(buffers)
+        buffers = records.buffers_from(buffers + 1)
     for block in streaming if facts.ram_tier else ():  # no step reads these again, but evaluation does
         if block.index not in pinned_copies and host + block.fetched_bytes <= facts.host_memory:
             pinned_copies.add(block.index)
@@ -244,11 +245,36 @@ def sharing_records(blocks: Sequence[BlockFacts]) -> list[BlockFacts]:
     return [block for block in blocks if block.trainable and not block.resident]
 
 
+@dataclass(frozen=True, slots=True)
+class _SharingRecords:
+    """The records that pass through working buffers: how many, and their bytes."""
+
+    count: int
+    together_bytes: int
+    largest_bytes: int
+
+    @classmethod
+    def of(cls, blocks: Sequence[BlockFacts]) -> "_SharingRecords":
+        sizes = [block.record_bytes for block in sharing_records(blocks)]
+        return cls(len(sizes), sum(sizes), max(sizes, default=0))
+
+    def room(self, buffers: int) -> int:
+        """Bytes of so many working buffers. Each takes any block's record, unless there is one for every block: then each
+        is as large as its own block's."""
+        return self.together_bytes if buffers >= self.count else buffers * self.largest_bytes
+
+    def buffers_from(self, least: int) -> int:
+        """So many working buffers, or one for every block where these take no more room."""
+        return self.count if self.room(self.count) <= self.room(least) else least
+
+    def for_more(self, buffers: int) -> int:
+        """Bytes that the next working buffer takes."""
+        return self.room(self.buffers_from(buffers + 1)) - self.room(buffers)
+
+
 def records_room(blocks: Sequence[BlockFacts], buffers: int) -> int:
-    """Bytes of so many working buffers. Each takes any block's record, unless there is one for every block: then each is
-    as large as its own block's."""
-    sizes = [block.record_bytes for block in sharing_records(blocks)]
-    return sum(sizes) if buffers >= len(sizes) else buffers * max(sizes)
+    """Bytes of so many working buffers."""
+    return _SharingRecords.of(blocks).room(buffers)
 
 
 def buffers_text(blocks: Sequence[BlockFacts], buffers: int) -> str:
@@ -256,17 +282,6 @@ def buffers_text(blocks: Sequence[BlockFacts], buffers: int) -> str:
     if buffers < len(sharing_records(blocks)):
         return f"{buffers} record buffers of {format_bytes(records_room(blocks, 1))}"
     return f"a record buffer for each of {buffers} blocks, {format_bytes(records_room(blocks, buffers))}"
-
-
-def _buffers_from(blocks: Sequence[BlockFacts], least: int) -> int:
-    """So many working buffers, or one for every block where these take no more room."""
-    every = len(sharing_records(blocks))
-    return every if records_room(blocks, every) <= records_room(blocks, least) else least
-
-
-def _for_more(blocks: Sequence[BlockFacts], buffers: int) -> int:
-    """Bytes that the next working buffer takes."""
-    return records_room(blocks, _buffers_from(blocks, buffers + 1)) - records_room(blocks, buffers)
 
 
 def buffers_bytes(facts: Facts, allotment: Allotment) -> int:

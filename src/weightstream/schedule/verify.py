@@ -129,7 +129,7 @@ class _Machine:
                 self.written.add(block)
             case Fetch(block, slab):
                 self.need(slab not in self.slabs, what, f"slab {slab} to be free; it holds {self.slabs.get(slab)}")
-                limit = self.schedule.slabs + sum(b.resident for b in self.facts.blocks)
+                limit = self.schedule.slabs + len(self.residents)
                 self.need(slab < limit, what, f"a slab below {limit}")
                 self.slabs[slab] = (block, self.version[block])
             case Evict(block, slab):

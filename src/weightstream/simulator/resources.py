@@ -9,6 +9,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, TypeVar
 
 import simpy
@@ -71,13 +72,13 @@ class Flow(ABC):
         """Finds the rates anew, and waits for whoever is done first."""
         self._share()
         self._round += 1
-        moving = [job for job in self.active if job.rate > 0]
-        for job in moving:
-            job.ends_s = self.env.now + max(job.left_s, 0.0) / job.rate
-        if moving:
-            first = min(job.ends_s for job in moving)
-            number = self._round
-            wake = self.env.timeout(first - self.env.now)
+        now, first, number = self.env.now, inf, self._round
+        for job in self.active:
+            if job.rate > 0:
+                job.ends_s = ends_s = now + max(job.left_s, 0.0) / job.rate
+                first = min(first, ends_s)
+        if first < inf:
+            wake = self.env.timeout(first - now)
             assert wake.callbacks is not None
             wake.callbacks.append(lambda _: self._wake(number, first))
 

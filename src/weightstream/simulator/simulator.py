@@ -4,8 +4,10 @@ Nothing is computed and no byte moves; what waits for what is as in the runtime.
 of a step goes on into the next one, so that the last step is a steady one.
 """
 
+import gc
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from operator import attrgetter
@@ -164,7 +166,8 @@ class _Run:
                 self.hosts[hardware.hosts[rank]], self._fabric, shares[rank], counter,
             )  # fmt: skip
         loops = [self.env.process(self._loop(rank, made)) for rank in self.ranks.values()]
-        self.env.run()
+        with _without_collections():
+            self.env.run()
         stuck = [rank.number for rank, loop in zip(self.ranks.values(), loops, strict=True) if loop.is_alive]
         assert not stuck, f"ranks {stuck} wait for ever in steps {[self.ranks[rank].log.step for rank in stuck]}"
         return self._told(keep_spans)
@@ -241,6 +244,19 @@ class _Run:
     def _spans(self) -> tuple[Span, ...]:
         logs = [log for rank in self.ranks.values() for log in rank.logs]
         return tuple(_span(work, log.begin_s) for log in logs for work in sorted(log.works, key=attrgetter("issued_s")))
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """All that a simulation makes is kept to its end: collections would look through it again and again, for a fifth of the
+    time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _computed_s(log: Log) -> float:

@@ -1,7 +1,8 @@
 """y = x Wᵀ where only non-zeros of W exist: forward, the input's gradient, and the weight's gradient at non-zeros only.
 
-Three kernels, all for fp32 and bf16; a dense W is formed by none of them:
+Four kernels, all for fp32 and bf16; a dense W is formed by none of them:
 
+- `native`: compiled on the machine that runs it, on a CPU, for blocks and single elements; nothing is gathered.
 - `gathered`: rows of blocks that have equally many blocks are one batched product of their values with the gathered part
   of x. The input's gradient does the same by columns of blocks, the weight's for each row with the tokens as the sum.
 - `bsr`: PyTorch's block-sparse product (MKL on a CPU, fp32 only; Triton on a GPU, bf16 only, since its fp32 is TF32);
@@ -11,7 +12,8 @@ Three kernels, all for fp32 and bf16; a dense W is formed by none of them:
 Order of sums: every element of a result is one dot product over non-zeros in ascending order (y: columns of W; x's
 gradient: rows of W; W's gradient: tokens), rounded once to the dtype; how that product is associated is the library's.
 No element is ever added to by two threads, and nothing here looks at the number of threads. Where the library's product
-of one shape does not depend on it, neither do these bits; the tests hold this for 1 and 2 threads.
+of one shape does not depend on it, neither do these bits; the tests hold this for 1 and 2 threads. `native` sums as
+products.c says, the same for any number of threads.
 
 Bound against exact arithmetic, for a dot product of n terms (Higham, Accuracy and Stability of Numerical Algorithms,
 2nd ed., section 3.1): |error| ≤ γ(n) Σ|terms| + u |result|, where γ(n) = n·2⁻²⁴ / (1 - n·2⁻²⁴) and u = 2⁻⁸ for bf16, else 0.
@@ -27,9 +29,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from weightstream.errors import ConfigError
+from weightstream.sparse.native import products as native
 from weightstream.sparse.structure import Compressed, Lines, Structure, portions
 
-Kernel = Literal["gathered", "bsr", "csr"]
+Kernel = Literal["native", "gathered", "bsr", "csr"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 _GATHERED_BYTES = 4 << 20  # what is gathered at once: it should be in a cache when the product reads it
@@ -37,8 +40,22 @@ _GATHERED_BYTES = 4 << 20  # what is gathered at once: it should be in a cache w
 
 def supports(kernel: Kernel, block: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a kernel can multiply by such blocks."""
+    return obstacle(kernel, block, dtype, device) is None
+
+
+def obstacle(kernel: Kernel, block: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a kernel cannot multiply by such blocks; None if it can."""
+    if not _multiplies(kernel, block, dtype, device):
+        return f"'{kernel}' has no product of {dtype} with blocks of {block[0]}×{block[1]} on {device.type}"
+    missing = native.obstacle() if kernel == "native" else None
+    return None if missing is None else f"'native' needs a C compiler on every machine: {missing}; install one"
+
+
+def _multiplies(kernel: Kernel, block: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
     if dtype not in (torch.float32, torch.bfloat16):
         return False
+    if kernel == "native":
+        return device.type == "cpu"
     if kernel == "gathered":
         return min(block) > 1
     if kernel == "csr":
@@ -70,11 +87,9 @@ def multiply(x: Tensor, values: Tensor, bias: Tensor | None, structure: Structur
             f"sparse product with {structure}: expected x of (…, {columns}) and {structure.nnz} values of one dtype, found x "
             f"{tuple(x.shape)} of {x.dtype} and {values.numel()} values of {values.dtype}; give the mask that the values have"
         )
-    if not supports(kernel, structure.block, x.dtype, x.device):
-        raise ConfigError(
-            f"kernel '{kernel}' has no product of {x.dtype} with blocks of {structure.block[0]}×{structure.block[1]} on "
-            f"{x.device.type}: choose another one, or multiply densely"
-        )
+    reason = obstacle(kernel, structure.block, x.dtype, x.device)
+    if reason is not None:
+        raise ConfigError(f"kernel {reason}, choose another one, or multiply densely")
     y: Tensor = _Product.apply(x.reshape(-1, columns), values, structure, kernel)
     if bias is not None:
         y = y + bias
@@ -247,12 +262,23 @@ def _csr_weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tenso
 
 
 _Call = Callable[[Tensor, Tensor, Structure], Tensor]
-_FORWARD: dict[Kernel, _Call] = {"gathered": _gathered_forward, "bsr": _bsr_forward, "csr": _csr_forward}
+_FORWARD: dict[Kernel, _Call] = {
+    "native": native.forward,
+    "gathered": _gathered_forward,
+    "bsr": _bsr_forward,
+    "csr": _csr_forward,
+}
 _INPUT_GRADIENT: dict[Kernel, _Call] = {
-    "gathered": _gathered_input_gradient, "bsr": _bsr_input_gradient, "csr": _csr_input_gradient,
-}  # fmt: skip
+    "native": native.input_gradient,
+    "gathered": _gathered_input_gradient,
+    "bsr": _bsr_input_gradient,
+    "csr": _csr_input_gradient,
+}
 _WEIGHT_GRADIENT: dict[Kernel, _Call] = {
-    "gathered": _gathered_weight_gradient, "bsr": _gathered_weight_gradient, "csr": _csr_weight_gradient,
-}  # fmt: skip
+    "native": native.weight_gradient,
+    "gathered": _gathered_weight_gradient,
+    "bsr": _gathered_weight_gradient,
+    "csr": _csr_weight_gradient,
+}
 
-__all__ = ["KERNELS", "Kernel", "multiply", "supports"]
+__all__ = ["KERNELS", "Kernel", "multiply", "obstacle", "supports"]

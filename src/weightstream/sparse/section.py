@@ -89,7 +89,7 @@ class SparsityConfig(Section):
     """`sparsity`: groups of sparse parameters; without any the model is dense."""
 
     groups: tuple[SparsityGroupConfig, ...] = ()
-    kernels: Literal["auto"] | dict[str, Literal["gathered", "bsr", "csr"]] = Field(default_factory=dict)
+    kernels: Literal["auto"] | dict[str, Literal["native", "gathered", "bsr", "csr"]] = Field(default_factory=dict)
     """By pattern of names, the first that matches, which of these parameters are not expanded but multiplied by a kernel.
     auto: those with which `weightstream calibrate` measured a kernel to be faster, decided when the store is made."""
 

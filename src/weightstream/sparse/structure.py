@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -44,8 +44,10 @@ class Compressed:
 class Structure:
     """The blocks of a (rows × columns) matrix that are there; elements are blocks of 1×1.
 
+    `prepared` is for what a kernel finds out about it once.
+
     Args:
-        kept: which blocks are there, bool, (rows / a) × (columns / b).
+        kept: which blocks are there, bool, (rows / a) × (columns / b); nobody changes it.
         block: a×b.
         device: where products are computed.
 
@@ -62,8 +64,9 @@ class Structure:
         self.block, self.device = block, torch.device(device)
         self.shape = (kept.shape[0] * block[0], kept.shape[1] * block[1])
         self._grid = (kept.shape[0], kept.shape[1])
-        self._row, self._column = kept.cpu().nonzero(as_tuple=True)  # row-major, each (count,)
-        self.count = self._row.numel()
+        self.kept = kept.cpu().contiguous()
+        self.count = int(torch.count_nonzero(self.kept))
+        self.prepared: dict[str, Any] = {}
 
     @classmethod
     def at(cls, positions: Tensor, shape: tuple[int, int], block: Block, device: torch.device | str = "cpu") -> Self:
@@ -86,6 +89,20 @@ class Structure:
     def __str__(self) -> str:
         (rows, columns), (a, b) = self.shape, self.block
         return f"{rows}×{columns} with {self.count} blocks of {a}×{b}"
+
+    @cached_property
+    def _where(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the blocks, row-major, each (count,)."""
+        row, column = self.kept.nonzero(as_tuple=True)
+        return row, column
+
+    @property
+    def _row(self) -> Tensor:
+        return self._where[0]
+
+    @property
+    def _column(self) -> Tensor:
+        return self._where[1]
 
     @property
     def nnz(self) -> int:
@@ -180,9 +197,7 @@ class Structure:
 
     def mask(self) -> Tensor:
         """One bool per element, of the dense shape, on the CPU."""
-        kept = torch.zeros(self._grid, dtype=torch.bool)
-        kept[self._row, self._column] = True
-        return kept.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
+        return self.kept.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
 
 
 def portions(total: int, at_once: int) -> Sequence[slice]:

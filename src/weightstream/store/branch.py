@@ -47,7 +47,7 @@ def branch(store: "Store", name: str, path: Path) -> None:
             (segments / SHARED).mkdir()
         folders = sorted({(segments / file).parent for file in files} - {segments})  # shared ones, other memory ranks'
         for folder in folders:
-            folder.mkdir()
+            folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(files):
             _share(store.path / directory.SEGMENTS / file, segments / file)
         if manifest.snapshots().get(name) != commit.number:  # its files were free to be used again
@@ -61,7 +61,8 @@ def branch(store: "Store", name: str, path: Path) -> None:
                 and not directory.is_rank(extra)
             ):
                 shutil.copytree(extra, partial / extra.name)  # config.json and the like of an import
-        for folder in (*folders, *([segments / SHARED] if families else []), segments):
+        above = {parent for folder in folders for parent in folder.parents if segments in parent.parents}
+        for folder in (*folders, *sorted(above), *([segments / SHARED] if families else []), segments):
             store.disk.device.sync_directory(folder)
         Manifest.create(
             partial / directory.MANIFEST,

@@ -227,6 +227,14 @@ class Layouts:
         """Whether a record is one of a family."""
         return index >= len(self._units)
 
+    def number(self, index: int) -> int:
+        """The number that a family's record has in its family.
+
+        Raises:
+            IndexError: there is none.
+        """
+        return self._place(index)[1]
+
     def member(self, index: int) -> Block:
         """The record of a family that has this index.
 

@@ -34,14 +34,23 @@ class Session:
     before: LifeRow
     tiers: dict[str, Traffic]
     began_s: float = field(default_factory=time.monotonic)
+    first_step: int = 0
 
-    def row(self, pinned_bytes: int) -> LifeRow:
-        """What is committed now: bytes written in the store's life, and the session's figures."""
+    def row(self, pinned_bytes: int, step: int, compaction: Mapping[str, float]) -> LifeRow:
+        """What is committed now, with a step: bytes written in the store's life, and the session's figures."""
         tiers = {name: _moved(traffic) for name, traffic in self.tiers.items()}
         session = {
-            "seconds": round(time.monotonic() - self.began_s, 3), "pinned_bytes": pinned_bytes, "tiers": tiers
+            "seconds": round(time.monotonic() - self.began_s, 3), "steps": step - self.first_step,
+            "pinned_bytes": pinned_bytes, "tiers": tiers, "compaction": dict(compaction),
         }  # fmt: skip
         return LifeRow(self.before.written_bytes + int(tiers["disk"]["written_bytes"]), session)
+
+    def step_s(self, step: int) -> float | None:
+        """Seconds from one committed step to the next, on average: in this session or, before it has any, in the last one."""
+        steps, seconds = step - self.first_step, time.monotonic() - self.began_s
+        if steps <= 0:
+            steps, seconds = self.before.session.get("steps", 0), self.before.session.get("seconds", 0.0)
+        return seconds / steps if steps > 0 else None
 
 
 def _moved(traffic: Traffic) -> dict[str, float]:
@@ -57,7 +66,9 @@ def _moved(traffic: Traffic) -> dict[str, float]:
 def info(store: "Store", *, tbw_bytes: float | None = None) -> dict[str, Any]:
     """Figures of an open store, as JSON. `tbw_bytes`: what the disk is said to stand in its life."""
     space = _space(store)
-    life = store.versions.session.row(store.pinned_bytes) if store.writable else store.manifest.life()
+    life = store.manifest.life()
+    if store.writable:
+        life = store.versions.session.row(store.pinned_bytes, store.step, store.versions.pace.to_json())
     shared = [row for row in store.manifest.shared() if row.live_bytes]
     committed = [store.versions.records[unit.index].committed for unit in store.units]
     found = {
@@ -136,6 +147,12 @@ def describe(found: dict[str, Any]) -> str:
             f"{found['shared_files']} with {format_bytes(found['shared_bytes'])}, live "
             f"{format_bytes(found['shared_live_bytes'])}"
         )
+        moved = found["session"].get("compaction")
+        if moved:
+            lines["compaction"] = (
+                f"{format_bytes(moved['copied_bytes'])} copied, for {format_bytes(moved['written_bytes'])} that commits wrote "
+                f"to shared files in the last session; at most {moved['share']:g} of that"
+            )
     for name, snapshot in found["snapshots"].items():
         lines[f"snapshot {name}"] = f"step {snapshot['step']}, alone {format_bytes(snapshot['own_bytes'])}"
     session = found["session"]
@@ -220,8 +237,7 @@ def _space(store: "Store") -> dict[str, Any]:
 def _files(segments: Path) -> Iterator[tuple[str, int]]:
     """Files of one record each, by name as the manifest has it, and their bytes."""
     for folder, folders, names in os.walk(segments):
-        if Path(folder) == segments:
-            folders[:] = [name for name in folders if name != SHARED]
+        folders[:] = [name for name in folders if name != SHARED]
         for name in names:
             path = Path(folder, name)
             yield path.relative_to(segments).as_posix(), path.stat().st_size

@@ -13,9 +13,10 @@ import os
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,15 @@ class RecordRow:
         """What another rank needs to publish it, too."""
         checksums = {part: f"{value:016x}" for part, value in self.checksums.items()}
         sparse = [sparsity_to_json(self.sparsity)] if self.sparsity else []
-        return [self.block, self.version, self.file, checksums, self.optimizer_steps, *sparse]
+        place = [self.offset, self.nbytes]
+        return [self.block, self.version, self.file, checksums, self.optimizer_steps, *place, *sparse]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> "RecordRow":
-        block, version, file, checksums, steps, *sparse = data
+        block, version, file, checksums, steps, offset, nbytes, *sparse = data
         sums = {part: int(value, 16) for part, value in checksums.items()}
-        return cls(block, version, file, sums, steps, sparsity=sparsity_from_json(sparse[0]) if sparse else DENSE)
+        sparsity = sparsity_from_json(sparse[0]) if sparse else DENSE
+        return cls(block, version, file, sums, steps, offset=offset, nbytes=nbytes, sparsity=sparsity)
 
     def at(self, number: int) -> "RecordRow":
         """The row as it was at an earlier commit, at or after its birth."""
@@ -388,6 +391,27 @@ class Manifest:
         clause = "SELECT COUNT(*) FROM records WHERE block >= ? AND block < ? AND died IS NULL"
         return self._number(clause, (first, stop))
 
+    def existing(self, blocks: Sequence[int]) -> set[int]:
+        """Those of these records that have a row that lives now."""
+        found = set[int]()
+        for start in range(0, len(blocks), _ASKED_AT_ONCE):
+            some = blocks[start : start + _ASKED_AT_ONCE]
+            clause = f"SELECT block FROM records WHERE died IS NULL AND block IN ({','.join('?' * len(some))})"
+            found.update(block for (block,) in self._values(clause, some))
+        return found
+
+    def first_living(self, first: int, stop: int) -> int | None:
+        """The first record of a range that has a row that lives now."""
+        clause = "SELECT block FROM records WHERE block >= ? AND block < ? AND died IS NULL ORDER BY block LIMIT 1"
+        return next((block for (block,) in self._values(clause, (first, stop))), None)
+
+    def _values(self, clause: str, values: Sequence[Any]) -> list[Any]:
+        try:
+            with self._lock:
+                return self._connection.execute(clause, values).fetchall()
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise _unreadable(f"manifest '{self.path}'", error) from error
+
     def _records(self, where: str, values: Sequence[Any]) -> list[RecordRow]:
         return [
             RecordRow(block, version, file, _checksums(text), steps, born, died, offset, nbytes, _sparsity(*sparse))
@@ -407,6 +431,10 @@ class Manifest:
     def shared(self, serial: int = 0) -> list[SharedRow]:
         """The files that records share, from a serial number on."""
         return self._shared("WHERE serial >= ? ORDER BY serial", (serial,))
+
+    def shared_checksum(self) -> str:
+        """Over all that is said of shared files."""
+        return xxhash.xxh3_64_hexdigest(_json([_shared_values(row) for row in self.shared()]).encode())
 
     def life(self) -> LifeRow:
         """The figures of the last commit; none in a store that was just made."""
@@ -428,10 +456,13 @@ class Manifest:
         """Shared files that nothing points to."""
         return self._shared("WHERE 2 * live_bytes < nbytes - said_nbytes AND live_bytes = 0 ORDER BY serial")
 
-    def mostly_dead_files(self, count: int) -> list[SharedRow]:
-        """Shared files of which less than half is live, but something is; those with least first."""
-        where = "WHERE 2 * live_bytes < nbytes - said_nbytes AND live_bytes > 0"
-        return self._shared(f"{where} ORDER BY live_bytes, serial LIMIT ?", (count,))
+    def mostly_dead_files(self, count: int, wanted: Callable[[str], bool] = lambda file: True) -> list[SharedRow]:
+        """Shared files of which less than half is live, but something is; those of which least is live first. `wanted` is
+        asked by name: those of other ranks must not stand before a rank's own."""
+        clause = "SELECT file FROM shared WHERE 2 * live_bytes < nbytes - said_nbytes AND live_bytes > 0"
+        names = self._values(f"{clause} ORDER BY 1.0 * live_bytes / (nbytes - said_nbytes), serial", ())
+        found = islice((name for (name,) in names if wanted(name)), count)
+        return [row for name in found for row in self._shared("WHERE file = ?", (name,))]
 
     def _shared(self, clause: str, values: Sequence[Any] = ()) -> list[SharedRow]:
         return [SharedRow(*row) for row in self._rows("shared", clause, values)]

@@ -164,12 +164,14 @@ def _replace(path: Path, data: bytes) -> Manifest:
 
 
 def _state(manifest: Manifest) -> dict[str, Any]:
-    """What tells whether two manifests are the same: the last two commits and the snapshots."""
+    """What tells whether two manifests are the same: the last two commits, the snapshots, and the files that records
+    share, as what a commit has moved to others stays there when it is undone."""
     with manifest.at_one_moment():
         last = manifest.last_commit()
         before = manifest.commit_before(last.number)
         commits = [[commit.number, commit.name] for commit in (last, before) if commit is not None]
-        return {"id": manifest.meta()["id"], "commits": commits, "snapshots": manifest.snapshots()}
+        own = {"id": manifest.meta()["id"], "commits": commits, "snapshots": manifest.snapshots()}
+        return own | {"shared": manifest.shared_checksum()}
 
 
 def _seen(path: Path, rank: int) -> dict[str, Any] | None:

@@ -9,6 +9,9 @@ the file is synced once, and never written again until nothing points to any of 
 under a new name and only if it has no other hard link, or removed. Serial numbers grow, so that an opening finds what
 was never committed by looking at the last folders alone.
 
+Several memory ranks each have files of their own, in `<folder of the rank>/shared/`, and serial numbers that no other has:
+of so many ranks every one takes its turn. What one of them commits all of them keep in their manifests.
+
 How many bytes of a file are live is in the manifest (`SharedRow`); how the others come back is `compaction.py`.
 """
 
@@ -26,6 +29,7 @@ from weightstream.errors import StoreError
 from weightstream.store.futures import chain, done, gather, new_future
 from weightstream.store.layout import ALIGN_PART, RecordLayout, shared_header
 from weightstream.store.manifest import Manifest, SharedRow
+from weightstream.store.members import ALONE, Members, folder_of
 from weightstream.store.records import Entry
 from weightstream.store.segments import AlignedBuffer
 from weightstream.store.tiers import Disk
@@ -80,10 +84,11 @@ class SharedFile:
 @dataclass(eq=False, slots=True)
 class Batch:
     """The files of one commit. `free` are places that an undone or replaced version leaves, by their bytes; SQLite was
-    `asked` for the commit."""
+    `asked` for the commit. `expected_bytes` of records are about to come, if that is known."""
 
     files: list[SharedFile] = field(default_factory=list)
     asked: bool = False
+    expected_bytes: int | None = None
     free: dict[int, list[tuple[SharedFile, int]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -124,11 +129,14 @@ class SharedFiles:
     Args:
         segments: the store's folder of segments.
         lock: guards the versions, too, since a record's place and its file change together.
+        members: this memory rank among all of them.
     """
 
-    def __init__(self, segments: Path, disk: Disk, manifest: Manifest, lock: threading.RLock) -> None:
-        self.segments, self.disk, self.manifest, self.lock = segments, disk, manifest, lock
-        self._next = manifest.last_serial() + 1
+    def __init__(
+        self, segments: Path, disk: Disk, manifest: Manifest, lock: threading.RLock, members: Members = ALONE
+    ) -> None:
+        self.segments, self.disk, self.manifest, self.lock, self._members = segments, disk, manifest, lock, members
+        self._next = self._serial_after(manifest.last_serial())
         self.filling = Batch()
         self._open: dict[str, SharedFile] = {}  # those that are being filled or committed
         self._readers, self._writers = _Users(lock), _Users(lock)
@@ -139,6 +147,17 @@ class SharedFiles:
         self._gone: list[str] = []  # dead files that are no more, though the manifest may name them
         self._changed: set[Path] = set()  # folders whose names may not be on the medium
         self._doubtful: list[SharedFile] = []  # of commits that failed, which may be found after a crash
+
+    def _serial_after(self, last: int) -> int:
+        """The first serial number of this rank that is greater."""
+        return last + 1 + (self._members.rank - last - 1) % self._members.count
+
+    def is_ours(self, name: str) -> bool:
+        """Whether this rank is who fills a file anew, empties or removes it: its own, and the first one those of ranks that
+        are no more."""
+        folder = name.partition(f"{SHARED}/")[0].rstrip("/")
+        active = {folder_of(rank) for rank in range(self._members.count)}
+        return folder == self._members.folder or (self._members.rank == 0 and folder not in active)
 
     # Filling.
 
@@ -208,21 +227,24 @@ class SharedFiles:
         return False
 
     def _start(self, batch: Batch, first: Place, more: int) -> SharedFile:
-        """Room for the header: as much as the last commit used or, in a later file of a commit, twice what the one before
-        it uses; no more than the file can use. `first` is placed where its text is longest."""
+        """Room for the header: as much as what is expected needs, or else as the last commit used or, in a later file of a
+        commit, twice what the one before it uses; no more than the file can use. `first` is placed where its text is
+        longest."""
         expected = 2 * batch.files[-1].text_bytes if batch.files else self._last_text_bytes
+        if batch.expected_bytes is not None:
+            expected = batch.expected_bytes // max(1, first.nbytes) * first.text_bytes
         asked = (more + more // 8) * first.text_bytes  # the numbers of other records may be longer
         wanted = min(max(expected, asked), (1 + FILE_BYTES // first.nbytes) * first.text_bytes)
         least = first.text_bytes + 512
         header_nbytes = align(max(min(wanted + 512, MOST_HEADER_BYTES), least, LEAST_HEADER_BYTES), ALIGN_PART)
-        name = name_of(self._next)
+        name = name_of(self._next, self._members.folder)
         path = self.segments / name
         if not path.parent.exists():
             path.parent.mkdir(parents=True)
-            self._changed |= {path.parent.parent, self.segments}
+            self._changed |= {path.parent.parent, path.parent.parent.parent, self.segments}
         self._fill_anew(path)
         file = SharedFile(self._next, name, header_nbytes, header_nbytes, header_nbytes)
-        self._next += 1
+        self._next += self._members.count
         batch.files.append(file)
         self._open[name] = file
         return file
@@ -275,6 +297,8 @@ class SharedFiles:
         """It is durable: what died with it, or was left by commits that failed, may be used again."""
         self._gone = [name for name in self._gone if name not in gone]
         kept = {row.file for row in rows}
+        # ranks that fill fewer files keep up, so that what was never committed is always in the last folders
+        self._next = max(self._next, self._serial_after(max((row.serial for row in rows), default=0)))
         self._last_text_bytes = sum(file.text_bytes for file in batch.files)
         self._close(batch)
         self.left(file.name for file in (*batch.files, *self._doubtful) if file.name not in kept)
@@ -285,11 +309,12 @@ class SharedFiles:
     def collect(self) -> None:
         """Take up files that the manifest has no use for, and remove those beyond what the next commit will fill anew: as
         much as the larger of the last two did."""
-        if self._next == 1:
+        if self._next == self._serial_after(0):
             return  # there never was one
         try:
             known = {*self._spare, *self._gone, *self._resting}
-            self.left([row.file for row in self.manifest.dead_files() if row.file not in known])
+            dead = [row.file for row in self.manifest.dead_files() if row.file not in known]
+            self.left([name for name in dead if self.is_ours(name)])
             kept = 0
             for name in list(self._spare):
                 kept += _size(self.segments / name)
@@ -298,6 +323,10 @@ class SharedFiles:
                     self._remove(name)
         except (OSError, StoreError) as error:
             log.warning("store '%s': dead files are left for the next commit: %s", self.segments.parent, error)
+
+    def readers_gone(self, name: str) -> "Future[None]":
+        """Done when nobody here reads the file."""
+        return self._readers.idle(name)
 
     def failed(self, batch: Batch) -> None:
         """The commit failed. If SQLite was asked for it, it may yet be found after a crash: until one succeeds, its
@@ -324,15 +353,20 @@ class SharedFiles:
         """At an opening: remove what no commit has published, and take up the files that are dead."""
         first = max(self._next - FILES_PER_FOLDER, 1)
         known = {row.file for row in self.manifest.shared(first - first % FILES_PER_FOLDER)}
-        folder = (self.segments / name_of(first)).parent
-        while folder.is_dir():
+        for folder in self._folders(first):
             for path in sorted(folder.iterdir()):
-                name = str(path.relative_to(self.segments))
+                name = path.relative_to(self.segments).as_posix()
                 if name not in known:
                     self.disk.device.unlink(path)
                     self._changed.add(folder)
-            folder = folder.with_name(f"{int(folder.name) + 1:06d}")
-        self._spare += [row.file for row in self.manifest.dead_files()]
+        self._spare += [row.file for row in self.manifest.dead_files() if self.is_ours(row.file)]
+
+    def _folders(self, serial: int) -> list[Path]:
+        """The folders of files that are this rank's to clear, from the one of a serial number on."""
+        first = Path(name_of(serial)).parent.name
+        found = [folder for root in (SHARED, f"*/{SHARED}") for folder in self.segments.glob(f"{root}/*")]
+        ours = [folder for folder in found if self.is_ours(f"{folder.relative_to(self.segments).as_posix()}/")]
+        return sorted(folder for folder in ours if folder.name >= first)
 
     def _close(self, batch: Batch) -> None:
         for file in batch.files:
@@ -434,9 +468,10 @@ def whole_files(records: Iterable[tuple[int, RecordLayout, Entry]]) -> list[Whol
     return files
 
 
-def name_of(serial: int) -> str:
-    """The name of a shared file, from the folder of segments."""
-    return f"{SHARED}/{serial // FILES_PER_FOLDER:06d}/{serial:09d}.safetensors"
+def name_of(serial: int, folder: str = "") -> str:
+    """The name of a shared file, from the folder of segments; `folder` is that of a memory rank."""
+    name = f"{SHARED}/{serial // FILES_PER_FOLDER:06d}/{serial:09d}.safetensors"
+    return f"{folder}/{name}" if folder else name
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -20,10 +20,11 @@ from typing import Any, Self
 from torch import Tensor
 
 from weightstream.blocks import PANEL_ELEMENTS, Block, Parameter, Unit, cut
-from weightstream.cluster import owners
+from weightstream.cluster import owner_of, owners
 from weightstream.errors import StoreError, StoreMismatchError
-from weightstream.store import audit, directory, figures, integrity
+from weightstream.store import audit, directory, figures, integrity, presence
 from weightstream.store.branch import branch
+from weightstream.store.compaction import check_share
 from weightstream.store.facts import block_rows, blocks_of, masks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
@@ -73,6 +74,7 @@ class Store:
             families = manifest.families()
             self.blocks, self.units = blocks_of(blocks), units_of(blocks)
             last = manifest.last_commit()
+            self._newest = last.number
             rows = manifest.records(stop=len(self.units))
             if common is not None and common.number != last.number:  # a reader: not all ranks have the last one yet
                 last = manifest.commit_row(common.number)
@@ -264,6 +266,16 @@ class Store:
         """What the caller kept with the last commit."""
         return self.versions.progress
 
+    @property
+    def compaction_share(self) -> float:
+        """What compaction may write, for each byte that commits write to files that records of families share; may be set
+        at any time. Dead bytes are at most one over it times the live ones."""
+        return self.versions.pace.share
+
+    @compaction_share.setter
+    def compaction_share(self, share: float) -> None:
+        self.versions.pace.share = check_share(share)
+
     @staticmethod
     def exists(path: str | os.PathLike[str]) -> bool:
         """Whether there is a whole store to open; an interrupted creation is none and may be created again."""
@@ -345,7 +357,9 @@ class Store:
         if self.writable:
             return [row for row in rows if row.died is None]
         found = [replace(row, died=None) for row in rows if row.lives_at(self._opened)]
-        if lost := {row.block for row in rows if row.born > self._opened} - {row.block for row in found}:
+        # a commit that not all memory ranks have keeps the one before, which was opened then
+        whole = self._newest if self.manifest.last_commit().number == self._newest else self._opened
+        if lost := {row.block for row in rows if row.born > whole} - {row.block for row in found}:
             raise StoreError(
                 f"store '{self.path}': block {min(lost)} {self.layout(min(lost)).block!r} was written since the store was "
                 "opened for reading; open it anew"
@@ -478,6 +492,23 @@ class Store:
             DamagedRecordError: the bytes are not those that were written.
         """
         return self.versions.read_many(records, parts, "states")
+
+    def written(self, indices: Collection[int]) -> set[int]:
+        """Those of these records that were ever written, pending ones included; others are as the generator makes them."""
+        return presence.written(self.versions, indices)
+
+    def next_written(self, within: range, indices: Collection[int]) -> dict[int, int]:
+        """For each of these records of a family (`within`: its indices) the first one that was ever written, from it on and
+        then from the family's first.
+
+        Raises:
+            LookupError: none was.
+        """
+        return presence.next_written(self.versions, within, indices)
+
+    def count_written(self, within: range) -> int:
+        """How many records of a family were ever written, pending ones included; takes the longer the more there are."""
+        return presence.count_written(self.versions, within)
 
     def commit(self, step: int, progress: Mapping[str, Any]) -> "Future[None]":
         """Publish every version written so far, with the step and the caller's progress, in one transaction.
@@ -677,9 +708,14 @@ class Store:
             self.commit(self.step, self.progress).result()
 
     def _require_own(self, index: int) -> None:
-        if index < len(self.owner) and self.owner[index] != self.members.rank:
+        if self.members.count == 1:
+            return
+        unit = index < len(self.owner)
+        owner = self.owner[index] if unit else owner_of(self._layouts.number(index), self.members.count)
+        if owner != self.members.rank:
+            what = "unit" if unit else "record"
             raise ValueError(
-                f"store '{self.path}': unit {index} is owned by memory rank {self.owner[index]}, not {self.members.rank}"
+                f"store '{self.path}': {what} {index} is owned by memory rank {owner}, not {self.members.rank}"
             )
 
     def _require_writable(self) -> None:
@@ -703,11 +739,6 @@ def _first_look(path: Path, place: Path, members: Members, *, writable: bool) ->
         handle = directory.lock(place) if writable else None
         file = place / directory.MANIFEST
         manifest = Manifest.open(file, writable=writable) if members.rank == 0 or file.is_file() else None
-        if members.count > 1 and manifest is not None and (families := manifest.families()):
-            raise StoreError(
-                f"store '{path}': families with several memory ranks are not supported: it has {families[0][1]!r}, and "
-                f"{members.count} ranks open it; open it as one rank"
-            )
     except StoreError as error:
         refused = error
     reasons = [None if refused is None else str(refused)] if members.count == 1 else None

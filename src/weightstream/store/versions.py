@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.checksums import checksums
-from weightstream.store.compaction import Copied, compact
+from weightstream.store.compaction import Copied, Pace, compact
 from weightstream.store.families import Layouts
 from weightstream.store.figures import Session
 from weightstream.store.futures import NOW, chain, forward, gather, new_future, settle
@@ -32,7 +33,7 @@ from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
 from weightstream.store.lasting import LastingBuffer, LastingMemory
 from weightstream.store.layout import MASK, Part, RecordLayout
-from weightstream.store.manifest import CommitRow, Manifest, RecordRow, SharedRow
+from weightstream.store.manifest import CommitRow, Manifest, Move, RecordRow, SharedRow
 from weightstream.store.many import Writing, extents_of, read_many, write_many
 from weightstream.store.members import ALONE, Members, folder_of
 from weightstream.store.records import (
@@ -95,8 +96,10 @@ class Versions:
         self._failure: BaseException | None = None
         self.log: Log = NO_LOG
         self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
-        self.session = Session(manifest.life(), {"disk": disk.traffic, "ram": memory.traffic})
-        self.shared = SharedFiles(path / directory.SEGMENTS, disk, manifest, self._lock)
+        life = manifest.life()
+        self.pace = Pace.after(life.session)
+        self.session = Session(life, {"disk": disk.traffic, "ram": memory.traffic}, first_step=last.step)
+        self.shared = SharedFiles(path / directory.SEGMENTS, disk, manifest, self._lock, members)
 
     def write(
         self,
@@ -613,7 +616,7 @@ class Versions:
         if self._failure is not None or out in self._doomed:
             raise StoreError(f"store '{self.path}': step {step} follows a commit that failed") from self._failure
         if self._members.count > 1:
-            return Copied(), [], self._publish_together(step, progress, published)
+            return self._publish_together(step, progress, published, batch)
         for entry in published.values():
             entry.ready.result()
         with self._committing(step):
@@ -621,33 +624,64 @@ class Versions:
             shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
             rows = [self._row(index, entry) for index, entry in published.items()]
             gone = self._sync_names(published, batch)
-            life = self.session.row(self.pinned_bytes)
+            life = self.session.row(self.pinned_bytes, step, self.pace.to_json())
             batch.asked = True
             with self._doubting(published):
                 self._manifest.publish(step, progress, rows, shared=shared, moves=copied.moves, gone=gone, life=life)
         return copied, shared, gone
 
-    def _publish_together(self, step: int, progress: dict[str, Any], published: Mapping[int, Entry]) -> list[str]:
+    def _publish_together(
+        self, step: int, progress: dict[str, Any], published: Mapping[int, Entry], batch: Batch
+    ) -> tuple[Copied, list[SharedRow], list[str]]:
         """With other memory ranks: each publishes the rows of all, and keeps the commit before until all have done so."""
-        together = self._members
-        rows, gone, name = list[RecordRow](), list[str](), uuid.uuid4().hex
+        together, name = self._members, uuid.uuid4().hex
+        copied, shared, rows, gone = Copied(), list[SharedRow](), list[RecordRow](), list[str]()
         with _Noted() as ready:
             for entry in published.values():
                 entry.ready.result()
-            rows = [self._row(index, entry) for index, entry in published.items()]
             with self._committing(step):
-                gone = self._sync_names(published)
-        told = together.exchange([ready.reason, name, [row.to_json() for row in rows]])
-        self._check_all(step, [reason for reason, *_ in told])
-        rows = [RecordRow.from_json(row) for _, _, own in told for row in own]
+                copied = compact(self, batch, published)
+                shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
+                rows = [self._row(index, entry) for index, entry in published.items()]
+                gone = self._sync_names(published, batch)
+        own = [
+            [row.to_json() for row in rows],
+            [astuple(row) for row in shared],
+            [astuple(m) for m in copied.moves],
+            gone,
+        ]
+        told = together.exchange([ready.reason, name, own])
+        self._check_all(step, [reason for reason, _, _ in told])
+        every: list[list[Any]] = [[each for *_, own in told for each in own[kind]] for kind in range(len(own))]
+        rows, shared, gone = (
+            [RecordRow.from_json(row) for row in every[0]],
+            [SharedRow(*row) for row in every[1]],
+            every[3],
+        )
+        moves = [Move(block, tuple(old), tuple(new)) for block, old, new in every[2]]
+        batch.asked = True
         with _Noted() as done_here, self._committing(step), self._doubting(published):
-            life = self.session.row(self.pinned_bytes)
+            life = self.session.row(self.pinned_bytes, step, self.pace.to_json())
             self._manifest.publish(
-                step, progress, rows, ranks=together.count, name=told[0][1], keep_before=True, life=life
-            )
+                step, progress, rows, ranks=together.count, name=told[0][1], keep_before=True, shared=shared,
+                moves=moves, gone=gone, life=life,
+            )  # fmt: skip
+            self._hear_of_others(rows, moves, published)
         # until all have it, the files of the commit before are left alone
         self._check_all(step, together.exchange(done_here.reason))
-        return gone
+        return Copied(moves, copied.entries), shared, gone
+
+    def _hear_of_others(self, rows: Sequence[RecordRow], moves: Sequence[Move], published: Mapping[int, Entry]) -> None:
+        """Records of families are as other ranks say, and nobody here reads any more where they have copied some away: they
+        will use those files again."""
+        with self._lock:
+            for row in rows:
+                if row.offset and row.block not in published and (state := self.records.known(row.block)) is not None:
+                    state.go_to(state.entry_of(row))
+            self._move(Copied(list(moves)))
+            left = {move.old[0] for move in moves if not self.shared.is_ours(move.old[0])}
+            reading = [self.shared.readers_gone(file) for file in left]
+        gather(reading).exception()
 
     def _check_all(self, step: int, reasons: Sequence[str | None]) -> None:
         """Refuses a commit that a rank could not make."""
@@ -709,7 +743,8 @@ class Versions:
         names = {self._slot_path(index, slot).parent for index, slot in unsynced if slot is not None}
         if not self._names_synced:
             names |= {self.path / directory.SEGMENTS, self.path / directory.SEGMENTS / self._members.folder}
-            names |= {shared for shared in (self.path / directory.SEGMENTS / SHARED,) if shared.is_dir()}
+            shared = self.path / directory.SEGMENTS / self._members.folder / SHARED
+            names |= {shared} if shared.is_dir() else set()
         try:
             for folder in sorted(folders | names):
                 self._disk.device.sync_directory(folder)

@@ -130,6 +130,11 @@ class Recorder:
         read = sum(note[5] for note in step.moved if note[2] == "read")
         return read, sum(note[5] for note in step.moved if note[2] == "write")
 
+    def moved(self, kind: str) -> int:
+        """Bytes of one kind that the last step read from disk and wrote to it."""
+        found = self._steps[-1].moved if self._steps else ()
+        return sum(note[5] for note in found if note[0] == kind and note[2] in ("read", "write"))
+
     def forget(self) -> None:
         """What was noted since the last step ended belongs to none."""
         self.log.take()

@@ -1,0 +1,129 @@
+"""Compiles the products, once for each machine, compiler and version of the source; later processes load what is there.
+
+A library is named after all that it depends on, and ends with the SHA-256 of its own bytes: one that is cut short or damaged is
+never loaded, but made anew. It is put in its place as a whole, so that any number of processes may make it at once.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("products.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = (
+    "-O3", "-march=native", "-std=gnu11", "-fno-fast-math", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=default",
+)  # fmt: skip
+THREADS = ("-fopenmp",)
+"""Threads are those of torch's own pool, wherever torch has loaded its OpenMP for all to see."""
+
+_TIMEOUT_S = 120.0
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_CPU_FACTS = ("model name", "flags", "Features", "CPU part")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str = ""
+
+
+@cache
+def compiled() -> Compiled:
+    """The products of this machine; the first time in a process that takes a compiler's seconds, if nobody else has.
+
+    Threads that ask at once may each make it: what they find is the same.
+    """
+    reason = f"no C compiler is on the PATH, expected one of {', '.join(COMPILERS)}"
+    for compiler in dict.fromkeys(found for name in COMPILERS if (found := shutil.which(name))):
+        for flags in (FLAGS + THREADS, FLAGS):
+            try:
+                return Compiled(_load(compiler, flags))
+            except (OSError, subprocess.SubprocessError) as error:
+                reason = f"{compiler} made no library that can be loaded: {_said(error)}"
+    return Compiled(None, reason)
+
+
+def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The library of the user's cache, made if need be; where nothing can be kept there, one that is made for this process.
+
+    Raises:
+        OSError: it cannot be loaded, or nothing can be written anywhere.
+        subprocess.SubprocessError: the compiler failed, or took too long.
+    """
+    name = f"products-{_key(compiler, flags)}.so"
+    path = cache_folder() / name
+    try:
+        if not _is_whole(path):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _compile(compiler, flags, path)
+        return ctypes.CDLL(str(path))
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="weightstream-native-") as folder:
+            _compile(compiler, flags, Path(folder) / name)
+            return ctypes.CDLL(str(Path(folder) / name))  # what is loaded needs no name any more
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "weightstream" / "native"
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
+    sources = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    facts = [*sources, " ".join(flags).encode(), compiler.encode(), version, _processor().encode()]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(fact).digest() for fact in facts)).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What `-march=native` goes by."""
+    facts = [platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for wanted in _CPU_FACTS:
+        facts += [line for line in lines if line.startswith(wanted)][:1]
+    return "\n".join(facts)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        subprocess.run(
+            [compiler, *flags, "-o", str(made), str(SOURCE)], capture_output=True, check=True, timeout=_TIMEOUT_S
+        )
+        content = made.read_bytes()
+        whole = made.with_suffix(".whole")
+        whole.write_bytes(content + hashlib.sha256(content).digest())
+        whole.chmod(0o700)
+        whole.replace(path)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
+        return next(
+            (line for line in lines if "error" in line), lines[-1] if lines else f"it ended with {error.returncode}"
+        )
+    return str(error)
+
+
+__all__ = ["COMPILERS", "FLAGS", "SOURCE", "THREADS", "Compiled", "cache_folder", "compiled"]

@@ -1,0 +1,168 @@
+"""Calls of the compiled products on torch's tensors, contiguous ones, with the threads that torch computes with."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from weightstream.errors import ConfigError
+from weightstream.sparse.native.compiling import compiled
+from weightstream.sparse.structure import Structure
+
+_LEAST_BLOCK = 16  # smaller blocks fill vectors badly: multiplied as single elements they are faster
+_LANES, _PANEL_BYTES = 16, 512 << 10  # of the widest vectors; of tokens that are packed at once
+_WIDEST = 4 * 4 * _LANES  # bytes of a panel of tokens for each column
+
+_FLAG, _SIZE, _PLACE = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_ARGUMENTS = {
+    "ws_lines": (_PLACE, _SIZE, _SIZE, _SIZE, _SIZE, _PLACE, _PLACE, _PLACE, _PLACE, _PLACE),
+    "ws_blocks_product": (
+        _FLAG, _FLAG, _SIZE, _PLACE, _SIZE, _PLACE, _PLACE, _SIZE, _SIZE, _SIZE, _SIZE, _PLACE, _PLACE, _PLACE, _PLACE, _FLAG,
+    ),
+    "ws_blocks_gradient": (
+        _FLAG, _SIZE, _PLACE, _SIZE, _PLACE, _SIZE, _PLACE, _SIZE, _SIZE, _SIZE, _SIZE, _PLACE, _PLACE, _FLAG,
+    ),
+    "ws_elements_product": (
+        _FLAG, _SIZE, _PLACE, _SIZE, _SIZE, _PLACE, _SIZE, _PLACE, _PLACE, _PLACE, _PLACE, _FLAG,
+    ),
+    "ws_elements_gradient": (
+        _FLAG, _SIZE, _PLACE, _SIZE, _PLACE, _SIZE, _PLACE, _SIZE, _SIZE, _PLACE, _PLACE, _FLAG,
+    ),
+}  # fmt: skip
+
+
+def obstacle() -> str | None:
+    """Why there are no compiled products on this machine; None if there are."""
+    found = compiled()
+    return None if found.library else found.reason
+
+
+def _library() -> ctypes.CDLL:
+    found = compiled()
+    if found.library is None:
+        raise ConfigError(f"kernel 'native': {found.reason}; install a C compiler, or choose another kernel")
+    return _typed(found.library)
+
+
+@cache
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+def forward(x: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    """x Wᵀ, x of (tokens, columns)."""
+    return _product(x, values, structure, forward=True)
+
+
+def input_gradient(grad: Tensor, values: Tensor, structure: Structure) -> Tensor:
+    """grad W, grad of (tokens, rows)."""
+    return _product(grad, values, structure, forward=False)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tensor:
+    """gradᵀ x at the non-zeros of W, (nnz,)."""
+    (rows, columns), (a, b), lines = structure.shape, structure.block, _lines(structure)
+    found = grad.new_empty(structure.nnz)
+    tokens = (_narrow(grad), grad.shape[0], grad.data_ptr(), rows, x.data_ptr(), columns, found.data_ptr())
+    at = (lines.row_starts.data_ptr(), lines.columns.data_ptr(), torch.get_num_threads())
+    if as_elements(structure.block):
+        _done(_library().ws_elements_gradient(*tokens, rows, columns, *at))
+    else:
+        _done(_library().ws_blocks_gradient(*tokens, rows // a, columns // b, a, b, *at))
+    return found
+
+
+def as_elements(block: tuple[int, int]) -> bool:
+    """Whether such blocks are multiplied as the elements that they consist of."""
+    return min(block) < _LEAST_BLOCK
+
+
+def workspace_bytes(shape: tuple[int, int], block: tuple[int, int], nonzeros: int, threads: int) -> int:
+    """What one of these products needs at most beside its operands and its result: by the widest vectors of products.c."""
+    rows, columns = shape
+    widest, both = max(shape), rows + columns
+    if as_elements(block):
+        return 4 * nonzeros + max(threads * _WIDEST * widest, 2 * _WIDEST * both)
+    a, b = (-(-size // _LANES) * _LANES for size in block)
+    panels, chunks = threads * max(_PANEL_BYTES, 2 * 4 * 12 * widest), 2 * max(_PANEL_BYTES, 2 * 4 * 32 * both)
+    return 4 * nonzeros * a * b // (block[0] * block[1]) + max(panels, chunks)
+
+
+def _product(tokens: Tensor, values: Tensor, structure: Structure, *, forward: bool) -> Tensor:
+    (rows, columns), (a, b), lines = structure.shape, structure.block, _lines(structure)
+    found = tokens.new_empty(tokens.shape[0], rows if forward else columns)
+    begin = (tokens.shape[0], tokens.data_ptr(), tokens.shape[1])
+    by = lines.by_row if forward else lines.by_column
+    threads = torch.get_num_threads()
+    if as_elements(structure.block):
+        _done(_library().ws_elements_product(
+            _narrow(tokens), *begin, tokens.shape[1], found.data_ptr(), found.shape[1], values.data_ptr(), *by, threads,
+        ))  # fmt: skip
+    else:
+        _done(_library().ws_blocks_product(
+            _narrow(tokens), forward, *begin, found.data_ptr(), values.data_ptr(), rows // a, columns // b, a, b,
+            lines.row_starts.data_ptr(), *by, threads,
+        ))  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lines:
+    """W by rows and by columns, as `ws_lines` finds it: of its blocks, or of the elements that these consist of."""
+
+    row_starts: Tensor
+    columns: Tensor
+    column_starts: Tensor
+    rows: Tensor
+    numbers: Tensor
+
+    @property
+    def by_row(self) -> tuple[int, int, None]:
+        """Starts, columns, and no numbers, as these are in order."""
+        return self.row_starts.data_ptr(), self.columns.data_ptr(), None
+
+    @property
+    def by_column(self) -> tuple[int, int, int]:
+        """Starts, rows and numbers."""
+        return self.column_starts.data_ptr(), self.rows.data_ptr(), self.numbers.data_ptr()
+
+
+def _lines(structure: Structure) -> _Lines:
+    lines: _Lines | None = structure.prepared.get("native")
+    if lines is None:
+        lines = structure.prepared["native"] = _found_lines(structure)
+    return lines
+
+
+def _found_lines(structure: Structure) -> _Lines:
+    grid = structure.kept.shape
+    (height, width), count = (
+        (structure.block, structure.nnz) if as_elements(structure.block) else ((1, 1), structure.count)
+    )
+    if count >= 1 << 31:
+        raise ConfigError(
+            f"kernel 'native' on {structure}: expected less than 2³¹ of them; cut the matrix, or choose another"
+        )
+    sizes = (grid[0] * height + 1, count, grid[1] * width + 1, count, count)
+    lines = _Lines(*(torch.empty(size, dtype=torch.int32) for size in sizes))
+    places = (lines.row_starts, lines.columns, lines.column_starts, lines.rows, lines.numbers)
+    _done(_library().ws_lines(structure.kept.data_ptr(), *grid, height, width, *(one.data_ptr() for one in places)))
+    return lines
+
+
+def _narrow(tokens: Tensor) -> int:
+    return int(tokens.dtype == torch.bfloat16)
+
+
+def _done(code: int) -> None:
+    if code:
+        raise MemoryError(
+            "kernel 'native': no memory for the tokens and weights that it packs; give it smaller micro-batches"
+        )
+
+
+__all__ = ["as_elements", "forward", "input_gradient", "obstacle", "weight_gradient", "workspace_bytes"]
