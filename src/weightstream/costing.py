@@ -210,14 +210,16 @@ class Costs:
         forward, recompute, backward = [], [], []
         link = self.profile.link if self.ranks > 1 else None
         down_s = link.broadcast_cpu_s_per_byte if link else 0.0
-        for place, visit in zip(facts.visits, census.visits, strict=True):
+        for number, (place, visit) in enumerate(zip(facts.visits, census.visits, strict=True)):
+            kept = number in allotment.keep
             received = down_s * facts.blocks[place.block].fetched_bytes / facts.present
             own, block = sparse.get(place.block), facts.blocks[place.block]
-            forward.append(self._run(tables, visit.forward, "forward", own) + received)
+            forward.append(self._run(tables, visit.forward, "forward", own, kept=kept) + received)
             recompute.append(self._run(tables, visit.recompute, "forward", own))
             formed = _formed(block, own)
             arriving = 0.0 if at_reduce else self._arriving(tables, visit, formed)
-            backward.append(self._run(tables, visit.backward, "backward", own) + arriving + self._gathered(own))
+            behind = self._run(tables, visit.backward, "backward", own, kept=kept)
+            backward.append(behind + arriving + self._gathered(own))
         counts = [self._gradients(census, facts, block, sparse.get(block.index)) for block in facts.blocks]
         reduce = tuple(
             self._reduce(tables, block, counts[block.index], tensors[block.index], facts.present if at_reduce else 0)
@@ -237,10 +239,15 @@ class Costs:
             between_steps=self.executor.between_steps_s + facts.present * begin + agreed,
         )  # fmt: skip
 
-    def _run(self, tables: Tables, kernels: Kernels, direction: str, sparse: Sparse | None = None) -> float:
+    def _run(
+        self, tables: Tables, kernels: Kernels, direction: str, sparse: Sparse | None = None, *, kept: bool = False
+    ) -> float:
         own = tables.seconds(kernels) + self.executor.kernel_s.get(direction, 0.0) * sum(kernels.values())
         own -= sum(_saved(tables, kernels, product) for product in (sparse.products if sparse else ()))
-        return own * self.executor.in_a_step.get(direction, 1.0) * self.slowdown
+        longer = self.executor.in_a_step.get(direction, 1.0)
+        if kept:
+            longer = self.executor.in_a_step.get(f"{direction} kept", longer)
+        return own * longer * self.slowdown
 
     def _sums_at_reduce(self, facts: Facts, allotment: Allotment) -> bool:
         """Whether all gradients of a block are held until its sum is closed."""

@@ -1,8 +1,9 @@
 """What the runtime needs for itself: two toy models whose kernels hardly take time are streamed from a toy store.
 
-One has a single product in each block, the other as many kernels as a decoder layer; what their operations take, less the
-kernels by themselves, is an overhead per operation and one per kernel or tensor. A third one, of ordinary width, says how
-much longer kernels and updates take in a step than one by one; it is trained with states on disk and in RAM.
+One has a single product in each block, the other decoder layers; what their operations take, less the kernels by
+themselves, is an overhead per operation and one per kernel or tensor. A third one, of ordinary width, says how much longer
+kernels and updates take in a step than one by one; it is trained with states on disk and activations computed again, and
+with states in RAM and activations kept.
 """
 
 import importlib
@@ -14,7 +15,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weightstream.census import Census, Kernels, take
@@ -28,6 +28,8 @@ from weightstream.training.memory import peak_rss_bytes, rss_bytes
 
 _WIDTH, _TOKENS, _LAYERS, _MICRO_BATCHES = 32, 16, 4, 4
 _LARGE = 256
+_SHARED_WIDTH, _SHARED_TOKENS = 192, 192
+"""Just enough for threads to share what a kernel does: they have to be woken each time, as in a model of people."""
 _ORDINARY_WIDTH, _ORDINARY_TOKENS, _ORDINARY_STEPS = 448, 320, 7
 KernelSeconds = Callable[[Kernels], float]
 UpdateSeconds = Callable[[BlockFacts, bool], float]
@@ -44,34 +46,21 @@ class _Bare(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A decoder layer by hand, so that no library is needed for it."""
+    """A decoder layer as people train it: what its own Python code takes is between its kernels in their runs, too."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norms = nn.ParameterList([nn.Parameter(torch.ones(width)) for _ in range(2)])
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.gate, self.up, self.down = (nn.Linear(width, width, bias=False) for _ in range(3))
-
-    def norm(self, x: Tensor, which: int) -> Tensor:
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
-        return self.norms[which] * scaled.to(x.dtype)
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.view(1, x.shape[1], 2, x.shape[2] // 2).transpose(1, 2)
-
-    def turned(self, x: Tensor) -> Tensor:
-        heads = self.heads(x)
-        one, other = heads.chunk(2, -1)
-        return heads * 0.5 + torch.cat([-other, one], -1) * 0.5
+        llama = importlib.import_module("transformers.models.llama.modeling_llama")
+        config = llama.LlamaConfig(
+            hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, attn_implementation="sdpa",
+        )  # fmt: skip
+        self.layer = llama.LlamaDecoderLayer(config, 0)
+        self.rotary = llama.LlamaRotaryEmbedding(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x, 0)
-        query, key = self.turned(self.query(y)), self.turned(self.key(y))
-        seen = F.scaled_dot_product_attention(query, key, self.heads(self.value(y)), is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).reshape(x.shape))
-        y = self.norm(x, 1)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))  # type: ignore[no-any-return]
+        places = torch.arange(x.shape[1], device=x.device)[None]
+        return self.layer(x, position_embeddings=self.rotary(x, places), position_ids=places)  # type: ignore[no-any-return]
 
 
 class _Model(nn.Module):
@@ -102,11 +91,11 @@ class _Toy:
 
 
 def _engine(
-    layer: Callable[[int], nn.Module], folder: Path, threads: int, width: int, *, ram_tier: bool = False
+    layer: Callable[[int], nn.Module], folder: Path, threads: int, width: int, *, in_memory: bool = False
 ) -> Engine:
     return Engine(
         lambda: _Model(layer, width), folder, AdamW(), clip_norm=1.0, precision="bf16", device_memory="256MiB",
-        host_memory="256MiB", activations="recompute", ram_tier=ram_tier, threads_per_worker=threads,
+        host_memory="256MiB", activations="keep" if in_memory else "recompute", ram_tier=in_memory, threads_per_worker=threads,
         block_rules={"layers.*": "block"},
     )  # fmt: skip
 
@@ -123,12 +112,12 @@ def _measure(
     *,
     width: int = _WIDTH,
     tokens: int = _TOKENS,
-    ram_tier: bool = False,
+    in_memory: bool = False,
 ) -> _Toy:
     micro_batches = _micro_batches(tokens, width)
     found: dict[str, list[float]] = {}
     begins, betweens = [], []
-    with _engine(layer, folder, threads, width, ram_tier=ram_tier) as engine:
+    with _engine(layer, folder, threads, width, in_memory=in_memory) as engine:
         for number in range(steps + 3):
             result = engine.step(micro_batches, _loss)
             counts = engine.runtime.outcome.counts
@@ -157,12 +146,13 @@ def executor(
 ) -> Executor:
     """Overheads, from toys in a folder that is theirs."""
     bare, rich = (_measure(layer, folder / name, steps, threads) for name, layer in (("bare", _Bare), ("rich", _Layer)))
+    shared = _measure(_Layer, folder / "shared", steps, threads, width=_SHARED_WIDTH, tokens=_SHARED_TOKENS)
     operation_s = dict(bare.operation_s)
     kernel_s, tensor_s = {}, {}
     for kind in ("forward", "backward"):
         # the last of a toy's visits is not recomputed: seconds are the mean over all visits, and so are kernels
-        (few, few_s), (many, many_s) = (_kernels(toy, kind, kernel_seconds) for toy in (bare, rich))
-        extra = (rich.operation_s[kind] - many_s) - (bare.operation_s[kind] - few_s)
+        (few, few_s), (many, many_s) = (_kernels(toy, kind, kernel_seconds) for toy in (bare, shared))
+        extra = (shared.operation_s[kind] - many_s) - (bare.operation_s[kind] - few_s)
         kernel_s[kind] = max(0.0, extra / (many - few))
         operation_s[kind] = max(0.0, bare.operation_s[kind] - few_s - few * kernel_s[kind])
     turn = bare.census.turn
@@ -173,16 +163,17 @@ def executor(
         tensor_s[kind] = max(0.0, each)
         operation_s[kind] = max(0.0, bare.operation_s[kind] - tensor_s[kind] * bare.tensors)
     operation_s["begin"] = bare.begin_s
-    on_disk, in_ram = (
+    on_disk, in_memory = (
         _measure(
             _Layer, folder / name, min(steps, _ORDINARY_STEPS), threads, width=_ORDINARY_WIDTH, tokens=_ORDINARY_TOKENS,
-            ram_tier=ram_tier,
+            in_memory=name == "in-memory",
         )
-        for name, ram_tier in (("ordinary", False), ("ordinary-in-ram", True))
+        for name in ("on-disk", "in-memory")
     )  # fmt: skip
     in_a_step = _in_a_step(on_disk, kernel_seconds, operation_s, kernel_s)
-    for key, toy, ram_tier in (("update", on_disk, False), ("update in RAM", in_ram, True)):
-        in_a_step[key] = _update_in_a_step(toy, update_seconds, operation_s, tensor_s, ram_tier=ram_tier)
+    in_a_step |= _in_a_step(in_memory, kernel_seconds, operation_s, kernel_s, kept=True)
+    for key, toy in (("update", on_disk), ("update in RAM", in_memory)):
+        in_a_step[key] = _update_in_a_step(toy, update_seconds, operation_s, tensor_s, in_ram=toy is in_memory)
     return Executor(
         operation_s={kind: significant(value) for kind, value in sorted(operation_s.items())},
         kernel_s={kind: significant(value) for kind, value in kernel_s.items()},
@@ -193,9 +184,17 @@ def executor(
 
 
 def _in_a_step(
-    toy: _Toy, kernel_seconds: KernelSeconds, operation_s: Mapping[str, float], kernel_s: Mapping[str, float]
+    toy: _Toy,
+    kernel_seconds: KernelSeconds,
+    operation_s: Mapping[str, float],
+    kernel_s: Mapping[str, float],
+    *,
+    kept: bool = False,
 ) -> dict[str, float]:
-    """How many times longer kernels take in a step of this toy than one by one; at least once."""
+    """How many times longer kernels take in a step of this toy than one by one; at least once.
+
+    Where activations are kept, they come to lie in memory that no cache has, and nothing is computed again.
+    """
 
     def alone_s(runs: Sequence[Kernels], direction: str) -> float:
         own = sum(kernel_seconds(run) + kernel_s[direction] * sum(run.values()) for run in runs)
@@ -204,9 +203,12 @@ def _in_a_step(
     visits = toy.census.visits
     first = (toy.operation_s["forward"] - operation_s["forward"]) / alone_s([v.forward for v in visits], "forward")
     forward = max(1.0, first)
-    again_s = forward * alone_s([visit.recompute for visit in visits[:-1]], "forward")
+    again_s = 0.0 if kept else forward * alone_s([visit.recompute for visit in visits[:-1]], "forward")
     left_s = toy.operation_s["backward"] - operation_s["backward"] - again_s
-    return {"forward": forward, "backward": max(1.0, left_s / alone_s([v.backward for v in visits], "backward"))}
+    backward = max(1.0, left_s / alone_s([v.backward for v in visits], "backward"))
+    return dict(
+        zip(("forward kept", "backward kept") if kept else ("forward", "backward"), (forward, backward), strict=True)
+    )
 
 
 def _update_in_a_step(
@@ -215,12 +217,14 @@ def _update_in_a_step(
     operation_s: Mapping[str, float],
     tensor_s: Mapping[str, float],
     *,
-    ram_tier: bool,
+    in_ram: bool,
 ) -> float:
-    """How many times longer an update takes in a step, of records that just came and beside what still moves."""
-    alone_s = sum(update_seconds(block, ram_tier) for block in toy.blocks) / len(toy.blocks)
+    """How many times longer an update takes in a step, of records that just came and beside what still moves; at least once:
+    what the RAM tier copies it copies later, on cores that forward then lacks.
+    """
+    alone_s = sum(update_seconds(block, in_ram) for block in toy.blocks) / len(toy.blocks)
     own_s = toy.operation_s["update"] - operation_s["update"] - tensor_s["update"] * toy.tensors
-    return max(0.1, own_s / alone_s)
+    return max(1.0, own_s / alone_s)
 
 
 def _in_a_process(folder: Path, threads: int) -> int:

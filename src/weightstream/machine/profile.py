@@ -119,9 +119,9 @@ class Executor(Section):
     tensor_s: dict[str, NotNegative]
     """Seconds per tensor by kind: of a block's sum (`reduce`) and of its update."""
     in_a_step: dict[str, Positive] = Field(default_factory=dict)
-    """How many times longer kernels (`forward`, `backward`) and updates (`update` with states on disk, `update in RAM`) take
-    within a step than one by one: what they need comes from memory there, and the store works beside. 1 where it was not
-    measured."""
+    """How many times longer kernels (`forward`, `backward`; where activations are kept `forward kept`, `backward kept`) and
+    updates (`update` with states on disk, `update in RAM`) take within a step than one by one: what they need comes from
+    memory there, and the store works beside. 1 where it was not measured."""
     between_steps_s: NotNegative
     process_bytes: int = Field(ge=0)
     """Memory of a process that trains beyond what its plan allots and what it holds when it has imported everything:
