@@ -126,11 +126,10 @@ class Growing:
         self._counted = {
             name: Counted.from_json(kept[name]) if name in kept else Counted(counts[name]) for name in layers
         }
-        for limit in self._limits:
-            for name in limit.layers:
-                closed = self._counted[name].closed
-                if closed is not None and not _still(closed, limit.pool):
-                    self._counted[name] = replace(self._counted[name], closed=None)
+        pool_of = {name: limit.pool for limit in self._limits for name in limit.layers}
+        for name, counted in self._counted.items():
+            if counted.closed is not None and not _still(counted.closed, pool_of.get(name)):
+                self._counted[name] = replace(counted, closed=None)
         self._now = dict(self._counted)  # with what the step under way has closed
         self._assignments: dict[str, int] = {}
         self._warned: set[str] = set()
@@ -342,8 +341,10 @@ def _limits(layers: Mapping[str, StreamedExperts], pools: Mapping[str, Pool]) ->
     return list(limits.values())
 
 
-def _still(closed: int | str, pool: Pool) -> bool:
-    """Whether a pool that closed at that limit is full at this one, too."""
+def _still(closed: int | str, pool: Pool | None) -> bool:
+    """Whether a layer whose pool closed at that limit is closed with this one, too; without one it is open."""
+    if pool is None:
+        return False
     before = Pool(closed)
     return pool.when_full == "existing" and before.counts == pool.counts and pool.most <= before.most
 

@@ -175,6 +175,27 @@ def test_a_pool_that_is_made_larger_opens_again(tmp_path: Path) -> None:
         assert not any(each.redirected for each in facts.values())
 
 
+def test_without_a_pool_what_had_closed_is_open_whoever_looks_at_the_model(tmp_path: Path) -> None:
+    """Also where the pool is left out of one layer alone; looking changes nothing of what the next step does."""
+    pools: dict[str, Any] = {"none": {}, "looked": {}, "second": {"*.1.*": Pool(5, "existing")}}
+    with pooled(tmp_path / "closed", 90) as trained:
+        for step in range(4):
+            trained.step(text(step), loss_fn)
+        assert trained.growing.pools[0].closed
+        trained.snapshot("closed")
+        for name in pools:
+            trained.store.branch("closed", tmp_path / name)
+    reached = {}
+    for name, limits in pools.items():
+        with pooled(tmp_path / name, limits) as trained:
+            if name == "looked":
+                with trained.module() as model, torch.no_grad():
+                    loss_fn(model, text(9)[0])
+            reached[name] = [(each.new, each.redirected) for each in trained.step(text(5), loss_fn).experts.values()]
+    assert reached["none"] == reached["looked"] == [(13, 0), (13, 0)]
+    assert reached["second"] == [(13, 0), (0, 12)]
+
+
 def test_pools_of_single_layers_in_bytes(tmp_path: Path) -> None:
     """Each layer by its own limit: one closes, the other goes on; records count as many bytes as they take."""
     with engine(tmp_path / "sizes", frozen) as free:
