@@ -31,21 +31,23 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Of one layer: experts that exist, how many a step has added lately, the mean of so many steps, and the limit at which
-    its pool closed."""
+    """Of one layer: experts that exist, how many a step has added lately, the mean of so many steps, the limit at which its
+    pool closed, and how often the last step called the layer for each micro-batch; 0 before the first one."""
 
     written: int
     rate: float = 0.0
     steps: int = 0
     closed: int | str | None = None
+    calls: int = 0
 
-    def after(self, added: int) -> "Counted":
+    def after(self, added: int, calls: int) -> "Counted":
         """After one more step; a plain mean at first, in which older steps then count less and less."""
         steps = min(self.steps + 1, RECENT_STEPS)
-        return replace(self, written=self.written + added, rate=self.rate + (added - self.rate) / steps, steps=steps)
+        rate = self.rate + (added - self.rate) / steps
+        return replace(self, written=self.written + added, rate=rate, steps=steps, calls=calls)
 
     def to_json(self) -> list[Any]:
-        return [self.written, self.rate, self.steps, self.closed]
+        return [self.written, self.rate, self.steps, self.closed, self.calls]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> "Counted":
@@ -104,7 +106,7 @@ class Growing:
         existence: which of these exist.
         pools: by pattern of layer names, the first that matches counts; layers with one pattern share a pool.
         kept: what `to_json` gave with the last commit.
-        calls: how often the model calls a layer for each micro-batch.
+        calls: how often the last step called a layer for each micro-batch; before there was one, a guess.
         several: there are several ranks, which all call the same methods; else `log` is all that is told.
     """
 
@@ -204,7 +206,7 @@ class Growing:
         return {name: found.to_json() for name, found in self._counted.items()}
 
     def _after(self, added: Mapping[str, int]) -> dict[str, Counted]:
-        return {name: found.after(added.get(name, 0)) for name, found in self._now.items()}
+        return {name: found.after(added.get(name, 0), self._calls(name)) for name, found in self._now.items()}
 
     def _hold(
         self, limit: _Limit, expected: Numbers, written: Mapping[str, Collection[int]], tokens: int | None
@@ -243,9 +245,13 @@ class Growing:
             self._now[name] = replace(self._now[name], closed=limit.pool.limit)
 
     def _could_reach(self, name: str, tokens: int) -> Reach:
-        """What a step of so many tokens may reach of a layer whose experts are not known beforehand."""
+        """What a step of so many tokens may reach of a layer whose experts are not known beforehand.
+
+        The calls are those that were committed: what this process has seen of them, one that goes on in its place has not.
+        """
         layer = self._layers[name]
-        experts = min(tokens * layer.top_k * self._calls(name), layer.experts)
+        calls = self._counted[name].calls or self._calls(name)
+        experts = min(tokens * layer.top_k * calls, layer.experts)
         return Reach(experts, min(experts, layer.experts - self._counted[name].written))
 
     def _check_memory(self, name: str, expected: Sequence[int] | None, tokens: int | None) -> None:
