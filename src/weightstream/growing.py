@@ -177,7 +177,7 @@ class Growing:
         added = self._existence.sum(added) if self._several else dict(added)
         for limit in self._limits:
             after = self._used(limit, added)
-            if after > limit.pool.most:
+            if after > limit.pool.most and any(added.get(name) for name in limit.layers):
                 raise PlanError(
                     f"{limit}: the step reached experts that do not follow from its input_ids, {_figure(limit.pool, after)} "
                     f"would exist, {_figure(limit.pool, limit.pool.most)} may; give a larger pool, or the layers the "
@@ -223,7 +223,7 @@ class Growing:
             for name in limit.layers
         }
         used, after = self._used(limit, {}), self._used(limit, new)
-        if after <= limit.pool.most:
+        if after <= limit.pool.most or not any(new.values()):  # a pool may have been made smaller than what exists
             return
         adds = f"{sum(new.values()):,} experts" + ("" if limit.pool.counts else f" of {format_bytes(after - used)}")
         full = (

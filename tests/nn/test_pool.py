@@ -197,6 +197,20 @@ def test_without_a_pool_what_had_closed_is_open_whoever_looks_at_the_model(tmp_p
     assert reached["second"] == [(13, 0), (0, 12)]
 
 
+def test_a_pool_that_is_made_smaller_than_what_exists_lets_nothing_come_to_exist(tmp_path: Path) -> None:
+    with pooled(tmp_path / "store", 95) as trained:
+        for step in range(4):
+            trained.step(text(step), loss_fn)
+        used = trained.growing.pools[0].used
+    with pooled(tmp_path / "store", used - 1, "existing") as trained:
+        assert not any(facts.new for facts in trained.step(text(5), loss_fn).experts.values())
+    with pooled(tmp_path / "store", used - 1, "refuse") as trained:
+        trained.step(text(0), loss_fn)  # nothing new
+        with pytest.raises(PlanError, match=f"{used} experts of {used - 1} experts exist"):
+            trained.step(text(5), loss_fn)
+        assert trained.growing.pools[0].used == used
+
+
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_a_step_that_is_skipped_closes_a_pool_even_if_it_is_one_too_many(tmp_path: Path, clip_norm: float | None) -> None:
     """Whoever goes on after the refusal does as a process that is started again."""
