@@ -259,13 +259,18 @@ def test_a_router_that_sends_all_tokens_to_one_expert_is_reported(tmp_path: Path
     assert len(warned) == 2  # once for each layer
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("shift", [1, -1])
-def test_a_router_cannot_reach_what_is_not_of_its_layer(shift: int, tmp_path: Path) -> None:
+def test_a_router_cannot_reach_what_is_not_of_its_layer(shift: int, known: bool, tmp_path: Path) -> None:
     """Beyond its experts lie those of the next layer, and before them the blocks."""
 
     class Beside(HashRouter):
-        def beforehand(self, ids: Tensor, experts: int, top_k: int) -> Tensor:
-            return super().beforehand(ids, experts, top_k) + shift
+        def beforehand(self, ids: Tensor, experts: int, top_k: int) -> Any:
+            return super().beforehand(ids, experts, top_k) + shift if known else None
+
+        def forward(self, hidden: Tensor, ids: Tensor | None, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+            numbers, gates = HashRouter(tokens=2)(hidden, ids, experts, top_k)
+            return numbers + shift, gates
 
     def build() -> Model:
         return Model(lambda index: StreamedExperts(WIDTH, HIDDEN, 3, TOP_K, Beside(tokens=2, seed=index)))

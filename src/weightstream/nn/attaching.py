@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from weightstream.blocks import Block
 from weightstream.errors import ConfigError
 from weightstream.nn.experts import StreamedExperts
+from weightstream.nn.routers import check_numbers
 
 INPUT_IDS = "input_ids"
 _MOST_RECORDS = 2**63 - 1
@@ -74,7 +75,9 @@ def known_beforehand(layers: Mapping[str, StreamedExperts], micro_batches: Itera
         for ids in texts:
             if isinstance(ids, Tensor):
                 found = layer.router.beforehand(ids, layer.experts, layer.top_k)
-                numbers.update(() if found is None else found.flatten().tolist())
+                if found is not None:
+                    check_numbers(layer.router, found, layer.experts)
+                    numbers.update(found.flatten().tolist())
         if numbers:
             expected[name] = sorted(numbers)
     return expected

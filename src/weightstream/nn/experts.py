@@ -11,7 +11,7 @@ from weightstream.blocks import Parameter
 from weightstream.errors import ConfigError
 from weightstream.nn import grouping
 from weightstream.nn.grouping import ACTIVATIONS, Activation, Grouping
-from weightstream.nn.routers import MOST_EXPERTS, Router
+from weightstream.nn.routers import MOST_EXPERTS, Router, check_numbers
 from weightstream.store.families import Family
 from weightstream.store.initial import generate
 from weightstream.store.recipes import Recipe, Step
@@ -115,7 +115,7 @@ class StreamedExperts(nn.Module):
         return result.view(hidden.shape)
 
     def _routed(self, hidden: Tensor, ids: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
-        """What the router says. Numbers beyond this layer's would be records of another layer or block of the store."""
+        """What the router says."""
         numbers, gates = self.router(hidden, ids, self.experts, self.top_k)
         shape, who = (tokens, self.top_k), type(self.router).__name__
         if numbers.shape != shape or gates.shape != shape or numbers.dtype != torch.int64:
@@ -123,13 +123,7 @@ class StreamedExperts(nn.Module):
                 f"{who}: expected experts (int64) and gates of shape {shape}, (tokens, top_k), found {tuple(numbers.shape)} "
                 f"of {numbers.dtype} and {tuple(gates.shape)}; return them so from forward"
             )
-        if numbers.numel():
-            least, most = (int(found) for found in numbers.aminmax())
-            if least < 0 or most >= self.experts:
-                raise ConfigError(
-                    f"{who}: expected experts from 0 to {self.experts - 1:,}, found {least if least < 0 else most:,}; choose "
-                    f"among those that the layer has"
-                )
+        check_numbers(self.router, numbers, self.experts)
         return numbers, gates
 
     def attach(self, source: Source | None) -> None:
