@@ -291,7 +291,8 @@ def test_what_one_rank_refuses_ends_all(
 
 def test_a_model_that_fails_on_one_rank_while_it_is_looked_at_ends_all(tmp_path: Path) -> None:
     """The others wait for what the failed one may ask them for."""
-    cluster, said = Cluster(2, 1), {}
+    cluster = Cluster(2, 1)
+    said: dict[int, str] = {}
 
     class FailedError(Exception):
         pass
@@ -306,7 +307,7 @@ def test_a_model_that_fails_on_one_rank_while_it_is_looked_at_ends_all(tmp_path:
                 experts_memory="8MiB",
             ) as engine, engine.module() as model:  # fmt: skip
                 if links.rank == 2:
-                    model.layers[1].before.register_forward_hook(fail)
+                    model.get_submodule("layers.1.before").register_forward_hook(fail)
                 if engine.computes:
                     loss_fn(model, text(1, 1)[0])
         except (FailedError, FabricError) as error:
