@@ -31,7 +31,7 @@ from weightstream.keeping import Keeper
 from weightstream.lending import AllLending, Borrowed, values_bytes
 from weightstream.masking import Masking
 from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
-from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of, tokens_in
+from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of, places_of, tokens_in
 from weightstream.nn.pool import Pool
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.past import Past
@@ -266,6 +266,7 @@ class Engine:
         if self.device.type == "cpu":
             keep_memory()
         self._layers = layers_of(self.model)
+        self._places = places_of(self.model, self._layers)
         self._crowded: set[str] = set()
         self.experts_memory = parse_bytes(experts_memory) if self._layers else 0
         self._pools = {"*": experts_pool} if isinstance(experts_pool, Pool) else dict(experts_pool or {})
@@ -302,7 +303,7 @@ class Engine:
         )
 
     def _start(self) -> None:
-        check_places(self._layers, self.store.blocks)
+        check_places(self._places, self.store.blocks)
         cluster = self.ranks.cluster
         self.owner = self._owners(cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
@@ -435,7 +436,7 @@ class Engine:
         assert links is not None, "one rank has nobody to lend to"
         self._parcels = Parcels(links.add_records(), self.recorder.log)
         return AllLending(
-            self._parcels, self.ranks.cluster, families, blocks_of(families, self.store.blocks),
+            self._parcels, self.ranks.cluster, families, blocks_of(self._places, self.store.blocks),
             groups=self._budgets.reduction_groups, standing_still=self._standing_still,
         )  # fmt: skip
 
@@ -462,8 +463,17 @@ class Engine:
         self.touching.begin(micro_batches, self.step_count - self.skipped_steps, expected)
 
     def _calls(self, layer: str) -> int:
-        """How often the model calls a layer of experts for each micro-batch, as far as it is known."""
-        return max(1, sum(layer.startswith(f"{visit.module}.") for visit in self._visits))
+        """How often the last step called a layer of experts for each micro-batch; before there was one, a guess."""
+        made = zip(self.runtime.visits, self.runtime.members, strict=True)
+        visits: list[tuple[Visit, Iterable[int]]] = list(made) or [(visit, (0,)) for visit in self._visits]
+        places = self._places[layer]
+        called = Counter(
+            micro_batch
+            for visit, members in visits
+            if any(place.startswith(f"{visit.module}.") for place in places)
+            for micro_batch in members
+        )
+        return max(called.values(), default=1)
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
@@ -663,8 +673,8 @@ class Engine:
         self._learn(outcome, measuring)
         self.step_count = number
         norm = outcome.norm
-        self._count_skipped(outcome, number)
         self.growing.took(self._added(outcome.finite))
+        self._count_skipped(outcome, number)
         self.growing.measured({name: facts.assignments for name, facts in self.touching.facts.items()})
         self._warn_of_crowds()
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))

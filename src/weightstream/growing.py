@@ -31,21 +31,23 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Of one layer: experts that exist, how many a step has added lately, the mean of so many steps, and the limit at which
-    its pool closed."""
+    """Of one layer: experts that exist, how many a step has added lately, the mean of so many steps, the limit at which its
+    pool closed, and how often the last step called the layer for each micro-batch; 0 before the first one."""
 
     written: int
     rate: float = 0.0
     steps: int = 0
     closed: int | str | None = None
+    calls: int = 0
 
-    def after(self, added: int) -> "Counted":
+    def after(self, added: int, calls: int) -> "Counted":
         """After one more step; a plain mean at first, in which older steps then count less and less."""
         steps = min(self.steps + 1, RECENT_STEPS)
-        return replace(self, written=self.written + added, rate=self.rate + (added - self.rate) / steps, steps=steps)
+        rate = self.rate + (added - self.rate) / steps
+        return replace(self, written=self.written + added, rate=rate, steps=steps, calls=calls)
 
     def to_json(self) -> list[Any]:
-        return [self.written, self.rate, self.steps, self.closed]
+        return [self.written, self.rate, self.steps, self.closed, self.calls]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> "Counted":
@@ -104,7 +106,7 @@ class Growing:
         existence: which of these exist.
         pools: by pattern of layer names, the first that matches counts; layers with one pattern share a pool.
         kept: what `to_json` gave with the last commit.
-        calls: how often the model calls a layer for each micro-batch.
+        calls: how often the last step called a layer for each micro-batch; before there was one, a guess.
         several: there are several ranks, which all call the same methods; else `log` is all that is told.
     """
 
@@ -126,11 +128,10 @@ class Growing:
         self._counted = {
             name: Counted.from_json(kept[name]) if name in kept else Counted(counts[name]) for name in layers
         }
-        for limit in self._limits:
-            for name in limit.layers:
-                closed = self._counted[name].closed
-                if closed is not None and not _still(closed, limit.pool):
-                    self._counted[name] = replace(self._counted[name], closed=None)
+        pool_of = {name: limit.pool for limit in self._limits for name in limit.layers}
+        for name, counted in self._counted.items():
+            if counted.closed is not None and not _still(counted.closed, pool_of.get(name)):
+                self._counted[name] = replace(counted, closed=None)
         self._now = dict(self._counted)  # with what the step under way has closed
         self._assignments: dict[str, int] = {}
         self._warned: set[str] = set()
@@ -176,7 +177,7 @@ class Growing:
         added = self._existence.sum(added) if self._several else dict(added)
         for limit in self._limits:
             after = self._used(limit, added)
-            if after > limit.pool.most:
+            if after > limit.pool.most and any(added.get(name) for name in limit.layers):
                 raise PlanError(
                     f"{limit}: the step reached experts that do not follow from its input_ids, {_figure(limit.pool, after)} "
                     f"would exist, {_figure(limit.pool, limit.pool.most)} may; give a larger pool, or the layers the "
@@ -205,7 +206,7 @@ class Growing:
         return {name: found.to_json() for name, found in self._counted.items()}
 
     def _after(self, added: Mapping[str, int]) -> dict[str, Counted]:
-        return {name: found.after(added.get(name, 0)) for name, found in self._now.items()}
+        return {name: found.after(added.get(name, 0), self._calls(name)) for name, found in self._now.items()}
 
     def _hold(
         self, limit: _Limit, expected: Numbers, written: Mapping[str, Collection[int]], tokens: int | None
@@ -222,7 +223,7 @@ class Growing:
             for name in limit.layers
         }
         used, after = self._used(limit, {}), self._used(limit, new)
-        if after <= limit.pool.most:
+        if after <= limit.pool.most or not any(new.values()):  # a pool may have been made smaller than what exists
             return
         adds = f"{sum(new.values()):,} experts" + ("" if limit.pool.counts else f" of {format_bytes(after - used)}")
         full = (
@@ -244,9 +245,13 @@ class Growing:
             self._now[name] = replace(self._now[name], closed=limit.pool.limit)
 
     def _could_reach(self, name: str, tokens: int) -> Reach:
-        """What a step of so many tokens may reach of a layer whose experts are not known beforehand."""
+        """What a step of so many tokens may reach of a layer whose experts are not known beforehand.
+
+        The calls are those that were committed: what this process has seen of them, one that goes on in its place has not.
+        """
         layer = self._layers[name]
-        experts = min(tokens * layer.top_k * self._calls(name), layer.experts)
+        calls = self._counted[name].calls or self._calls(name)
+        experts = min(tokens * layer.top_k * calls, layer.experts)
         return Reach(experts, min(experts, layer.experts - self._counted[name].written))
 
     def _check_memory(self, name: str, expected: Sequence[int] | None, tokens: int | None) -> None:
@@ -342,8 +347,10 @@ def _limits(layers: Mapping[str, StreamedExperts], pools: Mapping[str, Pool]) ->
     return list(limits.values())
 
 
-def _still(closed: int | str, pool: Pool) -> bool:
-    """Whether a pool that closed at that limit is full at this one, too."""
+def _still(closed: int | str, pool: Pool | None) -> bool:
+    """Whether a layer whose pool closed at that limit is closed with this one, too; without one it is open."""
+    if pool is None:
+        return False
     before = Pool(closed)
     return pool.when_full == "existing" and before.counts == pool.counts and pool.most <= before.most
 

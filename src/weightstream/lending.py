@@ -10,7 +10,7 @@ order of that tree (`touching.over_groups`): the bits are those of one rank.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -197,7 +197,7 @@ class AllLending:
 
     Args:
         families: by the name of their layer; each rank has the same ones in the same order.
-        blocks: by the same name, the block that the layer lies in.
+        blocks: those that these layers lie in.
         standing_still: entered while this rank waits for others though it computes.
     """
 
@@ -206,14 +206,14 @@ class AllLending:
         parcels: Parcels,
         cluster: Cluster,
         families: Mapping[str, Borrowed],
-        blocks: Mapping[str, int],
+        blocks: Collection[int],
         *,
         groups: int,
         standing_still: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.parcels, self.families = parcels, families
         self._names = {id(family): name for name, family in families.items()}
-        self.blocks = frozenset(blocks.values())
+        self.blocks = frozenset(blocks)
         self._share = cluster.groups_of(parcels.rank, groups)
         self._ranks, self._owners = range(cluster.size), range(len(cluster.memory_ranks))
         self._standing_still, self._micro_batches = standing_still, 0

@@ -45,6 +45,7 @@ class StreamedModel:
         self._followed_by: dict[int, int] = {}
         self._recent: list[int] = []  # blocks in slabs, least recently used first
         self._last: int | None = None
+        self._lending = False  # ranks lend each other records while a block is gone through
         residents = [block.index for block in holding.blocks if block.resident]
         for position, block in enumerate(residents):
             self._fetch(block, streaming + position)
@@ -110,13 +111,16 @@ class StreamedModel:
         if not self._touching.lends(block):
             return self._worker.own_forward(module)(*args, **kwargs)
         _announce(self._peers, [block, _THROUGH])
+        self._lending = True
         self._touching.enter(block)
         found = self._worker.own_forward(module)(*args, **kwargs)
         self._touching.leave(block)
+        self._lending = False
         return found
 
     def close(self) -> None:
-        _announce(self._peers, None)
+        if not self._lending:  # else the block has failed here: others wait for records, and would not hear of an end
+            _announce(self._peers, None)
         for block in [*self._recent, *self._residents]:
             self._evict(block)
         self._expansion.close()

@@ -347,8 +347,10 @@ class Touched:
         """
         while self._writes and (len(self._free) < records or self._writes[0][0].done()):
             writing, slots = self._writes.popleft()
-            self._wait(writing)
-            self._free.extend(slots)
+            try:
+                self._wait(writing)
+            finally:
+                self._free.extend(slots)  # also where it failed: what was to be written is undone
         if len(self._free) < records:
             raise PlanError(
                 f"family {self.family.name!r}: a step reaches {len(self._held) + records:,} records or more, there is memory "

@@ -157,6 +157,20 @@ def test_any_cluster_has_the_digest_of_one_rank(
     assert digest(tmp_path / "ranks") == digest(tmp_path / "alone")
 
 
+class Sharing(Model):
+    """The last layer has the experts of the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[2].experts = self.layers[0].experts
+
+
+def test_layers_may_share_their_experts(tmp_path: Path) -> None:
+    expected = train(tmp_path / "alone", 2, 4, build=Sharing)
+    assert on_ranks(Cluster(2), tmp_path / "ranks", 2, 4, build=Sharing) == expected
+    assert digest(tmp_path / "ranks") == digest(tmp_path / "alone")
+
+
 @pytest.mark.parametrize(
     ("clip_norm", "clusters"),
     [(None, [Cluster(3), Cluster(1, 2)]), (0.5, [Cluster(2), Cluster(4), Cluster(1), Cluster(2, 3)])],
@@ -273,3 +287,32 @@ def test_what_one_rank_refuses_ends_all(
     assert len(messages) == cluster.size
     for message in messages:
         assert re.search(said, message)
+
+
+def test_a_model_that_fails_on_one_rank_while_it_is_looked_at_ends_all(tmp_path: Path) -> None:
+    """The others wait for what the failed one may ask them for."""
+    cluster = Cluster(2, 1)
+    said: dict[int, str] = {}
+
+    class FailedError(Exception):
+        pass
+
+    def fail(*_: Any) -> None:
+        raise FailedError
+
+    def work(links: Links) -> None:
+        try:
+            with ws.Engine(
+                Model, tmp_path / "ranks", ws.AdamW(lr=1e-2), threads_per_worker=1, cluster=cluster, links=links,
+                experts_memory="8MiB",
+            ) as engine, engine.module() as model:  # fmt: skip
+                if links.rank == 2:
+                    model.get_submodule("layers.1.before").register_forward_hook(fail)
+                if engine.computes:
+                    loss_fn(model, text(1, 1)[0])
+        except (FailedError, FabricError) as error:
+            said[links.rank] = type(error).__name__
+            links.stop("it failed")
+
+    run_ranks(cluster, work, timeout_s=20)
+    assert said == {0: "FabricError", 1: "FabricError", 2: "FailedError"}

@@ -257,3 +257,79 @@ def test_a_router_that_sends_all_tokens_to_one_expert_is_reported(tmp_path: Path
     assert result.experts["layers.0.experts"].touched == 2
     warned = [text for text in said if "one expert of 64 got 124 of 128 assignments, the step reached 2" in text]
     assert len(warned) == 2  # once for each layer
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("shift", [1, -1])
+def test_a_router_cannot_reach_what_is_not_of_its_layer(shift: int, known: bool, tmp_path: Path) -> None:
+    """Beyond its experts lie those of the next layer, and before them the blocks."""
+
+    class Beside(HashRouter):
+        def beforehand(self, ids: Tensor, experts: int, top_k: int) -> Any:
+            return super().beforehand(ids, experts, top_k) + shift if known else None
+
+        def forward(self, hidden: Tensor, ids: Tensor | None, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+            numbers, gates = HashRouter(tokens=2)(hidden, ids, experts, top_k)
+            return numbers + shift, gates
+
+    def build() -> Model:
+        return Model(lambda index: StreamedExperts(WIDTH, HIDDEN, 3, TOP_K, Beside(tokens=2, seed=index)))
+
+    with engine(tmp_path / "store", build) as trained:
+        before = trained.store.digest()
+        with pytest.raises(ConfigError, match=rf"Beside: expected experts from 0 to 2, found {3 if shift > 0 else -1};"):
+            trained.step(text(0), loss_fn)
+        assert trained.store.digest() == before
+
+
+@pytest.mark.parametrize("change", [lambda n: n.view(2, -1, TOP_K), lambda n: n.int(), lambda n: n[:, :1]])
+def test_a_router_that_returns_something_else_is_told_what_is_expected(change: Callable[[Tensor], Tensor]) -> None:
+    class Other(HashRouter):
+        def forward(self, hidden: Tensor, ids: Tensor | None, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+            numbers, gates = super().forward(hidden, ids, experts, top_k)
+            return change(numbers), gates
+
+    layer = StreamedExperts(WIDTH, HIDDEN, 8, TOP_K, Other()).resident()
+    with pytest.raises(ConfigError, match=r"Other: expected experts \(int64\) and gates of shape \(6, 2\), \(tokens, top_k\)"):
+        layer(torch.zeros(2, 3, WIDTH), torch.zeros(2, 3, dtype=torch.int64))
+
+
+class Few(Layer):
+    """Only some tokens of a micro-batch go to the experts, of some none."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        some = ids < ids[0, 0] - 16
+        return x.index_put((some,), self.experts(self.norm(x[some]), ids[some]), accumulate=True)
+
+
+def test_a_layer_may_be_given_no_tokens(tmp_path: Path) -> None:
+    class Selecting(Model):
+        def __init__(self, make: Any) -> None:
+            super().__init__(make)
+            self.layers[1] = Few(make(1))
+
+    reached = []
+    with engine(tmp_path / "store", lambda: Selecting(streamed_layer)) as trained:
+        for first in (0, 31):
+            ids = torch.arange(5).add(first).remainder(32).expand(2, 5)
+            facts = trained.step([{"input_ids": ids, "labels": ids}], loss_fn).experts
+            reached.append(facts["layers.1.experts"].assignments if "layers.1.experts" in facts else 0)
+    assert reached == [0, 8 * TOP_K]
+
+
+def streamed_layer(index: int) -> StreamedExperts:
+    return StreamedExperts(WIDTH, HIDDEN, EXPERTS, TOP_K, HashRouter(tokens=2, seed=index))
+
+
+@pytest.mark.parametrize("activations", ["auto", "recompute"])
+def test_autocast_computes_experts_as_it_does_products(activations: str, tmp_path: Path) -> None:
+    def cast(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_fn(model, batch)
+
+    norms = {}
+    for name, loss in (("full", loss_fn), ("cast", cast)):
+        with engine(tmp_path / name, lambda: Model(streamed_layer), activations=activations) as trained:
+            norms[name] = [trained.step(text(step), loss).grad_norm for step in range(2)]
+    assert norms["cast"] != norms["full"]
+    assert norms["cast"] == pytest.approx(norms["full"], rel=0.02)

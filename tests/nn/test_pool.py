@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.nn.plain_experts import PlainTraining
 from tests.nn.test_experts import (
     EXPERTS,
@@ -25,7 +26,7 @@ from tests.nn.test_experts import (
 from torch import Tensor, nn
 
 import weightstream as ws
-from weightstream.errors import ConfigError, PlanError
+from weightstream.errors import ConfigError, NonFiniteError, PlanError
 from weightstream.nn import HashRouter, Pool, ProductKeyRouter, StreamedExperts
 from weightstream.units import format_bytes
 
@@ -175,6 +176,56 @@ def test_a_pool_that_is_made_larger_opens_again(tmp_path: Path) -> None:
         assert not any(each.redirected for each in facts.values())
 
 
+def test_without_a_pool_what_had_closed_is_open_whoever_looks_at_the_model(tmp_path: Path) -> None:
+    """Also where the pool is left out of one layer alone; looking changes nothing of what the next step does."""
+    pools: dict[str, Any] = {"none": {}, "looked": {}, "second": {"*.1.*": Pool(5, "existing")}}
+    with pooled(tmp_path / "closed", 90) as trained:
+        for step in range(4):
+            trained.step(text(step), loss_fn)
+        assert trained.growing.pools[0].closed
+        trained.snapshot("closed")
+        for name in pools:
+            trained.store.branch("closed", tmp_path / name)
+    reached = {}
+    for name, limits in pools.items():
+        with pooled(tmp_path / name, limits) as trained:
+            if name == "looked":
+                with trained.module() as model, torch.no_grad():
+                    loss_fn(model, text(9)[0])
+            reached[name] = [(each.new, each.redirected) for each in trained.step(text(5), loss_fn).experts.values()]
+    assert reached["none"] == reached["looked"] == [(13, 0), (13, 0)]
+    assert reached["second"] == [(13, 0), (0, 12)]
+
+
+def test_a_pool_that_is_made_smaller_than_what_exists_lets_nothing_come_to_exist(tmp_path: Path) -> None:
+    with pooled(tmp_path / "store", 95) as trained:
+        for step in range(4):
+            trained.step(text(step), loss_fn)
+        used = trained.growing.pools[0].used
+    with pooled(tmp_path / "store", used - 1, "existing") as trained:
+        assert not any(facts.new for facts in trained.step(text(5), loss_fn).experts.values())
+    with pooled(tmp_path / "store", used - 1, "refuse") as trained:
+        trained.step(text(0), loss_fn)  # nothing new
+        with pytest.raises(PlanError, match=f"{used} experts of {used - 1} experts exist"):
+            trained.step(text(5), loss_fn)
+        assert trained.growing.pools[0].used == used
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_a_step_that_is_skipped_closes_a_pool_even_if_it_is_one_too_many(tmp_path: Path, clip_norm: float | None) -> None:
+    """Whoever goes on after the refusal does as a process that is started again."""
+    limit = sum(len(meant(text(0), index)) for index in range(2))
+    with pooled(tmp_path / "store", limit, max_skipped_steps=0, clip_norm=clip_norm) as trained:
+        trained.step(text(0), loss_fn)
+        with pytest.raises(NonFiniteError):
+            trained.step(text(1), loss_fn, weights=[float("inf")] * 3)
+        assert trained.growing.pools[0].closed
+        trained.step(text(0), loss_fn)
+        assert trained.growing.pools[0].used == limit
+    with pooled(tmp_path / "store", limit) as trained:
+        assert trained.growing.pools[0].closed
+
+
 def test_pools_of_single_layers_in_bytes(tmp_path: Path) -> None:
     """Each layer by its own limit: one closes, the other goes on; records count as many bytes as they take."""
     with engine(tmp_path / "sizes", frozen) as free:
@@ -204,6 +255,34 @@ def test_learned_routers_count_as_reaching_all_that_they_could(tmp_path: Path) -
         facts = trained.step(text(1), loss_fn).experts.values()
         assert not sum(each.new for each in facts)
         assert trained.growing.pools[0].used == before
+
+
+def test_what_a_model_that_calls_its_layers_twice_could_reach_is_known_to_who_goes_on(tmp_path: Path) -> None:
+    """A process that goes on has not seen how often layers are called; the pool closes at the same step."""
+
+    class Twice(Model):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            x = self.embedding(input_ids)
+            for layer in (*self.layers, *self.layers):
+                x = layer(x, input_ids)
+            return F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def build() -> Model:
+        return Twice(lambda index: StreamedExperts(WIDTH, HIDDEN, 7**3, 3, ProductKeyRouter(WIDTH, 7**3, 3)))
+
+    closed = []
+    with pooled(tmp_path / "straight", 500, model=build) as straight:
+        for step in range(3):
+            straight.step(text(step), loss_fn)
+            closed.append(straight.growing.pools[0].closed)
+    assert closed == [False, True, True]
+    for step in range(3):
+        with pooled(tmp_path / "again", 500, model=build) as again:
+            again.step(text(step), loss_fn)
+            assert again.growing.pools[0].closed == closed[step]
+            digest = again.store.digest()
+    with pooled(tmp_path / "straight", 500, model=build) as straight:
+        assert straight.store.digest() == digest
 
 
 def test_experts_that_no_input_ids_lead_to_are_refused_in_time(tmp_path: Path) -> None:

@@ -131,6 +131,27 @@ def test_items_go_through_blocks_and_then_families_by_number(tmp_path: Path) -> 
         assert not torch.equal(found[1][1]["param"], torch.ones(5))
 
 
+def test_records_of_the_last_families_are_as_safe_as_others(tmp_path: Path) -> None:
+    """Their indices are beyond 2^62, up to just below what SQLite has integers for."""
+    huge = [Family(f"{name}.{{}}", 2**61, (Parameter(f"{name}.{{}}", (5,)),), {f"{name}.{{}}": ONES}) for name in "abc"]
+    with make(tmp_path / "store", families=huge) as store:
+        before = store.digest()
+        put(store, 3, 2**61 - 1, family="c.{}")
+        assert store.digest() != before
+        store.snapshot("now")
+        store.branch("now", tmp_path / "branch")
+        assert store.info()["families"][2]["records_written"] == 1
+        path = segment(store, store.index("c.{}", 2**61 - 1))
+        with reopen(tmp_path / "branch") as branch:
+            assert branch.digest() == store.digest()
+            assert torch.equal(branch.tensor(f"c.{2**61 - 1}"), store.tensor(f"c.{2**61 - 1}"))
+    data = bytearray(path.read_bytes())
+    data[4096:] = bytes(len(data) - 4096)
+    path.write_bytes(data)
+    with reopen(tmp_path / "store") as store:
+        assert len(store.verify()) >= 1
+
+
 def test_snapshots_branches_and_damage(tmp_path: Path) -> None:
     with of(tmp_path / "store") as store:
         first = store.index(EXPERTS.name, 0)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from weightstream.blocks import Block
 from weightstream.errors import ConfigError
 from weightstream.nn.experts import StreamedExperts
+from weightstream.nn.routers import check_numbers
 
 INPUT_IDS = "input_ids"
 _MOST_RECORDS = 2**63 - 1
@@ -29,15 +30,25 @@ def layers_of(model: nn.Module) -> dict[str, StreamedExperts]:
     return found
 
 
-def check_places(layers: Iterable[str], blocks: Sequence[Block]) -> None:
+def places_of(model: nn.Module, layers: Mapping[str, StreamedExperts]) -> dict[str, list[str]]:
+    """All names that each layer has: modules may share one."""
+    name_of = {id(layer): name for name, layer in layers.items()}
+    places: dict[str, list[str]] = {name: [] for name in layers}
+    for place, module in model.named_modules(remove_duplicate=False):
+        if id(module) in name_of:
+            places[name_of[id(module)]].append(place)
+    return places
+
+
+def check_places(places: Mapping[str, Sequence[str]], blocks: Sequence[Block]) -> None:
     """Refuses layers that no streamed block holds: micro-batches visit those one after another, and go back again.
 
     Raises:
         ConfigError: naming the layer.
     """
     streamed = [module for block in blocks if not block.resident for module in block.modules]
-    for name in layers:
-        if not any(name.startswith(f"{module}.") for module in streamed):
+    for name, own in places.items():
+        if not any(place.startswith(f"{module}.") for module in streamed for place in own):
             raise ConfigError(
                 f"layer '{name}' (StreamedExperts) is in no block that streams: put it into a module with parameters of its "
                 f"own, such as its norm or a whole decoder layer, or make one block of that module "
@@ -45,12 +56,14 @@ def check_places(layers: Iterable[str], blocks: Sequence[Block]) -> None:
             )
 
 
-def blocks_of(layers: Iterable[str], blocks: Sequence[Block]) -> dict[str, int]:
-    """The block that each layer lies in."""
-    return {
-        name: next(block.index for block in blocks for module in block.modules if name.startswith(f"{module}."))
-        for name in layers
-    }
+def blocks_of(places: Mapping[str, Sequence[str]], blocks: Sequence[Block]) -> frozenset[int]:
+    """The blocks that layers lie in."""
+    every = [place for own in places.values() for place in own]
+    return frozenset(
+        block.index
+        for block in blocks
+        if any(place.startswith(f"{module}.") for module in block.modules for place in every)
+    )
 
 
 def known_beforehand(layers: Mapping[str, StreamedExperts], micro_batches: Iterable[Any]) -> dict[str, list[int]]:
@@ -62,7 +75,9 @@ def known_beforehand(layers: Mapping[str, StreamedExperts], micro_batches: Itera
         for ids in texts:
             if isinstance(ids, Tensor):
                 found = layer.router.beforehand(ids, layer.experts, layer.top_k)
-                numbers.update(() if found is None else found.flatten().tolist())
+                if found is not None:
+                    check_numbers(layer.router, found, layer.experts)
+                    numbers.update(found.flatten().tolist())
         if numbers:
             expected[name] = sorted(numbers)
     return expected

@@ -11,7 +11,7 @@ from weightstream.blocks import Parameter
 from weightstream.errors import ConfigError
 from weightstream.nn import grouping
 from weightstream.nn.grouping import ACTIVATIONS, Activation, Grouping
-from weightstream.nn.routers import MOST_EXPERTS, Router
+from weightstream.nn.routers import MOST_EXPERTS, Router, check_numbers
 from weightstream.store.families import Family
 from weightstream.store.initial import generate
 from weightstream.store.recipes import Recipe, Step
@@ -89,10 +89,12 @@ class StreamedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """(..., d_model) to the same. `ids` are token ids, (...), for routers that go by them."""
-        numbers, gates = self.router(hidden, ids, self.experts, self.top_k)
+        tokens = hidden.reshape(-1, self.d_model)
+        numbers, gates = self._routed(hidden, ids, tokens.shape[0])
+        if not tokens.shape[0]:
+            return (tokens * gates.sum(1, keepdim=True)).view(hidden.shape)
         if self.held is None and self._source is not None:
             numbers = self._source.routed(numbers)
-        tokens = hidden.reshape(-1, self.d_model)
         grouped = grouping.group(numbers)
         if self.held is not None:
             packed = [self.held[name].index_select(0, grouped.numbers) for name in (W_IN, W_OUT)]
@@ -100,13 +102,29 @@ class StreamedExperts(nn.Module):
         elif self._source is not None:
             if torch.is_grad_enabled() and not tokens.requires_grad:  # else nothing would lead back to the experts
                 tokens = tokens.detach().requires_grad_()
-            result = _Streamed.apply(tokens, gates, _Products(grouped, self._source, self.activation))
+            kind = tokens.device.type
+            cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            if cast is not None:  # as products have it there; autograd casts gradients back
+                tokens, gates = tokens.to(cast), gates.to(cast)
+            result = _Streamed.apply(tokens, gates, _Products(grouped, self._source, self.activation, cast))
         else:
             raise ConfigError(
                 f"StreamedExperts of {self.experts:,} experts is called without weights; train it by weightstream.Engine, or "
                 f"call resident() on a layer that fits in memory"
             )
         return result.view(hidden.shape)
+
+    def _routed(self, hidden: Tensor, ids: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+        """What the router says."""
+        numbers, gates = self.router(hidden, ids, self.experts, self.top_k)
+        shape, who = (tokens, self.top_k), type(self.router).__name__
+        if numbers.shape != shape or gates.shape != shape or numbers.dtype != torch.int64:
+            raise ConfigError(
+                f"{who}: expected experts (int64) and gates of shape {shape}, (tokens, top_k), found {tuple(numbers.shape)} "
+                f"of {numbers.dtype} and {tuple(gates.shape)}; return them so from forward"
+            )
+        check_numbers(self.router, numbers, self.experts)
+        return numbers, gates
 
     def attach(self, source: Source | None) -> None:
         """Takes its weights from there from now on."""
@@ -169,6 +187,12 @@ class _Products:
     grouping: Grouping
     source: Source
     activation: Activation
+    cast: torch.dtype | None
+    """What autocast computes in, where it is on."""
+
+    def weights(self) -> list[Tensor]:
+        found = self.source.weights(self.grouping.numbers, self.grouping.counts)
+        return found if self.cast is None else [weights.to(self.cast) for weights in found]
 
 
 class _Streamed(torch.autograd.Function):
@@ -176,9 +200,11 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gates: Tensor, products: _Products) -> Tensor:
-        grouped = products.grouping
-        w_in, w_out = products.source.weights(grouped.numbers, grouped.counts)
-        result, given, outputs = grouping.forward(hidden, gates, w_in, w_out, grouped, products.activation)
+        w_in, w_out = products.weights()
+        with torch.autocast(hidden.device.type, enabled=False):  # backward knows none, and computes with what this gives
+            result, given, outputs = grouping.forward(
+                hidden, gates, w_in, w_out, products.grouping, products.activation
+            )
         ctx.products = products
         ctx.save_for_backward(hidden, gates, given, outputs)
         return result
@@ -186,11 +212,11 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         products: _Products = ctx.products
-        grouped = products.grouping
-        w_in, w_out = products.source.weights(grouped.numbers, grouped.counts)
+        w_in, w_out = products.weights()
         hidden, gates, given, outputs = ctx.saved_tensors
-        hidden_grad, gate_grad, *own = grouping.backward(
-            grads[0].contiguous(), hidden, gates, given, outputs, w_in, w_out, grouped, products.activation
-        )
-        products.source.gradients(grouped.numbers, own)
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden_grad, gate_grad, *own = grouping.backward(
+                grads[0].contiguous(), hidden, gates, given, outputs, w_in, w_out, products.grouping, products.activation
+            )
+        products.source.gradients(products.grouping.numbers, own)
         return hidden_grad, gate_grad, None

@@ -43,6 +43,22 @@ class Router(nn.Module, ABC):
         """What decides its choices, as JSON: fixed with a store. Its parameters are not part of it."""
 
 
+def check_numbers(router: Router, numbers: Tensor, experts: int) -> None:
+    """Refuses numbers beyond a layer's experts: they would be records of another layer, or blocks of the store.
+
+    Raises:
+        ConfigError: naming the router and one of them.
+    """
+    if not numbers.numel():
+        return
+    least, most = (int(found) for found in numbers.aminmax())
+    if least < 0 or most >= experts:
+        raise ConfigError(
+            f"{type(router).__name__}: expected experts from 0 to {experts - 1:,}, found {least if least < 0 else most:,}; "
+            f"choose among those that the layer has"
+        )
+
+
 class HashRouter(Router):
     """Experts by a hash of the last `tokens` token ids; the same for any batch, on any machine; nothing is learned.
 

@@ -64,6 +64,8 @@ _OF_THE_SYSTEM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY
 
 _ASKED_AT_ONCE = 500
 """Values in one statement."""
+_NO_RECORD = 2**63 - 1
+"""SQLite's largest integer: families may have records up to just below it."""
 
 _COLUMNS = {
     "meta": ("key", "value"),
@@ -382,7 +384,7 @@ class Manifest:
             raise StoreError(f"store '{self.path.parent}' has no snapshot {name!r}; it has {known}")
         return snapshots[name]
 
-    def records(self, first: int = 0, stop: int = 1 << 62) -> list[RecordRow]:
+    def records(self, first: int = 0, stop: int = _NO_RECORD) -> list[RecordRow]:
         """Every row of the blocks in a range: those that live now (`died` is None) and those that only snapshots hold."""
         return self._records("block >= ? AND block < ?", (first, stop))
 
