@@ -95,7 +95,7 @@ def test_masks_as_numbers_are_the_same() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     structure = Structure(torch.ones(2, 2, dtype=torch.bool), (2, 2))
-    with pytest.raises(ConfigError, match="expected x of .*, 4. and 16 values .* found x .*3.*15 values"):
+    with pytest.raises(ConfigError, match="expected x of .*, 4. and 16 values .*found x .*3.*15 values"):
         multiply(torch.ones(2, 3), torch.ones(15, 1), None, structure, "gathered")
     with pytest.raises(ConfigError, match="no product of torch.bfloat16 with blocks of 2×2"):
         multiply(torch.ones(2, 4).bfloat16(), torch.ones(16, 1).bfloat16(), None, structure, "bsr")

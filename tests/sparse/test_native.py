@@ -1,7 +1,9 @@
 """The compiled products: exact for any shape, same bits for any threads, and made anew wherever what is kept is of no use."""
 
 import hashlib
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.sparse.exact import DTYPES, check, sides
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from weightstream.errors import ConfigError
 from weightstream.multiplying import _structure_bytes
@@ -114,6 +117,33 @@ def test_tokens_that_do_not_lie_together() -> None:
     torch.testing.assert_close(of_values.view(-1), dense[structure.mask()])
 
 
+@pytest.mark.parametrize("block", [(16, 16), (1, 1)], ids=str)
+def test_values_that_do_not_lie_together(block: tuple[int, int]) -> None:
+    """A column of a wider matrix; and the one NaN that stands for a parameter which is not there: no result is without it."""
+    structure = Structure(torch.ones(3, 2, dtype=torch.bool), block)
+    values = torch.randn(structure.nnz, 2)[:, :1]
+    x = torch.randn(20, structure.shape[1], requires_grad=True)
+    y = multiply(x, values, None, structure, "native")
+    dense = values.reshape(structure.shape[0] // block[0], block[0], structure.shape[1]).view(structure.shape)
+    torch.testing.assert_close(y, x @ dense.t())
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], dense.sum(0).expand_as(x))
+    absent = torch.full((1,), torch.nan).expand(structure.nnz, 1)
+    y = multiply(x, absent, None, structure, "native")
+    assert y.isnan().all()
+    assert torch.autograd.grad(y.sum(), x)[0].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_tensors_that_lie_nowhere_are_refused() -> None:
+    """Reading them would end the process."""
+    structure = Structure(torch.ones(2, 2, dtype=torch.bool), (16, 16))
+    with pytest.raises(ConfigError, match="one dtype and device, found x .* on cpu and 1024 values of .* on meta"):
+        multiply(torch.ones(2, 32), torch.ones(1024, 1, device="meta"), None, structure, "native")
+    with FakeTensorMode(), pytest.raises(ConfigError, match="found a FakeTensor of .*2, 32.* that lies nowhere"):
+        multiply(torch.ones(2, 32), torch.ones(1024, 1), None, structure, "native")
+    check(structure, "native", 2, torch.float32)  # nothing of theirs was kept
+
+
 @pytest.mark.parametrize("kernel", ["native", "csr"])
 @pytest.mark.parametrize("block", [(32, 32), (4, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("density", [0.01, 0.3])
@@ -186,6 +216,27 @@ class TestWhatIsKept:
         cache.parent.mkdir(parents=True)
         cache.write_text("no folder")
         assert answered()
+
+    def test_is_not_needed_by_users_without_a_home(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in a container that runs under a number nobody knows."""
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        with pytest.raises(OSError, match="home"):
+            cache_folder()
+        assert answered()
+
+    def test_is_not_believed_where_others_can_write(self, cache: Path, small: Path) -> None:
+        """A library that is whole, and another one: it would run with this user's rights."""
+        assert subprocess.run(loading(small), timeout=120).returncode == 42
+        (library,) = cache.iterdir()
+        source = small.read_text()
+        small.write_text(source.replace("42", "43"))
+        compiling._compile(next(filter(shutil.which, compiling.COMPILERS)), FLAGS, library)
+        small.write_text(source)
+        assert subprocess.run(loading(small), timeout=120).returncode == 43
+        for mode in (0o770, 0o707):
+            cache.chmod(mode)
+            assert subprocess.run(loading(small), timeout=120).returncode == 42
 
 
 class TestWithoutACompiler:

@@ -17,6 +17,7 @@ products.c says, the same for any number of threads.
 
 Bound against exact arithmetic, for a dot product of n terms (Higham, Accuracy and Stability of Numerical Algorithms,
 2nd ed., section 3.1): |error| ≤ γ(n) Σ|terms| + u |result|, where γ(n) = n·2⁻²⁴ / (1 - n·2⁻²⁴) and u = 2⁻⁸ for bf16, else 0.
+As there, nothing underflows: a processor's dot products of bf16 take what is below 2⁻¹²⁶ for zero, in `native` and in torch.
 """
 
 import warnings
@@ -82,10 +83,12 @@ def multiply(x: Tensor, values: Tensor, bias: Tensor | None, structure: Structur
         dtype = torch.get_autocast_dtype(x.device.type)
         x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
     rows, columns = structure.shape
-    if x.shape[-1] != columns or values.numel() != structure.nnz or x.dtype != values.dtype:
+    alike = (x.dtype, x.device) == (values.dtype, values.device)
+    if x.shape[-1] != columns or values.numel() != structure.nnz or not alike:
         raise ConfigError(
-            f"sparse product with {structure}: expected x of (…, {columns}) and {structure.nnz} values of one dtype, found x "
-            f"{tuple(x.shape)} of {x.dtype} and {values.numel()} values of {values.dtype}; give the mask that the values have"
+            f"sparse product with {structure}: expected x of (…, {columns}) and {structure.nnz} values of one dtype and device, "
+            f"found x {tuple(x.shape)} of {x.dtype} on {x.device} and {values.numel()} values of {values.dtype} on "
+            f"{values.device}; give the mask that the values have"
         )
     reason = obstacle(kernel, structure.block, x.dtype, x.device)
     if reason is not None:
@@ -103,7 +106,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, structure: Structure, kernel: Kernel) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.structure, ctx.kernel = structure, kernel
-        return _FORWARD[kernel](x.contiguous(), values.reshape(-1), structure)
+        return _FORWARD[kernel](x.contiguous(), _flat(values), structure)
 
     @staticmethod
     @once_differentiable
@@ -113,10 +116,15 @@ class _Product(torch.autograd.Function):
         of_x = of_values = None
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
-            of_x = _INPUT_GRADIENT[kernel](grad, values.reshape(-1), structure)
+            of_x = _INPUT_GRADIENT[kernel](grad, _flat(values), structure)
         if ctx.needs_input_grad[1]:
             of_values = _WEIGHT_GRADIENT[kernel](grad, x.contiguous(), structure).view(values.shape)
         return of_x, of_values, None, None
+
+
+def _flat(values: Tensor) -> Tensor:
+    """One after another in memory: those of a column, or one number that stands for all, are copied."""
+    return values.reshape(-1).contiguous()
 
 
 # gathered

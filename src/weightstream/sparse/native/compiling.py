@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -60,10 +61,11 @@ def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
         subprocess.SubprocessError: the compiler failed, or took too long.
     """
     name = f"products-{_key(compiler, flags)}.so"
-    path = cache_folder() / name
     try:
+        path = cache_folder() / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(path.parent)
         if not _is_whole(path):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _compile(compiler, flags, path)
         return ctypes.CDLL(str(path))
     except OSError:
@@ -73,8 +75,26 @@ def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "weightstream" / "native"
+    """Where libraries are kept.
+
+    Raises:
+        FileNotFoundError: this user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "weightstream" / "native"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
+
+
+def _check_private(folder: Path) -> None:
+    """What lies there is run, and anyone can make a library that is whole.
+
+    Raises:
+        PermissionError: others can put a library there.
+    """
+    about = folder.stat()
+    if about.st_uid not in (0, os.geteuid()) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"'{folder}' may be written by others")
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:

@@ -65,9 +65,10 @@ def input_gradient(grad: Tensor, values: Tensor, structure: Structure) -> Tensor
 
 def weight_gradient(grad: Tensor, x: Tensor, structure: Structure) -> Tensor:
     """gradᵀ x at the non-zeros of W, (nnz,)."""
-    (rows, columns), (a, b), lines = structure.shape, structure.block, _lines(structure)
+    (rows, columns), (a, b) = structure.shape, structure.block
     found = grad.new_empty(structure.nnz)
-    tokens = (_narrow(grad), grad.shape[0], grad.data_ptr(), rows, x.data_ptr(), columns, found.data_ptr())
+    tokens = (_narrow(grad), grad.shape[0], _place(grad), rows, _place(x), columns, found.data_ptr())
+    lines = _lines(structure)
     at = (lines.row_starts.data_ptr(), lines.columns.data_ptr(), torch.get_num_threads())
     if as_elements(structure.block):
         _done(_library().ws_elements_gradient(*tokens, rows, columns, *at))
@@ -93,18 +94,19 @@ def workspace_bytes(shape: tuple[int, int], block: tuple[int, int], nonzeros: in
 
 
 def _product(tokens: Tensor, values: Tensor, structure: Structure, *, forward: bool) -> Tensor:
-    (rows, columns), (a, b), lines = structure.shape, structure.block, _lines(structure)
+    (rows, columns), (a, b) = structure.shape, structure.block
     found = tokens.new_empty(tokens.shape[0], rows if forward else columns)
-    begin = (tokens.shape[0], tokens.data_ptr(), tokens.shape[1])
+    begin, weights = (tokens.shape[0], _place(tokens), tokens.shape[1]), _place(values)
+    lines = _lines(structure)
     by = lines.by_row if forward else lines.by_column
     threads = torch.get_num_threads()
     if as_elements(structure.block):
         _done(_library().ws_elements_product(
-            _narrow(tokens), *begin, tokens.shape[1], found.data_ptr(), found.shape[1], values.data_ptr(), *by, threads,
+            _narrow(tokens), *begin, tokens.shape[1], found.data_ptr(), found.shape[1], weights, *by, threads,
         ))  # fmt: skip
     else:
         _done(_library().ws_blocks_product(
-            _narrow(tokens), forward, *begin, found.data_ptr(), values.data_ptr(), rows // a, columns // b, a, b,
+            _narrow(tokens), forward, *begin, found.data_ptr(), weights, rows // a, columns // b, a, b,
             lines.row_starts.data_ptr(), *by, threads,
         ))  # fmt: skip
     return found
@@ -152,6 +154,21 @@ def _found_lines(structure: Structure) -> _Lines:
     places = (lines.row_starts, lines.columns, lines.column_starts, lines.rows, lines.numbers)
     _done(_library().ws_lines(structure.kept.data_ptr(), *grid, height, width, *(one.data_ptr() for one in places)))
     return lines
+
+
+def _place(tensor: Tensor) -> int:
+    """Where its elements lie, one after another.
+
+    Raises:
+        ConfigError: nowhere, as that of a FakeTensor.
+    """
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise ConfigError(
+            f"kernel 'native': expected tensors that lie in memory, found a {type(tensor).__name__} of {tuple(tensor.shape)} that "
+            f"lies nowhere; give real ones, or have the weight expanded where a model is traced"
+        )
+    return place
 
 
 def _narrow(tokens: Tensor) -> int:

@@ -7,6 +7,10 @@
 #include <arm_neon.h>
 #endif
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "two bf16 values in 32 bits: the first one has to be the lower half"
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLLED _Pragma("unroll")
