@@ -31,7 +31,7 @@ LAYERS = (
         "simulator",
         "streaming",
     ),
-    ("captures", "multiplying", "planning", "opening", "existence", "growing", "engine", "nn", "plan_text"),
+    ("steps", "captures", "multiplying", "planning", "opening", "existence", "growing", "engine", "nn", "plan_text"),
     ("data", "hub", "training", "report", "census", "costing", "hosts", "machine", "predicting", "bytewise"),
     ("config", "architectures", "presets", "board", "folders", "processes", "launcher", "agent", "ranks"),
     ("preflight", "sizing", "run", "commands", "simulating", "transfer", "demo", "demo_workers", "demo_120t", "cli"),

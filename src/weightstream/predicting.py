@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from weightstream.census import Census, take
 from weightstream.cluster import Cluster
 from weightstream.costing import Costs, Product, Sparse, hardware_of, slowdown_of
-from weightstream.engine import DTYPES, Engine, default_loss
+from weightstream.engine import DTYPES, Engine
 from weightstream.machine.profile import Profile
 from weightstream.schedule.flows import disk_bound
 from weightstream.schedule.planner import Allotment, Facts, buffers_bytes
@@ -25,6 +25,7 @@ from weightstream.simulator.hardware import Hardware
 from weightstream.simulator.simulator import Simulation, simulate
 from weightstream.sparse.choosing import Curve, Piece, speedup_of
 from weightstream.sparse.codec import decoding_steps
+from weightstream.steps import default_loss
 from weightstream.units import MIB, format_bytes, format_count, format_seconds
 from weightstream.worker.expanding import Driven
 
