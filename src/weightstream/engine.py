@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import Block, Rule, call_order
+from weightstream.blocks import Block, Rule
 from weightstream.captures import SideOutputs, find_side_outputs
-from weightstream.cluster import Cluster, owners
+from weightstream.cluster import Cluster
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
 from weightstream.existence import Existence
 from weightstream.fabric.links import Links
@@ -30,15 +29,15 @@ from weightstream.growing import Growing
 from weightstream.keeping import Keeper
 from weightstream.lending import AllLending, Borrowed, values_bytes
 from weightstream.masking import Masking
-from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
+from weightstream.multiplying import AutoKernels, chosen, driven
 from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of, tokens_in
 from weightstream.nn.pool import Pool
 from weightstream.opening import Wanted, contract_of, opened
+from weightstream.outlook import Outlook
 from weightstream.past import Past
-from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
+from weightstream.planning import Budgets, owners_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
-from weightstream.schedule.cost import BlockFacts, StepBytes
-from weightstream.schedule.flows import disk_bound
+from weightstream.schedule.cost import StepBytes
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
@@ -52,7 +51,7 @@ from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.owned import NEVER_SPARSE, Holding, Largest
+from weightstream.store.owned import NEVER_SPARSE, Holding
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.sparsity import Sparsity as StoredSparsity
 from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
@@ -234,7 +233,7 @@ class Engine:
     def _start(self) -> None:
         check_places(self._layers, self.store.blocks)
         cluster = self.ranks.cluster
-        self.owner = self._owners(cluster)
+        self.owner = owners_of(self.store, cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
         now = self._sparsity_now(owned)
         self.masking = self._wanted.masking(self.store.units, now)
@@ -244,6 +243,12 @@ class Engine:
         self.parameters = Parameters(self.model, self.store.blocks, self.device, dtype, nonzeros)
         self.model.to(self.device)
         self.worker = self._make_worker()
+        largest = None if self.masking is None else self.masking.largest(now)
+        self.holding = Holding(self.store, owned, largest, now, self._driven)
+        self.outlook = Outlook(
+            self.holding, self.ranks, self.worker, self._budgets,
+            masking=self.masking, driven=self._driven, largest=largest or NEVER_SPARSE, threads=self.threads,
+        )  # fmt: skip
         self._restore_cache = without_cache(self.model)
         self.step_count = self.store.step
         self.progress: dict[str, Any] = {k: v for k, v in self.store.progress.items() if k != "(engine)"}
@@ -261,19 +266,10 @@ class Engine:
         self.touching.agree = self.growing.agree
         if self._layers and self.ranks.owns:
             self.store.compaction_share = self._compaction_share
-        visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
-                       if m in self.worker.block_of_module)  # fmt: skip
-        self._visits = visits
-        self._measured: Measured | None = None
-        self._known = self.ranks.alone  # whether the model's calls are known: guessed ones are tried on one rank only
         self._used_in: tuple[tuple[Visit, ...], dict[str, list[int]]] = ((), {})
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
-        self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
-        self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
-        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now, self._driven)
-        self._division = self._divide(cluster, self.owner)
-        facts = self._facts(cluster.workers)
+        facts = self.outlook.facts(cluster.workers)
         self.runtime = self._runtime(facts, allot(facts))
         self.store.before_look, self.store.attached = self._before_look, True
 
@@ -287,14 +283,6 @@ class Engine:
             if any(parameter.name in self.store.masks for parameter in self.store.units[unit].parameters)
         ]
         return {unit: sparsity_from_json(found) for each in self.gather(own) for unit, found in each}
-
-    def _divide(
-        self, cluster: Cluster, owner: Sequence[int], of: int | None = None, *, sparse: Largest | None = None
-    ) -> Division:
-        return divide(
-            self.store, cluster, owner, self._budgets.reduction_groups, masking=self.masking, driven=self._driven, of=of,
-            sparse=self._largest if sparse is None else sparse,
-        )  # fmt: skip
 
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
@@ -331,7 +319,7 @@ class Engine:
             (self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
         )  # fmt: skip
         return Growing(
-            self._layers, own if lent is None else lent.families, existence, self._pools, kept, self._calls, self._log,
+            self._layers, own if lent is None else lent.families, existence, self._pools, kept, self.outlook.calls, self._log,
             several=lent is not None,
         )  # fmt: skip
 
@@ -391,10 +379,6 @@ class Engine:
             self.growing.outside()
         self.touching.begin(micro_batches, self.step_count - self.skipped_steps, expected)
 
-    def _calls(self, layer: str) -> int:
-        """How often the model calls a layer of experts for each micro-batch, as far as it is known."""
-        return max(1, sum(layer.startswith(f"{visit.module}.") for visit in self._visits))
-
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
         store: Any = self.store
@@ -448,63 +432,6 @@ class Engine:
 
     # planning
 
-    def _owners(self, cluster: Cluster) -> tuple[int, ...]:
-        """The memory rank that owns each unit on a cluster."""
-        sizes = [self.store.layouts[unit.index].image_nbytes for unit in self.store.units]  # as they began
-        return owners(sizes, len(cluster.memory_ranks))
-
-    def _facts(self, micro_batches: int, division: Division | None = None) -> Facts:
-        division = division or self._division
-        return facts_of(
-            self.store.blocks, division.records, self._budgets, visits=self._visits,
-            uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=division, structures=structure_bytes(self.store.blocks, self._driven, self.threads),
-        )  # fmt: skip
-
-    def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:
-        """What steps of so many micro-batches would be planned as, on a cluster of any size; nothing changes.
-
-        Raises:
-            PlanError: they do not fit; the message names the smallest budget that does.
-        """
-        cluster.check(micro_batches, self._budgets.reduction_groups)
-        facts = self._facts(micro_batches, self._divide(cluster, self._owners(cluster)))
-        return facts, allot(facts)
-
-    def facts_of_rank(self, rank: int, cluster: Cluster, micro_batches: int) -> Facts:
-        """The facts of such steps with the bytes that this rank owns, where a plan has the most that any does."""
-        return self._facts(micro_batches, self._divide(cluster, self._owners(cluster), rank))
-
-    def sparsity_at(self, step: int | None = None) -> dict[int, StoredSparsity]:
-        """How sparse each unit is that may be, when a training step begins; by default as they are now."""
-        if self.masking is None:
-            return {}
-        return dict(self.holding.sparsity) if step is None else self.masking.expected(step - 1)
-
-    def facts_at(self, cluster: Cluster, micro_batches: int, step: int | None = None, *, whole: bool = False) -> Facts:
-        """The facts of one training step on a cluster, with the bytes that blocks and gradients have then; those of
-        `planned_for` have room for every step.
-
-        Args:
-            step: by default any one with what is sparse as it is now, in which no dense gradient is summed.
-            whole: the bytes of whole blocks, whoever owns them.
-        """
-        if whole:
-            cluster, owner = Cluster(), (0,) * len(self.store.units)
-        else:
-            owner = self._owners(cluster)
-        largest = NEVER_SPARSE
-        if self.masking is not None:
-            now = self.sparsity_at(step)
-            dense = frozenset() if step is None else self.masking.whole(step)
-            rows = {(unit, p.name): p.row for unit in now for p in self.store.units[unit].parameters}
-            gradients = {
-                unit: tuple(piece for piece in found if (piece.name, rows[unit, piece.name]) not in dense)
-                for unit, found in now.items()
-            }
-            largest = Largest({unit: (found,) for unit, found in now.items()}, gradients)
-        return self._facts(micro_batches, self._divide(cluster, owner, sparse=largest))
-
     @property
     def multiplied(self) -> Mapping[str, Driven]:
         """By name the sparse parameters that kernels multiply by; all others are expanded."""
@@ -512,7 +439,7 @@ class Engine:
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
-        facts = self._facts(micro_batches)
+        facts = self.outlook.facts(micro_batches)
         if facts != self.runtime.facts:
             allotment = allot(facts)
             self._schedules.clear()
@@ -583,14 +510,14 @@ class Engine:
             own = {index: _to_device(micro_batch, self.device) for index, micro_batch in own.items()}
         schedule = self._plan(count)
         number = self.step_count + 1
-        measuring = self.worker.measuring = self._measured is None
+        self.worker.measuring = self.outlook.measured is None
         self._begin_touching(count, own.values())
         outcome = self.runtime.step(
-            schedule if self._known else None, own, dict(enumerate(weights)), loss_fn,
+            schedule if self.outlook.known else None, own, dict(enumerate(weights)), loss_fn,
             count=count, seed=self.seed, step=number, progress=self._progress_after,
         )  # fmt: skip
-        self._next_loads = schedule.loads_next if self._known else ()
-        self._learn(outcome, measuring)
+        self._next_loads = schedule.loads_next if self.outlook.known else ()
+        self.outlook.learn(outcome)
         self.step_count = number
         norm = outcome.norm
         self._count_skipped(outcome, number)
@@ -667,7 +594,7 @@ class Engine:
             schedule, {0: micro_batch}, {0: 1.0}, loss_fn, count=1, seed=self.seed, step=self.step_count + 1,
             progress=self._progress_after, rehearsal=True,
         )  # fmt: skip
-        self._learn(outcome, measuring=True)
+        self.outlook.learn(outcome)
         facts = self.touching.facts
         self.growing.measured({name: micro_batches * found.assignments for name, found in facts.items()})
         self._plan(micro_batches)
@@ -714,32 +641,6 @@ class Engine:
                     f"the router"
                 )
 
-    def _learn(self, outcome: StepOutcome, measuring: bool) -> None:
-        """Takes what the step has shown into the facts of the next one."""
-        if outcome.uniform and outcome.visits != self._visits:
-            self._visits, self._measured = outcome.visits, None
-        self._known |= outcome.uniform
-        if measuring and outcome.uniform:
-            self._measured = self._most_measured(len(outcome.visits))
-            self.worker.measuring = False
-
-    def _most_measured(self, visits: int) -> Measured | None:
-        """What the step has shown of activations, of the rank that needed most of each."""
-        own: list[Any] | None = None
-        if self.ranks.computes:
-            measured = self.worker.measured
-            boundary = [measured.boundary_bytes.get(visit, 0) for visit in range(visits)]
-            boundary[-1] = max(boundary)
-            kept = [measured.kept_bytes.get(visit, 0) for visit in range(visits)]
-            workspace = max(2 * max(kept), kept[-1] + measured.loss_bytes)
-            own = [boundary, kept, measured.lasting_bytes, workspace]
-        found = [each for each in self.ranks.gather(own) if each is not None]
-        boundaries, kepts, lasting, workspaces = zip(*found, strict=True)
-        return Measured(
-            tuple(map(max, zip(*boundaries, strict=True))), tuple(map(max, zip(*kepts, strict=True))),
-            max(lasting), max(workspaces),
-        )  # fmt: skip
-
     def _moved(self) -> MovedBytes:
         read, written = self.recorder.end()
         return MovedBytes(read, written, self.bytes_bound().total, self.recorder.moved("compaction"))
@@ -747,20 +648,7 @@ class Engine:
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment, and with what is sparse
         as it is now."""
-        facts = self.runtime.facts
-        if self.masking is not None:
-            facts = replace(facts, blocks=self._blocks_now(facts))
-        return disk_bound(facts, self.runtime.allotment)
-
-    def _blocks_now(self, facts: Facts) -> tuple[BlockFacts, ...]:
-        """The bytes of blocks as sparse as they are now; reckoned anew only when that has changed."""
-        sparsity = self.holding.sparsity
-        if self._reckoned is None or self._reckoned[0] != sparsity:
-            largest = Largest({unit: (found,) for unit, found in sparsity.items()}, sparsity)
-            groups = self._budgets.reduction_groups
-            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest, driven=self._driven)
-            self._reckoned = dict(sparsity), self._facts(facts.micro_batches, division).blocks
-        return self._reckoned[1]
+        return self.outlook.bytes_bound(self.runtime.facts, self.runtime.allotment)
 
     def nonzeros(self) -> tuple[int, int]:
         """How many non-zeros the sparse parameters have at present, and how many elements."""

@@ -29,7 +29,7 @@ def plan_text(
     if cluster is None or micro_batches is None:
         facts, allotment = engine.runtime.facts, engine.allotment
     else:
-        facts, allotment = engine.planned_for(cluster, micro_batches)
+        facts, allotment = engine.outlook.planned_for(cluster, micro_batches)
     several = cluster is not None and cluster.size > 1
     sparse = engine.masking is not None
     compressed = f"  {'compressed':>10}" if sparse else ""
@@ -165,10 +165,10 @@ def flows_now(
     if cluster is None or micro_batches is None:
         facts, allotment = engine.runtime.facts, engine.allotment
         return flows_of(
-            engine.facts_at(engine.cluster, facts.micro_batches, step), allotment, ranks=engine.cluster.size
+            engine.outlook.facts_at(engine.cluster, facts.micro_batches, step), allotment, ranks=engine.cluster.size
         )
-    _, allotment = engine.planned_for(cluster, micro_batches)
-    return flows_of(engine.facts_at(cluster, micro_batches, step), allotment, ranks=cluster.size)
+    _, allotment = engine.outlook.planned_for(cluster, micro_batches)
+    return flows_of(engine.outlook.facts_at(cluster, micro_batches, step), allotment, ranks=cluster.size)
 
 
 def reach_of(engine: "Engine") -> tuple[Reach, Reach | None]:

@@ -89,7 +89,7 @@ def sparse_of(
         tokens: of one micro-batch.
     """
     blocks: dict[int, _Counted] = {}
-    for unit, pieces in engine.sparsity_at(step).items():
+    for unit, pieces in engine.outlook.sparsity_at(step).items():
         block = engine.store.units[unit].block
         own = blocks.setdefault(block, _Counted())
         shapes = {p.name: p.numel for p in engine.store.units[unit].parameters}
@@ -166,8 +166,8 @@ def predict(
         PlanError: such steps do not fit, or the model makes other calls than planned.
     """
     cluster, threads = cluster or engine.cluster, threads or engine.threads
-    _, allotment = engine.planned_for(cluster, micro_batches)
-    facts = engine.facts_at(cluster, micro_batches, step)
+    _, allotment = engine.outlook.planned_for(cluster, micro_batches)
+    facts = engine.outlook.facts_at(cluster, micro_batches, step)
     costs = Costs(
         profile, threads, optimizer=type(engine.optimizer).__name__,
         slowdown=slowdown_of(profile, cluster.size, threads), ranks=cluster.size,
@@ -181,7 +181,7 @@ def predict(
         ),
     )  # fmt: skip
     inputs = Inputs(facts, allotment, durations, hardware_of(profile, cluster, threads=threads))
-    whole = engine.facts_at(cluster, micro_batches, step, whole=True)
+    whole = engine.outlook.facts_at(cluster, micro_batches, step, whole=True)
     return _prediction_of(inputs, engine, profile, whole, keep_spans=keep_spans)
 
 
@@ -224,12 +224,12 @@ def _memory_by_rank(inputs: Inputs, engine: Engine, profile: Profile) -> list[in
     All ranks have the same plan; of buffers for records only that fills which a rank owns.
     """
     cluster = inputs.hardware.cluster
-    facts, allotment = engine.planned_for(cluster, inputs.facts.micro_batches)  # there is room for every step
+    facts, allotment = engine.outlook.planned_for(cluster, inputs.facts.micro_batches)  # there is room for every step
     besides = allotment.device_bytes + profile.executor.process_bytes + _holes_bytes(facts, allotment)
     besides += allotment.host_bytes - buffers_bytes(facts, allotment)
     every = [facts] * cluster.size
     if cluster.size > 1:
-        every = [engine.facts_of_rank(rank, cluster, facts.micro_batches) for rank in range(cluster.size)]
+        every = [engine.outlook.facts_of_rank(rank, cluster, facts.micro_batches) for rank in range(cluster.size)]
     return [besides + buffers_bytes(own, allotment) for own in every]
 
 
