@@ -40,6 +40,7 @@ LAYERS = (
         "existence",
         "growing",
         "outlook",
+        "experts",
         "engine",
         "nn",
         "plan_text",

@@ -4,12 +4,13 @@ import gc
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +19,18 @@ from weightstream.blocks import Block, Rule
 from weightstream.captures import SideOutputs, find_side_outputs
 from weightstream.cluster import Cluster
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
-from weightstream.existence import Existence
+from weightstream.experts import Experts, settings_of
 from weightstream.fabric.links import Links
-from weightstream.fabric.parcels import Parcels
 from weightstream.fabric.peers import Alone, Peers
 from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
-from weightstream.growing import Growing
 from weightstream.keeping import Keeper
-from weightstream.lending import AllLending, Borrowed, values_bytes
 from weightstream.masking import Masking
 from weightstream.multiplying import AutoKernels, chosen, driven
-from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of, tokens_in
 from weightstream.nn.pool import Pool
 from weightstream.opening import Wanted, contract_of, opened
 from weightstream.outlook import Outlook
-from weightstream.past import Past
 from weightstream.planning import Budgets, owners_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
 from weightstream.schedule.cost import StepBytes
@@ -46,7 +42,7 @@ from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
 from weightstream.steps import MaskFacts, MovedBytes, StepResult, default_loss, target_tokens
-from weightstream.store.compaction import SHARE, check_share
+from weightstream.store.compaction import SHARE
 from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
@@ -57,7 +53,6 @@ from weightstream.store.sparsity import Sparsity as StoredSparsity
 from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
-from weightstream.touching import Touched, Touching
 from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
 from weightstream.worker.allocator import Ceiling, give_back, keep_memory
@@ -66,7 +61,7 @@ from weightstream.worker.expanding import Driven
 from weightstream.worker.slabs import Parameters
 from weightstream.worker.worker import LossFunction, Worker
 
-_CROWD = 64  # fewer assignments than that may go to one expert by chance
+T = TypeVar("T")
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -194,13 +189,9 @@ class Engine:
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
         if self.device.type == "cpu":
             keep_memory()
-        self._layers = layers_of(self.model)
-        self._crowded: set[str] = set()
-        self.experts_memory = parse_bytes(experts_memory) if self._layers else 0
-        self._pools = {"*": experts_pool} if isinstance(experts_pool, Pool) else dict(experts_pool or {})
-        self._compaction_share = check_share(compaction_share)
+        self._asked = settings_of(self.model, experts_memory, experts_pool, compaction_share)
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
-        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self.experts_memory)
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._asked.memory_bytes)
         self.model.train()
         check_model(self.model)
         contract = contract_of(
@@ -208,7 +199,7 @@ class Engine:
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
             **({"sparsity": sparsity.to_json()} if sparsity else {}),
             **({"kernels": self._kernels or "auto"} if self._kernels or auto else {}),
-            **({"experts": {name: layer.facts() for name, layer in self._layers.items()}} if self._layers else {}),
+            **self._asked.contract(),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
@@ -217,7 +208,7 @@ class Engine:
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
             sparsity=sparsity, asked=asked, dense=dense_by_default(self.model),
             kernels=self._kernels, choose_kernels=None if auto is None else partial(self._chosen, auto),
-            families=tuple(layer.family(name) for name, layer in self._layers.items()),
+            families=self._asked.families,
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             if auto is not None:
@@ -231,7 +222,6 @@ class Engine:
         )
 
     def _start(self) -> None:
-        check_places(self._layers, self.store.blocks)
         cluster = self.ranks.cluster
         self.owner = owners_of(self.store, cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
@@ -255,17 +245,13 @@ class Engine:
         own = self.store.progress.get("(engine)", {})
         self.skipped_steps: int = own.get("skipped", 0)
         self._skipped_in_a_row: int = own.get("skipped_in_a_row", 0)
-        self._past = Past.from_json(own.get("past", {}))
-        self._past.goes_on(self.step_count + 1, self.optimizer)
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
         self.store.watch(self.recorder.log)
-        self._parcels: Parcels | None = None  # in which experts go from rank to rank
-        self._following = False  # this rank computes nothing, and serves those that run the model
-        self.touching = self._make_touching()
-        self.growing = self._make_growing(own.get("experts", {}))
-        self.touching.agree = self.growing.agree
-        if self._layers and self.ranks.owns:
-            self.store.compaction_share = self._compaction_share
+        self.experts = Experts(
+            self._asked, self.store, self.ranks, self.worker, self.recorder, self.optimizer, dtype=dtype,
+            groups=self._budgets.reduction_groups, calls=self.outlook.calls, kept=own, wait=self._wait, log=self._log,
+        )  # fmt: skip
+        self.growing = self.experts.growing
         self._used_in: tuple[tuple[Visit, ...], dict[str, list[int]]] = ((), {})
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
@@ -291,108 +277,24 @@ class Engine:
             self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs, self._driven
         )
 
-    def _make_touching(self) -> Touching:
-        """The memory of experts, from which their layers take weights."""
-        if self.ranks.alone:
-            own = {name: self._touched(name, self._experts_bytes) for name in self._layers}
-            for name, layer in self._layers.items():
-                layer.attach(own[name])
-            return Touching(own)
-        own, lent = {}, {}
-        for name, layer in self._layers.items():
-            family, nbytes = layer.family(name), self._bytes_for_values(name)
-            if self.ranks.owns:
-                own[name] = self._touched(name, self._experts_bytes - nbytes)
-            lent[name] = Borrowed(
-                family, own.get(name), nbytes=nbytes, owners=len(self.ranks.cluster.memory_ranks),
-                dtype=DTYPES[self.precision], device=self.device, groups=self._budgets.reduction_groups,
-                walking=self._walking,
-            )  # fmt: skip
-            layer.attach(lent[name])
-        return Touching(own, self._lending(lent) if lent else None)
-
-    def _make_growing(self, kept: Mapping[str, Any]) -> Growing:
-        """How many experts there are and may be; `kept` is what was committed of it."""
-        own, lent = self.touching.families, self.touching.lending
-        existence = Existence(
-            {name: layer.experts for name, layer in self._layers.items()}, own, self.gather if self._layers else _alone,
-            (self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
-        )  # fmt: skip
-        return Growing(
-            self._layers, own if lent is None else lent.families, existence, self._pools, kept, self.outlook.calls, self._log,
-            several=lent is not None,
-        )  # fmt: skip
-
-    def _bytes_for_values(self, name: str) -> int:
-        """What of a layer's memory is for values, on one of several ranks; the rest is for records that it owns."""
-        if not (self.ranks.owns and self.ranks.computes):
-            return self._experts_bytes if self.ranks.computes else 0
-        family = self._layers[name].family(name)
-        layout = self.store.layout(self.store.index(family.name, family.count - 1))
-        return values_bytes(family, layout, DTYPES[self.precision], self._experts_bytes)
-
-    @property
-    def _experts_bytes(self) -> int:
-        """What one layer has of the memory for experts."""
-        return self.experts_memory // len(self._layers)
-
-    def _touched(self, name: str, nbytes: int) -> Touched:
-        """The records of a layer's experts that this rank owns."""
-        layer = self._layers[name]
-        family = layer.family(name)
-        return Touched(
-            self.store, self.store.index(family.name, 0), family, nbytes=nbytes, dtype=DTYPES[self.precision],
-            device=self.device, groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
-            walking=self._walking, member=(self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
-            replayed=self._past.at if layer.untouched == "dense" else None,
-        )  # fmt: skip
-
-    def _lending(self, families: Mapping[str, Borrowed]) -> AllLending:
-        """What all ranks do together with these."""
-        links = self.ranks.links
-        assert links is not None, "one rank has nobody to lend to"
-        self._parcels = Parcels(links.add_records(), self.recorder.log)
-        return AllLending(
-            self._parcels, self.ranks.cluster, families, blocks_of(families, self.store.blocks),
-            groups=self._budgets.reduction_groups, standing_still=self._standing_still,
-        )  # fmt: skip
-
-    def _walking(self) -> tuple[int, int] | None:
-        """The use and micro-batch that is computed now; None outside of steps."""
-        return None if self._following or self.worker.outside is not None else self.worker.walking
-
-    @contextmanager
-    def _standing_still(self) -> Iterator[None]:
-        """This rank waits for others though it computes: one that shares its process may use the random state meanwhile."""
-        state = self.worker.generators.state()
-        with self.ranks.waiting():
-            yield
-        self.worker.generators.restore(state)
-
-    def _begin_touching(self, micro_batches: int, own: Iterable[Any]) -> None:
-        """Begins to read the experts that a step is known to reach; refuses one that there is no room for."""
-        own = list(own)
-        expected: Mapping[str, Sequence[int]] = {}
-        if micro_batches:
-            expected = self.growing.begin(known_beforehand(self._layers, own), tokens_in(own))
-        else:
-            self.growing.outside()
-        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, expected)
+    def _wait(self, future: "Future[T]") -> T:
+        """As the runtime does it that is there at that time."""
+        return self.runtime.wait(future)
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
         store: Any = self.store
         common: dict[str, Any] = {
             "partial_sums": allotment.partial_sums, "held_gradients": allotment.held_gradients, "device": self.device,
-            "wait": lambda future: self.runtime.wait(future),
+            "wait": self._wait,
         }  # fmt: skip
         staging = Staging(
             store, self.holding.staged, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
             immediate=not facts.deferred, image_now=self.holding.staged_now, **common,
         )  # fmt: skip
         keeper = Keeper(
-            self.holding, facts, allotment, staging, self._interval, lambda future: self.runtime.wait(future),
-            self.masking, self.touching, self.clip_norm,
+            self.holding, facts, allotment, staging, self._interval, self._wait, self.masking,
+            self.experts.touching, self.clip_norm,
         )  # fmt: skip
         peers: Peers = Alone(staging, facts.reduction_groups)
         if self.ranks.links is not None:
@@ -511,7 +413,7 @@ class Engine:
         schedule = self._plan(count)
         number = self.step_count + 1
         self.worker.measuring = self.outlook.measured is None
-        self._begin_touching(count, own.values())
+        self.experts.begin(count, own.values(), self._updates)
         outcome = self.runtime.step(
             schedule if self.outlook.known else None, own, dict(enumerate(weights)), loss_fn,
             count=count, seed=self.seed, step=number, progress=self._progress_after,
@@ -520,17 +422,15 @@ class Engine:
         self.outlook.learn(outcome)
         self.step_count = number
         norm = outcome.norm
+        self.experts.took(number, finite=outcome.finite)
         self._count_skipped(outcome, number)
-        self.growing.took(self._added(outcome.finite))
-        self.growing.measured({name: facts.assignments for name, facts in self.touching.facts.items()})
-        self._warn_of_crowds()
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         moved = self._moved()
         elapsed = time.perf_counter() - start
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds), masks=self._mask_facts(outcome.grown), experts=dict(self.touching.facts),
+            seconds=dict(outcome.seconds), masks=self._mask_facts(outcome.grown), experts=dict(self.experts.touching.facts),
         )  # fmt: skip
 
     @property
@@ -554,8 +454,8 @@ class Engine:
         if links is None:
             return {}
         down, up = Counter(links.down.traffic.sent), Counter(links.up.traffic.sent)
-        if self._parcels is not None:
-            down, up = down + self._parcels.sent["down"], up + self._parcels.sent["up"]
+        down.update(self.experts.sent("down"))
+        up.update(self.experts.sent("up"))
         return {rank: (down.get(rank, 0), up.get(rank, 0)) for rank in sorted(down.keys() | up.keys())}
 
     def gather(self, value: Any) -> list[Any]:
@@ -589,39 +489,38 @@ class Engine:
             micro_batch = _to_device(micro_batch, self.device)
         schedule = self._plan(1)
         self.worker.measuring = True
-        self._begin_touching(1, [micro_batch])
+        self.experts.begin(1, [micro_batch], self._updates)
         outcome = self.runtime.step(
             schedule, {0: micro_batch}, {0: 1.0}, loss_fn, count=1, seed=self.seed, step=self.step_count + 1,
             progress=self._progress_after, rehearsal=True,
         )  # fmt: skip
         self.outlook.learn(outcome)
-        facts = self.touching.facts
-        self.growing.measured({name: micro_batches * found.assignments for name, found in facts.items()})
+        self.experts.rehearsed(micro_batches)
         self._plan(micro_batches)
         self.recorder.forget()
 
+    @property
+    def _updates(self) -> int:
+        """How many optimizer steps there were."""
+        return self.step_count - self.skipped_steps
+
     def _progress_after(self, finite: bool) -> dict[str, Any]:
-        """What is committed with a step: the caller's progress, and how many steps were skipped."""
-        own: dict[str, Any] = {
+        """What is committed with a step: the caller's progress, how many steps were skipped, what experts there are."""
+        own = self._skipped_after(finite) | self.experts.to_json(self.step_count + 1, finite=finite)
+        return {**self.progress, "(engine)": own}
+
+    def _skipped_after(self, finite: bool) -> dict[str, Any]:
+        """How many steps were skipped, with one more step."""
+        return {
             "skipped": self.skipped_steps + (not finite),
             "skipped_in_a_row": 0 if finite else self._skipped_in_a_row + 1,
         }
-        if any(layer.untouched == "dense" for layer in self._layers.values()):
-            own["past"] = self._past.to_json(() if finite else (self.step_count + 1,))
-        if self._layers:
-            own["experts"] = self.growing.to_json(self._added(finite))
-        return {**self.progress, "(engine)": own}
-
-    def _added(self, finite: bool) -> Mapping[str, int]:
-        """The experts that the step under way has brought into existence, if it counts."""
-        return self.touching.added if finite else {}
 
     def _count_skipped(self, outcome: StepOutcome, number: int) -> None:
-        own = self._progress_after(outcome.finite)["(engine)"]
-        self.skipped_steps, self._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
+        found = self._skipped_after(outcome.finite)
+        self.skipped_steps, self._skipped_in_a_row = found["skipped"], found["skipped_in_a_row"]
         if outcome.finite:
             return
-        self._past.skipped.append(number)
         self._log(f"step {number} skipped: the gradient of {outcome.first_bad} is not finite")
         if self._skipped_in_a_row > self.max_skipped_steps:
             raise NonFiniteError(
@@ -629,17 +528,6 @@ class Engine:
                 f"{outcome.first_bad}; the store holds the last good state: lower the learning rate or look at the data, "
                 f"then run again (limit: max_skipped_steps={self.max_skipped_steps})"
             )
-
-    def _warn_of_crowds(self) -> None:
-        """Says once of each layer whose router sends more than half of what it routes to one expert."""
-        for name, facts in self.touching.facts.items():
-            if name not in self._crowded and facts.assignments >= _CROWD and 2 * facts.most > facts.assignments:
-                self._crowded.add(name)
-                self._log(
-                    f"layer '{name}': one expert of {self._layers[name].experts:,} got {facts.most:,} of {facts.assignments:,} "
-                    f"assignments, the step reached {facts.touched:,}; look at the token ids or hash more tokens, or balance "
-                    f"the router"
-                )
 
     def _moved(self) -> MovedBytes:
         read, written = self.recorder.end()
@@ -686,14 +574,16 @@ class Engine:
             yield from self._streamed()
 
     def _streamed(self) -> Iterator[nn.Module]:
-        self._begin_touching(0, ())
+        self.experts.outside(self._updates)
+        touching = self.experts.touching
         if not self.ranks.computes:
-            self._follow()
+            with self.experts.following():
+                follow(self.holding, self.runtime.peers, self.runtime.slabs, touching)
             yield self.model
             return
         streamed = StreamedModel(
             self.holding, self.runtime.peers, self.worker, self.parameters,
-            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places, self.touching,
+            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places, touching,
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()
@@ -703,19 +593,10 @@ class Engine:
                 yield self.model
         finally:
             self.worker.outside = None
-            self.touching.drop()
+            touching.drop()
             self._restore_cache = without_cache(self.model)
             self.model.train()
             streamed.close()
-
-    def _follow(self) -> None:
-        """Serves the ranks that run the model."""
-        self._following = True
-        try:
-            follow(self.holding, self.runtime.peers, self.runtime.slabs, self.touching)
-        finally:
-            self._following = False
-            self.touching.drop()
 
     def commit(self) -> None:
         """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""
@@ -726,12 +607,7 @@ class Engine:
         """Brings all experts of layers with `untouched="dense"` to the present step, and commits: for small families, as it
         reads and writes each of them. Otherwise an expert makes up for missed steps when it is next reached."""
         self.commit()
-        self._begin_touching(0, ())
-        before = {name: family.first_written for name, family in self.touching.families.items()}
-        for writing in self.touching.make_up():
-            self.runtime.wait(writing)
-        made = {name: family.first_written - before[name] for name, family in self.touching.families.items()}
-        own = self.store.progress.get("(engine)", {}) | {"experts": self.growing.made(made)}
+        own = self.store.progress.get("(engine)", {}) | self.experts.make_up(self._updates)
         self.store.commit(self.step_count, {**self.store.progress, "(engine)": own}).result()
 
     def snapshot(self, name: str) -> None:
@@ -767,7 +643,7 @@ class Engine:
         try:
             self.runtime.close()
         finally:
-            self.touching.close()
+            self.experts.touching.close()
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
 
@@ -788,10 +664,6 @@ class Engine:
             self._closed = True
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
-
-
-def _alone(value: Any) -> list[Any]:
-    return [value]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

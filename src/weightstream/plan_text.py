@@ -115,7 +115,7 @@ def _experts(engine: "Engine") -> list[str]:
         written = sum(most * layer.record_bytes for most, layer in reached)
         lines.append(
             f"experts per step  at most {sum(most for most, _ in reached):,}, which take {format_bytes(memory)} of "
-            f"experts_memory; {format_bytes(engine.experts_memory)} are given, for {held} of each layer; read up to "
+            f"experts_memory; {format_bytes(engine.experts.memory_bytes)} are given, for {held} of each layer; read up to "
             f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}"
         )
     else:
