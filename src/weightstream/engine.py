@@ -29,7 +29,7 @@ from weightstream.keeping import Keeper
 from weightstream.masking import Masking
 from weightstream.multiplying import AutoKernels, chosen, driven
 from weightstream.nn.pool import Pool
-from weightstream.opening import Wanted, contract_of, opened
+from weightstream.opening import Wanted, contract_of, opened, sparsity_now
 from weightstream.outlook import Outlook
 from weightstream.planning import Budgets, owners_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
@@ -41,7 +41,16 @@ from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
-from weightstream.steps import MaskFacts, MovedBytes, StepResult, default_loss, target_tokens
+from weightstream.steps import (
+    MaskFacts,
+    MovedBytes,
+    StepResult,
+    default_loss,
+    loss_weights,
+    mask_facts,
+    target_tokens,
+    to_device,
+)
 from weightstream.store.compaction import SHARE
 from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
@@ -49,8 +58,6 @@ from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.owned import NEVER_SPARSE, Holding
 from weightstream.store.recording import EVERY_NAME, record
-from weightstream.store.sparsity import Sparsity as StoredSparsity
-from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
 from weightstream.trace.recorder import Recorder
@@ -189,9 +196,9 @@ class Engine:
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
         if self.device.type == "cpu":
             keep_memory()
-        self._asked = settings_of(self.model, experts_memory, experts_pool, compaction_share)
+        self._expert_settings = settings_of(self.model, experts_memory, experts_pool, compaction_share)
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
-        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._asked.memory_bytes)
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._expert_settings.memory_bytes)
         self.model.train()
         check_model(self.model)
         contract = contract_of(
@@ -199,7 +206,7 @@ class Engine:
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
             **({"sparsity": sparsity.to_json()} if sparsity else {}),
             **({"kernels": self._kernels or "auto"} if self._kernels or auto else {}),
-            **self._asked.contract(),
+            **self._expert_settings.contract(),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
@@ -208,7 +215,7 @@ class Engine:
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
             sparsity=sparsity, asked=asked, dense=dense_by_default(self.model),
             kernels=self._kernels, choose_kernels=None if auto is None else partial(self._chosen, auto),
-            families=self._asked.families,
+            families=self._expert_settings.families,
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             if auto is not None:
@@ -225,7 +232,7 @@ class Engine:
         cluster = self.ranks.cluster
         self.owner = owners_of(self.store, cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
-        now = self._sparsity_now(owned)
+        now = sparsity_now(self.store, owned, self.ranks)
         self.masking = self._wanted.masking(self.store.units, now)
         dtype = DTYPES[self.precision]
         self._driven = driven(self.model, self.store.blocks, self.masking, self._kernels, dtype, self.device)
@@ -248,8 +255,9 @@ class Engine:
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
         self.store.watch(self.recorder.log)
         self.experts = Experts(
-            self._asked, self.store, self.ranks, self.worker, self.recorder, self.optimizer, dtype=dtype,
-            groups=self._budgets.reduction_groups, calls=self.outlook.calls, kept=own, wait=self._wait, log=self._log,
+            self._expert_settings, self.store, self.ranks, self.worker, self.recorder, self.optimizer,
+            dtype=dtype, groups=self._budgets.reduction_groups, calls=self.outlook.calls, kept=own, wait=self._wait,
+            log=self._log,
         )  # fmt: skip
         self.growing = self.experts.growing
         self._used_in: tuple[tuple[Visit, ...], dict[str, list[int]]] = ((), {})
@@ -259,17 +267,6 @@ class Engine:
         self.runtime = self._runtime(facts, allot(facts))
         self.store.before_look, self.store.attached = self._before_look, True
 
-    def _sparsity_now(self, owned: Sequence[int]) -> dict[int, StoredSparsity]:
-        """How sparse each unit is that may be: whoever owns it knows."""
-        if not self.store.masks:
-            return {}
-        own = [
-            (unit, sparsity_to_json(self.store.sparsity(unit)))
-            for unit in owned
-            if any(parameter.name in self.store.masks for parameter in self.store.units[unit].parameters)
-        ]
-        return {unit: sparsity_from_json(found) for each in self.gather(own) for unit, found in each}
-
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
         side_outputs: SideOutputs | None = find_side_outputs(self.model)
@@ -278,7 +275,7 @@ class Engine:
         )
 
     def _wait(self, future: "Future[T]") -> T:
-        """As the runtime does it that is there at that time."""
+        """Waits as the present runtime does, which counts the time."""
         return self.runtime.wait(future)
 
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
@@ -395,21 +392,13 @@ class Engine:
         self.ranks.cluster.check(count, self._budgets.reduction_groups)
         own = {index: micro_batches[index] for index in self.share(count)}
         tokens = self._tokens(own)
-        if weights is None:
-            whole = sum(tokens)
-            if not whole:
-                raise ConfigError(
-                    "engine.step: no micro-batch has a target token; give weights, or labels other than -100"
-                )
-            weights = [each / whole for each in tokens]
-        elif len(weights) != count:
-            raise ConfigError(f"engine.step: {count} micro-batches, but {len(weights)} weights")
+        weights = loss_weights(tokens, weights)
         if self.runtime.keeper.broken:
             self.commit()  # says why it cannot
         start = time.perf_counter()
         self.recorder.begin(self.step_count + 1)
         if self.device.type != "cpu":
-            own = {index: _to_device(micro_batch, self.device) for index, micro_batch in own.items()}
+            own = {index: to_device(micro_batch, self.device) for index, micro_batch in own.items()}
         schedule = self._plan(count)
         number = self.step_count + 1
         self.worker.measuring = self.outlook.measured is None
@@ -430,7 +419,8 @@ class Engine:
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds), masks=self._mask_facts(outcome.grown), experts=dict(self.experts.touching.facts),
+            seconds=dict(outcome.seconds), masks=mask_facts(outcome.grown, self.densities),
+            experts=dict(self.experts.touching.facts),
         )  # fmt: skip
 
     @property
@@ -486,7 +476,7 @@ class Engine:
         """
         self.commit()
         if self.device.type != "cpu":
-            micro_batch = _to_device(micro_batch, self.device)
+            micro_batch = to_device(micro_batch, self.device)
         schedule = self._plan(1)
         self.worker.measuring = True
         self.experts.begin(1, [micro_batch], self._updates)
@@ -495,7 +485,7 @@ class Engine:
             progress=self._progress_after, rehearsal=True,
         )  # fmt: skip
         self.outlook.learn(outcome)
-        self.experts.rehearsed(micro_batches)
+        self.experts.measured(micro_batches)
         self._plan(micro_batches)
         self.recorder.forget()
 
@@ -547,14 +537,6 @@ class Engine:
     def kernels(self) -> dict[str, Kernel]:
         """By name, the parameters that kernels multiply by; the other sparse ones are expanded and multiplied densely."""
         return {name: each.kernel for name, each in self._driven.items()}
-
-    def _mask_facts(self, grown: Mapping[str, int]) -> dict[str, MaskFacts]:
-        """Of the parameters whose masks have changed, by how many of their elements came to exist."""
-        densities = self.densities() if grown else {}
-        return {
-            name: MaskFacts(densities[name][0] / densities[name][1], grown[name] / densities[name][0])
-            for name in sorted(grown)
-        }
 
     def densities(self) -> dict[str, tuple[int, int]]:
         """The same by name of each parameter that may be sparse."""
@@ -664,10 +646,6 @@ class Engine:
             self._closed = True
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), value)
 
 
 __all__ = ["Engine", "MaskFacts", "MovedBytes", "StepResult"]

@@ -70,7 +70,8 @@ def settings_of(
 class Experts:
     """The layers of experts of a model while an engine trains it, on one rank; it need not have any.
 
-    `touching` is what serves them in a step, `growing` counts them and holds them to their pools.
+    `touching` is what serves them in a step, `growing` counts them and holds them to their pools. With several ranks all
+    call the same methods in the same order.
 
     Args:
         calls: how often the model calls a layer for each micro-batch.
@@ -230,13 +231,12 @@ class Experts:
         if not finite:
             self._past.skipped.append(step)
         self.growing.took(self._added(finite))
-        self.rehearsed(1)
+        self.measured()
         self._warn_of_crowds()
 
-    def rehearsed(self, micro_batches: int) -> None:
-        """Steps will have so many times the micro-batches of the one that was just seen."""
-        facts = self.touching.facts
-        self.growing.measured({name: micro_batches * found.assignments for name, found in facts.items()})
+    def measured(self, times: int = 1) -> None:
+        """Steps may come to so many times the assignments of the one that was just seen."""
+        self.growing.measured({name: times * found.assignments for name, found in self.touching.facts.items()})
 
     def to_json(self, step: int, *, finite: bool) -> dict[str, Any]:
         """What is committed with a step."""

@@ -45,9 +45,8 @@ class Outlook:
         largest: Largest,
         threads: int,
     ) -> None:
-        self._holding, self._store, self._ranks, self._worker, self._budgets = (
-            holding, holding.store, ranks, worker, budgets,
-        )  # fmt: skip
+        self._holding, self._store, self._budgets = holding, holding.store, budgets
+        self._ranks, self._worker = ranks, worker
         self._masking, self._driven, self._largest, self._threads = masking, driven, largest, threads
         order = [module for _, module in call_order(worker.model, self._store.blocks)]
         self.visits = tuple(Visit(worker.block_of_module[m], m) for m in order if m in worker.block_of_module)

@@ -1,12 +1,13 @@
-"""What goes into a step and what comes out of it: the loss of a micro-batch, its target tokens, and the result."""
+"""What goes into a step and what comes out of it: micro-batches, their loss, target tokens and weights; and the result."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from weightstream.errors import ConfigError
 from weightstream.touching import TouchedFacts
 
 
@@ -79,3 +80,36 @@ def target_tokens(micro_batch: Any, *, causal: bool = True) -> int:
     leaves = torch.utils._pytree.tree_leaves(micro_batch)
     first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
     return 1 if first is None or first.ndim == 0 else int(first.shape[0])
+
+
+def loss_weights(tokens: Sequence[int], given: Sequence[float] | None) -> Sequence[float]:
+    """What the loss of each micro-batch is multiplied by: what is given, or its share of the step's target tokens.
+
+    Raises:
+        ConfigError: there are none, or as many weights as micro-batches are not given.
+    """
+    if given is not None:
+        if len(given) != len(tokens):
+            raise ConfigError(f"engine.step: {len(tokens)} micro-batches, but {len(given)} weights")
+        return given
+    whole = sum(tokens)
+    if not whole:
+        raise ConfigError("engine.step: no micro-batch has a target token; give weights, or labels other than -100")
+    return [each / whole for each in tokens]
+
+
+def to_device(micro_batch: Any, device: torch.device) -> Any:
+    """A micro-batch with its tensors on a device."""
+    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), micro_batch)
+
+
+def mask_facts(
+    grown: Mapping[str, int], densities: Callable[[], Mapping[str, tuple[int, int]]]
+) -> dict[str, MaskFacts]:
+    """Of the parameters whose masks have changed, by how many of their elements came to exist.
+
+    Args:
+        densities: gives the non-zeros and the elements of each; asked only if there are any.
+    """
+    found = densities() if grown else {}
+    return {name: MaskFacts(found[name][0] / found[name][1], grown[name] / found[name][0]) for name in sorted(grown)}
