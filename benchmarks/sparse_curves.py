@@ -30,6 +30,7 @@ ALGORITHMS = {
     "static": "static, 90%",
     "set": "SET, 90%",
     "rigl": "RigL, 90%",
+    "rigl_relative": "RigL by relative gradients, 90%",
     "gmp": "GMP, to 80%",
     "spdf": "SPDF, 75% then dense",
 }

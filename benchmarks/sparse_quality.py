@@ -5,10 +5,11 @@
     python benchmarks/sparse_curves.py --write                  # table and plots of what was found
 
 `weightstream fit` with one configuration but for `sparsity:`, for the same steps, on the same batches, from the same
-initial values: dense; a random mask that stays, SET and RigL at 90% of every layer's matrices; gradual magnitude pruning
-(GMP) to 80%; and SPDF, 75% under a random mask until three quarters of the steps are done, then dense. Seeds change
-initial values, masks and the order of batches. A run that was interrupted goes on from its store, one that is done is
-kept in the scratch folder until all of them are.
+initial values: dense; a random mask that stays, SET and RigL (by the gradient as its paper has it, and by the gradient
+relative to rows and columns) at 90% of every layer's matrices; gradual magnitude pruning (GMP) to 80%; and SPDF, 75%
+under a random mask until three quarters of the steps are done, then dense. Seeds change initial values, masks and the
+order of batches. A run that was interrupted goes on from its store, one that is done is kept in the scratch folder until
+all of them are.
 
 Keys: `trained` (by run: held-out loss at several steps, training loss, density and turnover of masks), `loss` (by
 algorithm: mean at the end, least and most of the seeds), `order` (what the literature leads one to expect, whether it
@@ -20,6 +21,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,6 +38,7 @@ from weightstream.training.metrics import read_metrics
 
 NAME = "sparse_quality"
 LAYER_MATRICES = ("*.self_attn.*", "*.mlp.*")
+BETAS, WEIGHT_DECAY, CLIP_NORM = (0.9, 0.95), 0.1, 1.0
 
 
 def main() -> None:
@@ -62,16 +65,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--source", default="stdlib", help="the text: stdlib, a file, a folder or a pattern")
-    parser.add_argument("--steps", type=int, default=336)
-    parser.add_argument("--sequences", type=int, default=8, help="of one step")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--held-out", type=int, default=96, help="sequences that are held out and evaluated")
-    parser.add_argument("--evaluations", type=int, default=6, help="during training, beside the one before it")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    add_setting(parser)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -82,12 +76,36 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add_setting(parser: argparse.ArgumentParser, *, layers: int = 6, width: int = 384) -> None:
+    """The options that say what is trained, on what and how long."""
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--width", type=int, default=width)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--source", default="stdlib", help="the text: stdlib, a file, a folder or a pattern")
+    parser.add_argument("--steps", type=int, default=336)
+    parser.add_argument("--sequences", type=int, default=8, help="of one step")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--held-out", type=int, default=96, help="sequences that are held out and evaluated")
+    parser.add_argument("--evaluations", type=int, default=6, help="during training, beside the one before it")
+    parser.add_argument("--lr", type=float, default=2e-3)
+
+
+def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_setting` asked for."""
+    names = ("layers", "width", "vocabulary", "source", "steps", "sequences", "length", "held_out", "evaluations", "lr")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def is_layer_matrix(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in LAYER_MATRICES)
+
+
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs have in common, and decides what they come to."""
-    names = ("layers", "width", "vocabulary", "source", "steps", "sequences", "length", "held_out", "evaluations", "lr")
-    return {name: getattr(arguments, name) for name in (*names, "precision", "threads")} | {
-        "groups": {algorithm: group_of(algorithm, arguments.steps) for algorithm in ALGORITHMS}
-    }
+    groups = {algorithm: group_of(algorithm, arguments.steps) for algorithm in ALGORITHMS}
+    return setting_of(arguments) | {
+        "precision": arguments.precision, "threads": arguments.threads, "groups": groups,
+    }  # fmt: skip
 
 
 def require_same_settings(folder: Path, wanted: dict[str, Any]) -> None:
@@ -114,6 +132,7 @@ def group_of(algorithm: str, steps: int) -> dict[str, Any] | None:
         "static": {"algorithm": "static", "sparsity": 0.9},
         "set": {"algorithm": "set"} | moving,
         "rigl": {"algorithm": "rigl"} | moving,
+        "rigl_relative": {"algorithm": "rigl", "grow_by": "relative_gradient"} | moving,
         "gmp": {"algorithm": "gmp"} | pruning,
         "spdf": {"algorithm": "static", "sparsity": 0.75, "dense_from": steps * 3 // 4},
     }
@@ -141,11 +160,11 @@ def config_of(name: str, arguments: argparse.Namespace, out: Path) -> RunConfig:
         "data": {"sources": [arguments.source], "tokenizer": {"size": arguments.vocabulary}},
         "optimizer": {
             "name": "AdamW", "lr": arguments.lr, "schedule": "cosine", "warmup": arguments.steps // 20,
-            "end": arguments.lr / 10, "weight_decay": 0.1, "settings": {"betas": [0.9, 0.95]},
+            "end": arguments.lr / 10, "weight_decay": WEIGHT_DECAY, "settings": {"betas": list(BETAS)},
         },
         "training": {
             "steps": arguments.steps, "micro_batches": 1, "micro_batch_size": arguments.sequences,
-            "sequence_length": arguments.length, "clip_norm": 1.0, "tensorboard": False,
+            "sequence_length": arguments.length, "clip_norm": CLIP_NORM, "tensorboard": False,
             "validation": {
                 "every": max(1, arguments.steps // arguments.evaluations), "sequences": arguments.held_out,
             },
@@ -233,6 +252,7 @@ def expectations() -> Iterator[tuple[str, str, str, float]]:
     """What is expected of losses: its text, and `better`, `worse`, `part`: the loss of `better` exceeds that of dense by
     at most `part` of what `worse` exceeds it by."""
     yield "RigL no worse than SET", "rigl", "set", 1.0
+    yield "RigL by relative gradients no worse than SET", "rigl_relative", "set", 1.0
     yield "SET no worse than static", "set", "static", 1.0
     yield "GMP near dense: less than half of what static loses", "gmp", "static", 0.5
     yield "SPDF no worse than static", "spdf", "static", 1.0

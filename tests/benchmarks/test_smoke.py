@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_sparse_quality(tmp_path: Path) -> None:
     (tmp_path / "sparse_quality" / "static-0.json").write_text(json.dumps(static))  # as an interrupted call left it
     found = measured(tmp_path, "sparse_quality.py", *small)
     by_algorithm = {run["algorithm"]: run for run in found["trained"]}
-    assert list(by_algorithm) == ["dense", "static", "set", "rigl", "gmp", "spdf"]
+    assert list(by_algorithm) == ["dense", "static", "set", "rigl", "rigl_relative", "gmp", "spdf"]
     assert by_algorithm.pop("static") == static
     assert found["loss"]["static"] == {"mean": 1.25, "spread": [1.25, 1.25], "by_seed": [1.25]}
     for algorithm, run in by_algorithm.items():
@@ -146,4 +147,30 @@ def test_sparse_quality(tmp_path: Path) -> None:
         "expected": "RigL no worse than SET", "held": better >= 0,
         "by": pytest.approx(better), "by_seed": [pytest.approx(better)],
     }  # fmt: skip
-    assert not found["order"][1]["held"]  # nothing learns to 1.25 in 16 steps
+    assert not found["order"][2]["held"]  # nothing learns to 1.25 in 16 steps
+
+
+@pytest.mark.slow
+def test_sparse_growth(tmp_path: Path) -> None:
+    model = f"--layers 1 --width 64 --vocabulary 300 --lr 1e-2 --source {ROOT / 'benchmarks'} --seeds 1 --threads 1"
+    small = f"{model} --steps 28 --sequences 2 --length 32 --held-out 4 --evaluations 2".split()
+    found = measured(tmp_path, "sparse_growth.py", *small)
+    by_arm = {run["arm"]: run for run in found["trained"]}
+    assert by_arm.keys() == found["arms"].keys() == found["loss"].keys()
+    for arm, run in by_arm.items():
+        assert [step for step, _ in run["validation"]] == [14, 28]
+        assert found["above_static"][arm]["mean"] == run["loss"] - by_arm["static"]["loss"]
+    assert len({run["loss"] for run in by_arm.values()}) == len(by_arm)  # nothing that an arm changes is without effect
+    assert by_arm["static"]["updates"] == []
+    assert by_arm["static"]["explored"] == pytest.approx(0.1, abs=1e-3)
+    steps = {arm: [update["step"] for update in run["updates"]] for arm, run in by_arm.items()}
+    assert steps["set"] == steps["rigl"] == list(range(2, 21, 2))
+    assert steps["rigl_every_third"] == [6, 12, 18]
+
+    def average(arm: str, key: str) -> float:
+        return mean(update[key] for update in by_arm[arm]["updates"] if key in update)
+
+    assert 0.1 < average("rigl_drop_third", "new") * 3 < 0.3
+    assert average("rigl", "new") <= average("set", "new") <= 0.3
+    assert average("set", "crowded_rows") < average("rigl_spread", "crowded_rows") < average("rigl", "crowded_rows")
+    assert 0 < average("rigl", "agreed") < 1

@@ -105,6 +105,7 @@ class Rules:
     end: int = 0
     every: int = 1
     drop: float = 0.3
+    relative: bool = False
 
     def moves(self, step: int) -> bool:
         moving = self.algorithm in ("set", "rigl") and self.begin <= step < self.end
@@ -294,7 +295,11 @@ class Reference:
         new[torch.from_numpy(stays)] = True
         free = np.flatnonzero(~new.numpy())
         if self.rules.algorithm == "rigl":
-            scores = -gradient.abs().flatten().numpy()[free]
+            size = gradient.abs().view(gradient.shape[0], -1).numpy().astype(np.float64)
+            if self.rules.relative:
+                rows, columns = (np.sqrt(np.cumsum(size**2, axis=axis)) for axis in (1, 0))  # one after the other
+                size = size / np.where(rows[:, -1:] > 0, rows[:, -1:], 1) / np.where(columns[-1:] > 0, columns[-1:], 1)
+            scores = -size.astype(np.float32).flatten()[free]
         else:
             scores = random_order(key[0], step, self.first(key), mask.numel())[free]
         new[torch.from_numpy(free[first_by(scores, existing.size - stays.size)])] = True
@@ -392,6 +397,10 @@ CASES: dict[str, tuple[ws.Sparsity, Rules]] = {
     "static": (group(), Rules()),
     "set": (group(algorithm="set", **MOVING), Rules(algorithm="set", **MOVING)),  # type: ignore[arg-type]
     "rigl": (group(algorithm="rigl", **MOVING), Rules(algorithm="rigl", **MOVING)),  # type: ignore[arg-type]
+    "relative_rigl": (
+        group(algorithm="rigl", grow_by="relative_gradient", **MOVING),
+        Rules(algorithm="rigl", relative=True, **MOVING),  # type: ignore[arg-type]
+    ),
     "gmp": (
         group(algorithm="gmp", sparsity=0.9, begin=4, end=24, every=4),
         Rules(algorithm="gmp", kept=gmp, begin=4, end=24, every=4),

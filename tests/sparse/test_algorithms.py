@@ -393,6 +393,7 @@ def test_first_match_wins_and_what_is_dense_stays_so() -> None:
             "magnitude with distribution: global",
         ),
         ({"algorithm": "set"}, "the step at which set ends"),
+        ({"algorithm": "set", "end": 5, "grow_by": "relative_gradient"}, "expected gradient with set"),
         ({"dense_until": 5, "dense_from": 5}, "a step after dense_until"),
         ({"dense_until": 5, "init": "masks.safetensors"}, "magnitude after a dense phase"),
     ],
@@ -416,3 +417,6 @@ def test_the_section_becomes_settings_that_survive_json() -> None:
     assert settings.groups[1].sparsity_at(0) == 0.2
     assert settings.groups[1].sparsity_at(50) == settings.groups[1].sparsity_at(10**6) == 0.8
     assert Sparsity.from_json(settings.to_json()) == settings
+    assert "grow_by" not in settings.to_json()["groups"][0]  # as in stores that were made before there was a choice
+    chosen = section.groups[0].model_copy(update={"grow_by": "relative_gradient"}).group(1000)
+    assert Sparsity.from_json(Sparsity((chosen,)).to_json()).groups[0].grow_by == "relative_gradient"

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ("case", "clip_norm", "precision"),
     [
         ("static", None, "fp32"), ("static", 0.5, "bf16"), ("set", 0.5, "fp32"), ("rigl", None, "fp32"),
-        ("rigl", 0.5, "bf16"), ("gmp", 0.5, "fp32"), ("gmp", None, "bf16"), ("phases", 0.5, "fp32"),
-        ("global_gmp", 0.5, "fp32"), ("global_gmp", None, "bf16"), ("global_rigl", None, "fp32"),
+        ("rigl", 0.5, "bf16"), ("relative_rigl", 0.5, "bf16"), ("gmp", 0.5, "fp32"), ("gmp", None, "bf16"),
+        ("phases", 0.5, "fp32"), ("global_gmp", 0.5, "fp32"), ("global_gmp", None, "bf16"), ("global_rigl", None, "fp32"),
     ],
 )  # fmt: skip
 def test_equals_masked_dense_training(case: str, clip_norm: float | None, precision: str, tmp_path: Path) -> None:

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from weightstream.sparse.codec import Places, expand
-from weightstream.sparse.masks import Bools, Keys, Mask, largest, magnitude_bits, magnitude_keys, random_keys, smallest
+from weightstream.sparse.masks import (
+    Bools,
+    Keys,
+    Mask,
+    largest,
+    magnitude_bits,
+    magnitude_keys,
+    random_keys,
+    relative,
+    smallest,
+)
 from weightstream.sparse.pieces import SparsePiece
 
 
@@ -99,6 +109,8 @@ def next_mask(
     keys = existing_keys(mask, values)
     if piece.group.algorithm == "rigl":
         assert dense_gradient is not None, "RigL grows by the dense gradient"
+        if piece.group.grow_by == "relative_gradient":
+            dense_gradient = relative(mask.grid, dense_gradient)
         return _rigl(mask, keys, magnitude_keys(mask.grid, dense_gradient), fraction)
     numbers = random_keys(seed, piece.parameter.name, step, piece.first_cell, mask.grid.cells)
     return _set(mask, keys, values, numbers, fraction)

@@ -119,6 +119,23 @@ def magnitude_keys(grid: Grid, dense: Tensor) -> Keys:
     return keys
 
 
+def relative(grid: Grid, dense: Tensor) -> Tensor:
+    """|dense| divided by the norm of its row and by that of its column, where neither is zero: fp32, rows × columns.
+
+    But for a factor of the whole piece what Adafactor estimates each element's size from (Shazeer and Stern, "Adafactor:
+    Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018, section 3). Squares are summed in fp64, line by line,
+    so that the order of the sums is fixed.
+    """
+    size = np.abs(dense.detach().reshape(grid.rows, grid.columns).numpy(), dtype=np.float64)
+    squares = np.square(size)
+    columns = np.sqrt(np.add.reduce(squares, axis=0))
+    rows = np.sqrt(np.add.reduce(np.ascontiguousarray(squares.T), axis=0))
+    del squares
+    size /= np.where(rows > 0, rows, 1.0)[:, np.newaxis]
+    size /= np.where(columns > 0, columns, 1.0)
+    return torch.from_numpy(size.astype(np.float32))
+
+
 def magnitude_bits(values: NDArray[np.float32]) -> NDArray[np.uint32]:
     """The bit patterns of |values|, which are in the values' order; NaN is above all."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint32) & np.uint32(0x7FFFFFFF)

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from weightstream.section import Section
-from weightstream.sparse.settings import Algorithm, Curve, Distribution, Ramp, Sparsity, SparsityGroup
+from weightstream.sparse.settings import Algorithm, Curve, Distribution, Growth, Ramp, Sparsity, SparsityGroup
 
 LAST_UPDATE = 0.75
 """Part of training after which masks stay, unless `end` says otherwise: as in Evci et al., ICML 2020, section 4.1."""
@@ -39,6 +39,8 @@ class SparsityGroupConfig(Section):
     """Rows and columns that are zero or not together."""
     drop_fraction: float | RampConfig = 0.3
     """The part of what exists that set and rigl replace; a number falls to 0 along a cosine."""
+    grow_by: Growth = "gradient"
+    """What rigl grows by: the gradient, or the gradient relative to its row and its column."""
     every: int = Field(default=100, ge=1)
     """Steps from one mask update to the next."""
     begin: int = Field(default=0, ge=0)
@@ -67,6 +69,7 @@ class SparsityGroupConfig(Section):
             drop_fraction=self.drop_fraction.ramp()
             if isinstance(self.drop_fraction, RampConfig)
             else self.drop_fraction,
+            grow_by=self.grow_by,
             every=self.every,
             begin=self.begin,
             end=self._end(training_steps),

@@ -14,6 +14,7 @@ from weightstream.errors import ConfigError
 Algorithm = Literal["static", "gmp", "set", "rigl"]
 Distribution = Literal["uniform", "erdos_renyi", "global"]
 Curve = Literal["constant", "linear", "cubic", "cosine"]
+Growth = Literal["gradient", "relative_gradient"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class SparsityGroup:
     distribution: Distribution = "uniform"
     block: tuple[int, int] = (1, 1)
     drop_fraction: float | Ramp = 0.3
+    grow_by: Growth = "gradient"
+    """What `rigl` grows by: the gradient (Evci et al., 2020), or the gradient relative to its row and its column."""
     every: int = 100
     begin: int = 0
     end: int | None = None
@@ -83,6 +86,10 @@ class SparsityGroup:
             self.distribution in get_args(Distribution), "distribution", f"one of {', '.join(get_args(Distribution))}"
         )
         self._require(len(self.block) == 2 and min(self.block) >= 1, "block", "rows and columns, such as [32, 32]")
+        self._require(self.grow_by in get_args(Growth), "grow_by", f"one of {', '.join(get_args(Growth))}")
+        self._require(
+            self.grow_by == "gradient" or self.algorithm == "rigl", "grow_by", f"gradient with {self.algorithm}"
+        )
         for field in ("sparsity", "drop_fraction"):
             value = getattr(self, field)
             numbers = (value.initial, value.final) if isinstance(value, Ramp) else (value,)
@@ -230,8 +237,17 @@ class Sparsity:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """`{"groups": [{"patterns": …, "algorithm": "rigl", …}]}`; `from_json` reads it."""
-        return {"groups": [asdict(group) for group in self.groups]}
+        """`{"groups": [{"patterns": …, "algorithm": "rigl", …}]}`; `from_json` reads it.
+
+        `grow_by` stands there where it is not the gradient itself, so that stores from before it go on.
+        """
+        groups = [asdict(group) for group in self.groups]
+        return {
+            "groups": [
+                {key: value for key, value in fields.items() if (key, value) != ("grow_by", "gradient")}
+                for fields in groups
+            ]
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Sparsity":
