@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from weightstream.blocks import call_order, split
 from weightstream.census import Census, flops, take
-from weightstream.engine import default_loss
 from weightstream.errors import PlanError
+from weightstream.steps import default_loss
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH, HIDDEN, HEADS, KEY_HEADS = 2, 16, 96, 32, 80, 4, 2
 TOKENS = SEQUENCES * LENGTH

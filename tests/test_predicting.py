@@ -86,8 +86,8 @@ def test_each_rank_is_predicted_by_the_records_that_it_owns(tmp_path: Path) -> N
         cluster = Cluster(3)
         found = predict(engine, x, profile(), micro_batches=3, loss_fn=loss, cluster=cluster, threads=1)
         facts, allotment = found.inputs.facts, found.inputs.allotment
-        owned = [engine.facts_of_rank(rank, cluster, 3) for rank in range(3)]
-        whole = engine.facts_at(Cluster(), 3, whole=True)
+        owned = [engine.outlook.facts_of_rank(rank, cluster, 3) for rank in range(3)]
+        whole = engine.outlook.facts_at(Cluster(), 3, whole=True)
         keeper = engine.runtime.keeper
         buffers = [keeper._records_of(block.index).buffers for block in facts.blocks]
     for block, *parts in zip(whole.blocks, *(each.blocks for each in owned), strict=True):

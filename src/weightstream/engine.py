@@ -5,40 +5,35 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from weightstream.blocks import Block, Rule, call_order
+from weightstream.blocks import Block, Rule
 from weightstream.captures import SideOutputs, find_side_outputs
-from weightstream.cluster import Cluster, owners
+from weightstream.cluster import Cluster
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
-from weightstream.existence import Existence
+from weightstream.experts import Experts, settings_of
 from weightstream.fabric.links import Links
-from weightstream.fabric.parcels import Parcels
 from weightstream.fabric.peers import Alone, Peers
 from weightstream.fabric.ranks import Ranks
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.together import SUMS_TRAVELLING, Together
-from weightstream.growing import Growing
 from weightstream.keeping import Keeper
-from weightstream.lending import AllLending, Borrowed, values_bytes
 from weightstream.masking import Masking
-from weightstream.multiplying import AutoKernels, chosen, driven, structure_bytes
-from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of, places_of, tokens_in
+from weightstream.multiplying import AutoKernels, chosen, driven
 from weightstream.nn.pool import Pool
-from weightstream.opening import Wanted, contract_of, opened
-from weightstream.past import Past
-from weightstream.planning import Budgets, Division, Measured, divide, facts_of, same_buffers
+from weightstream.opening import Wanted, contract_of, opened, sparsity_now
+from weightstream.outlook import Outlook
+from weightstream.planning import Budgets, owners_of, same_buffers
 from weightstream.runtime import Runtime, StepOutcome
-from weightstream.schedule.cost import BlockFacts, StepBytes
-from weightstream.schedule.flows import disk_bound
+from weightstream.schedule.cost import StepBytes
 from weightstream.schedule.operations import Schedule, Visit
 from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
 from weightstream.schedule.verify import verify
@@ -46,18 +41,25 @@ from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.pieces import dense_by_default
 from weightstream.sparse.settings import Sparsity
-from weightstream.store.compaction import SHARE, check_share
+from weightstream.steps import (
+    MaskFacts,
+    MovedBytes,
+    StepResult,
+    default_loss,
+    loss_weights,
+    mask_facts,
+    target_tokens,
+    to_device,
+)
+from weightstream.store.compaction import SHARE
 from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.owned import NEVER_SPARSE, Holding, Largest
+from weightstream.store.owned import NEVER_SPARSE, Holding
 from weightstream.store.recording import EVERY_NAME, record
-from weightstream.store.sparsity import Sparsity as StoredSparsity
-from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
-from weightstream.touching import Touched, TouchedFacts, Touching
 from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
 from weightstream.worker.allocator import Ceiling, give_back, keep_memory
@@ -66,79 +68,8 @@ from weightstream.worker.expanding import Driven
 from weightstream.worker.slabs import Parameters
 from weightstream.worker.worker import LossFunction, Worker
 
-_CROWD = 64  # fewer assignments than that may go to one expert by chance
+T = TypeVar("T")
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class MovedBytes:
-    """Bytes between host and disk in one step, beside the least that it could have been."""
-
-    read: int
-    written: int
-    bound: int
-    compaction: int = 0
-    """Those of them that were read and written to copy records of families out of mostly dead files."""
-
-    @property
-    def total(self) -> int:
-        return self.read + self.written
-
-
-@dataclass(frozen=True, slots=True)
-class MaskFacts:
-    """One sparse parameter after a change of its mask: the part that exists, and how much of that is new."""
-
-    density: float
-    turnover: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One step: mean loss over target tokens, norm before clipping, and what it cost.
-
-    `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took. `masks` say of
-    each sparse parameter whose mask was changed during this step what it came to; with clipping that is the update that
-    the step before it led to. `experts` say of each layer of experts what the step reached of it.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    tokens: int
-    elapsed_s: float
-    stalled_s: float
-    bytes: MovedBytes
-    skipped: bool
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    masks: Mapping[str, MaskFacts] = field(default_factory=dict)
-    experts: Mapping[str, TouchedFacts] = field(default_factory=dict)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.elapsed_s
-
-
-def default_loss(model: nn.Module, micro_batch: Any) -> Tensor:
-    """The loss that a transformers model returns for a micro-batch that is a dict of its arguments."""
-    return model(**micro_batch).loss  # type: ignore[no-any-return]
-
-
-def target_tokens(micro_batch: Any, *, causal: bool = True) -> int:
-    """How many tokens of a micro-batch are predicted: labels that are not -100, less the first where inputs are shifted.
-
-    Inputs without labels count their rows. `causal=False` for encoder-decoders, whose labels are not shifted.
-    """
-    if isinstance(micro_batch, Mapping) and isinstance(labels := micro_batch.get("labels"), Tensor):
-        inputs = micro_batch.get("input_ids")
-        shifted = causal and labels.ndim == 2 and isinstance(inputs, Tensor) and inputs.shape == labels.shape
-        if labels.is_floating_point():
-            return labels.numel()
-        return int((labels[:, 1:] if shifted else labels).ne(-100).sum())
-    leaves = torch.utils._pytree.tree_leaves(micro_batch)
-    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-    return 1 if first is None or first.ndim == 0 else int(first.shape[0])
 
 
 class Engine:
@@ -265,14 +196,9 @@ class Engine:
         gc.collect()  # what the model's code made and dropped is gone before memory is kept for reuse
         if self.device.type == "cpu":
             keep_memory()
-        self._layers = layers_of(self.model)
-        self._places = places_of(self.model, self._layers)
-        self._crowded: set[str] = set()
-        self.experts_memory = parse_bytes(experts_memory) if self._layers else 0
-        self._pools = {"*": experts_pool} if isinstance(experts_pool, Pool) else dict(experts_pool or {})
-        self._compaction_share = check_share(compaction_share)
+        self._expert_settings = settings_of(self.model, experts_memory, experts_pool, compaction_share)
         on_host = self._budgets.device_memory if self._budgets.host_is_device else 0
-        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self.experts_memory)
+        self._ceiling = Ceiling(self._budgets.host_memory + on_host + self._expert_settings.memory_bytes)
         self.model.train()
         check_model(self.model)
         contract = contract_of(
@@ -280,7 +206,7 @@ class Engine:
             reduction_groups=reduction_groups, clip_norm=clip_norm, threads=self.threads,
             **({"sparsity": sparsity.to_json()} if sparsity else {}),
             **({"kernels": self._kernels or "auto"} if self._kernels or auto else {}),
-            **({"experts": {name: layer.facts() for name, layer in self._layers.items()}} if self._layers else {}),
+            **self._expert_settings.contract(),
         )  # fmt: skip
         self._wanted = wanted = Wanted(
             path=path, optimizer=optimizer, precision=precision, budgets=self._budgets, contract=contract,
@@ -289,7 +215,7 @@ class Engine:
             panel_elements=panel_elements, allow_other_numerics=allow_other_numerics,
             sparsity=sparsity, asked=asked, dense=dense_by_default(self.model),
             kernels=self._kernels, choose_kernels=None if auto is None else partial(self._chosen, auto),
-            families=tuple(layer.family(name) for name, layer in self._layers.items()),
+            families=self._expert_settings.families,
         )  # fmt: skip
         with opened(wanted, self.model, recipes, initial or {}, self.ranks, exists=exists) as self.store:
             if auto is not None:
@@ -303,11 +229,10 @@ class Engine:
         )
 
     def _start(self) -> None:
-        check_places(self._places, self.store.blocks)
         cluster = self.ranks.cluster
-        self.owner = self._owners(cluster)
+        self.owner = owners_of(self.store, cluster)
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
-        now = self._sparsity_now(owned)
+        now = sparsity_now(self.store, owned, self.ranks)
         self.masking = self._wanted.masking(self.store.units, now)
         dtype = DTYPES[self.precision]
         self._driven = driven(self.model, self.store.blocks, self.masking, self._kernels, dtype, self.device)
@@ -315,57 +240,32 @@ class Engine:
         self.parameters = Parameters(self.model, self.store.blocks, self.device, dtype, nonzeros)
         self.model.to(self.device)
         self.worker = self._make_worker()
+        largest = None if self.masking is None else self.masking.largest(now)
+        self.holding = Holding(self.store, owned, largest, now, self._driven)
+        self.outlook = Outlook(
+            self.holding, self.ranks, self.worker, self._budgets,
+            masking=self.masking, driven=self._driven, largest=largest or NEVER_SPARSE, threads=self.threads,
+        )  # fmt: skip
         self._restore_cache = without_cache(self.model)
         self.step_count = self.store.step
         self.progress: dict[str, Any] = {k: v for k, v in self.store.progress.items() if k != "(engine)"}
         own = self.store.progress.get("(engine)", {})
         self.skipped_steps: int = own.get("skipped", 0)
         self._skipped_in_a_row: int = own.get("skipped_in_a_row", 0)
-        self._past = Past.from_json(own.get("past", {}))
-        self._past.goes_on(self.step_count + 1, self.optimizer)
         self.recorder = Recorder(self.ranks.rank, [unit.block for unit in self.store.units])
         self.store.watch(self.recorder.log)
-        self._parcels: Parcels | None = None  # in which experts go from rank to rank
-        self._following = False  # this rank computes nothing, and serves those that run the model
-        self.touching = self._make_touching()
-        self.growing = self._make_growing(own.get("experts", {}))
-        self.touching.agree = self.growing.agree
-        if self._layers and self.ranks.owns:
-            self.store.compaction_share = self._compaction_share
-        visits = tuple(Visit(self.worker.block_of_module[m], m) for _, m in call_order(self.model, self.store.blocks)
-                       if m in self.worker.block_of_module)  # fmt: skip
-        self._visits = visits
-        self._measured: Measured | None = None
-        self._known = self.ranks.alone  # whether the model's calls are known: guessed ones are tried on one rank only
+        self.experts = Experts(
+            self._expert_settings, self.store, self.ranks, self.worker, self.recorder, self.optimizer,
+            dtype=dtype, groups=self._budgets.reduction_groups, calls=self._calls, kept=own, wait=self._wait,
+            log=self._log,
+        )  # fmt: skip
+        self.growing = self.experts.growing
         self._used_in: tuple[tuple[Visit, ...], dict[str, list[int]]] = ((), {})
         self._schedules: dict[Any, Schedule] = {}
         self._next_loads: tuple[int, ...] = ()
-        self._reckoned: tuple[dict[int, StoredSparsity], tuple[BlockFacts, ...]] | None = None
-        self._largest = NEVER_SPARSE if self.masking is None else self.masking.largest(now)
-        self.holding = Holding(self.store, owned, self._largest if self.masking else None, now, self._driven)
-        self._division = self._divide(cluster, self.owner)
-        facts = self._facts(cluster.workers)
+        facts = self.outlook.facts(cluster.workers)
         self.runtime = self._runtime(facts, allot(facts))
         self.store.before_look, self.store.attached = self._before_look, True
-
-    def _sparsity_now(self, owned: Sequence[int]) -> dict[int, StoredSparsity]:
-        """How sparse each unit is that may be: whoever owns it knows."""
-        if not self.store.masks:
-            return {}
-        own = [
-            (unit, sparsity_to_json(self.store.sparsity(unit)))
-            for unit in owned
-            if any(parameter.name in self.store.masks for parameter in self.store.units[unit].parameters)
-        ]
-        return {unit: sparsity_from_json(found) for each in self.gather(own) for unit, found in each}
-
-    def _divide(
-        self, cluster: Cluster, owner: Sequence[int], of: int | None = None, *, sparse: Largest | None = None
-    ) -> Division:
-        return divide(
-            self.store, cluster, owner, self._budgets.reduction_groups, masking=self.masking, driven=self._driven, of=of,
-            sparse=self._largest if sparse is None else sparse,
-        )  # fmt: skip
 
     def _make_worker(self) -> Worker:
         """What computes; benchmarks of all the rest put an emulated one in its place."""
@@ -374,99 +274,11 @@ class Engine:
             self.model, self.store.blocks, self.parameters, self.device, self._gradient, side_outputs, self._driven
         )
 
-    def _make_touching(self) -> Touching:
-        """The memory of experts, from which their layers take weights."""
-        if self.ranks.alone:
-            own = {name: self._touched(name, self._experts_bytes) for name in self._layers}
-            for name, layer in self._layers.items():
-                layer.attach(own[name])
-            return Touching(own)
-        own, lent = {}, {}
-        for name, layer in self._layers.items():
-            family, nbytes = layer.family(name), self._bytes_for_values(name)
-            if self.ranks.owns:
-                own[name] = self._touched(name, self._experts_bytes - nbytes)
-            lent[name] = Borrowed(
-                family, own.get(name), nbytes=nbytes, owners=len(self.ranks.cluster.memory_ranks),
-                dtype=DTYPES[self.precision], device=self.device, groups=self._budgets.reduction_groups,
-                walking=self._walking,
-            )  # fmt: skip
-            layer.attach(lent[name])
-        return Touching(own, self._lending(lent) if lent else None)
-
-    def _make_growing(self, kept: Mapping[str, Any]) -> Growing:
-        """How many experts there are and may be; `kept` is what was committed of it."""
-        own, lent = self.touching.families, self.touching.lending
-        existence = Existence(
-            {name: layer.experts for name, layer in self._layers.items()}, own, self.gather if self._layers else _alone,
-            (self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
-        )  # fmt: skip
-        return Growing(
-            self._layers, own if lent is None else lent.families, existence, self._pools, kept, self._calls, self._log,
-            several=lent is not None,
-        )  # fmt: skip
-
-    def _bytes_for_values(self, name: str) -> int:
-        """What of a layer's memory is for values, on one of several ranks; the rest is for records that it owns."""
-        if not (self.ranks.owns and self.ranks.computes):
-            return self._experts_bytes if self.ranks.computes else 0
-        family = self._layers[name].family(name)
-        layout = self.store.layout(self.store.index(family.name, family.count - 1))
-        return values_bytes(family, layout, DTYPES[self.precision], self._experts_bytes)
-
-    @property
-    def _experts_bytes(self) -> int:
-        """What one layer has of the memory for experts."""
-        return self.experts_memory // len(self._layers)
-
-    def _touched(self, name: str, nbytes: int) -> Touched:
-        """The records of a layer's experts that this rank owns."""
-        layer = self._layers[name]
-        family = layer.family(name)
-        return Touched(
-            self.store, self.store.index(family.name, 0), family, nbytes=nbytes, dtype=DTYPES[self.precision],
-            device=self.device, groups=self._budgets.reduction_groups, wait=lambda future: self.runtime.wait(future),
-            walking=self._walking, member=(self.ranks.rank, len(self.ranks.cluster.memory_ranks)),
-            replayed=self._past.at if layer.untouched == "dense" else None,
-        )  # fmt: skip
-
-    def _lending(self, families: Mapping[str, Borrowed]) -> AllLending:
-        """What all ranks do together with these."""
-        links = self.ranks.links
-        assert links is not None, "one rank has nobody to lend to"
-        self._parcels = Parcels(links.add_records(), self.recorder.log)
-        return AllLending(
-            self._parcels, self.ranks.cluster, families, blocks_of(self._places, self.store.blocks),
-            groups=self._budgets.reduction_groups, standing_still=self._standing_still,
-        )  # fmt: skip
-
-    def _walking(self) -> tuple[int, int] | None:
-        """The use and micro-batch that is computed now; None outside of steps."""
-        return None if self._following or self.worker.outside is not None else self.worker.walking
-
-    @contextmanager
-    def _standing_still(self) -> Iterator[None]:
-        """This rank waits for others though it computes: one that shares its process may use the random state meanwhile."""
-        state = self.worker.generators.state()
-        with self.ranks.waiting():
-            yield
-        self.worker.generators.restore(state)
-
-    def _begin_touching(self, micro_batches: int, own: Iterable[Any]) -> None:
-        """Begins to read the experts that a step is known to reach; refuses one that there is no room for."""
-        own = list(own)
-        expected: Mapping[str, Sequence[int]] = {}
-        if micro_batches:
-            expected = self.growing.begin(known_beforehand(self._layers, own), tokens_in(own))
-        else:
-            self.growing.outside()
-        self.touching.begin(micro_batches, self.step_count - self.skipped_steps, expected)
-
     def _calls(self, layer: str) -> int:
         """How often the last step called a layer of experts for each micro-batch; before there was one, a guess."""
         made = zip(self.runtime.visits, self.runtime.members, strict=True)
-        visits: list[tuple[Visit, Iterable[int]]] = list(made) or [(visit, (0,)) for visit in self._visits]
-        places = self._places[layer]
+        visits: list[tuple[Visit, Iterable[int]]] = list(made) or [(visit, (0,)) for visit in self.outlook.visits]
+        places = self._expert_settings.places[layer]
         called = Counter(
             micro_batch
             for visit, members in visits
@@ -475,20 +287,24 @@ class Engine:
         )
         return max(called.values(), default=1)
 
+    def _wait(self, future: "Future[T]") -> T:
+        """Waits as the present runtime does, which counts the time."""
+        return self.runtime.wait(future)
+
     def _runtime(self, facts: Facts, allotment: Allotment) -> Runtime:
         """The buffers of an allotment, and what works in them."""
         store: Any = self.store
         common: dict[str, Any] = {
             "partial_sums": allotment.partial_sums, "held_gradients": allotment.held_gradients, "device": self.device,
-            "wait": lambda future: self.runtime.wait(future),
+            "wait": self._wait,
         }  # fmt: skip
         staging = Staging(
             store, self.holding.staged, in_ram=allotment.staged_in_ram, ring=allotment.gradient_buffers,
             immediate=not facts.deferred, image_now=self.holding.staged_now, **common,
         )  # fmt: skip
         keeper = Keeper(
-            self.holding, facts, allotment, staging, self._interval, lambda future: self.runtime.wait(future),
-            self.masking, self.touching, self.clip_norm,
+            self.holding, facts, allotment, staging, self._interval, self._wait, self.masking,
+            self.experts.touching, self.clip_norm,
         )  # fmt: skip
         peers: Peers = Alone(staging, facts.reduction_groups)
         if self.ranks.links is not None:
@@ -528,63 +344,6 @@ class Engine:
 
     # planning
 
-    def _owners(self, cluster: Cluster) -> tuple[int, ...]:
-        """The memory rank that owns each unit on a cluster."""
-        sizes = [self.store.layouts[unit.index].image_nbytes for unit in self.store.units]  # as they began
-        return owners(sizes, len(cluster.memory_ranks))
-
-    def _facts(self, micro_batches: int, division: Division | None = None) -> Facts:
-        division = division or self._division
-        return facts_of(
-            self.store.blocks, division.records, self._budgets, visits=self._visits,
-            uses=self.worker.uses(self._visits), micro_batches=micro_batches, measured=self._measured,
-            division=division, structures=structure_bytes(self.store.blocks, self._driven, self.threads),
-        )  # fmt: skip
-
-    def planned_for(self, cluster: Cluster, micro_batches: int) -> tuple[Facts, Allotment]:
-        """What steps of so many micro-batches would be planned as, on a cluster of any size; nothing changes.
-
-        Raises:
-            PlanError: they do not fit; the message names the smallest budget that does.
-        """
-        cluster.check(micro_batches, self._budgets.reduction_groups)
-        facts = self._facts(micro_batches, self._divide(cluster, self._owners(cluster)))
-        return facts, allot(facts)
-
-    def facts_of_rank(self, rank: int, cluster: Cluster, micro_batches: int) -> Facts:
-        """The facts of such steps with the bytes that this rank owns, where a plan has the most that any does."""
-        return self._facts(micro_batches, self._divide(cluster, self._owners(cluster), rank))
-
-    def sparsity_at(self, step: int | None = None) -> dict[int, StoredSparsity]:
-        """How sparse each unit is that may be, when a training step begins; by default as they are now."""
-        if self.masking is None:
-            return {}
-        return dict(self.holding.sparsity) if step is None else self.masking.expected(step - 1)
-
-    def facts_at(self, cluster: Cluster, micro_batches: int, step: int | None = None, *, whole: bool = False) -> Facts:
-        """The facts of one training step on a cluster, with the bytes that blocks and gradients have then; those of
-        `planned_for` have room for every step.
-
-        Args:
-            step: by default any one with what is sparse as it is now, in which no dense gradient is summed.
-            whole: the bytes of whole blocks, whoever owns them.
-        """
-        if whole:
-            cluster, owner = Cluster(), (0,) * len(self.store.units)
-        else:
-            owner = self._owners(cluster)
-        largest = NEVER_SPARSE
-        if self.masking is not None:
-            now = self.sparsity_at(step)
-            dense = frozenset() if step is None else self.masking.whole(step)
-            rows = {(unit, p.name): p.row for unit in now for p in self.store.units[unit].parameters}
-            gradients = {
-                unit: tuple(piece for piece in found if (piece.name, rows[unit, piece.name]) not in dense)
-                for unit, found in now.items()
-            }
-            largest = Largest({unit: (found,) for unit, found in now.items()}, gradients)
-        return self._facts(micro_batches, self._divide(cluster, owner, sparse=largest))
-
     @property
     def multiplied(self) -> Mapping[str, Driven]:
         """By name the sparse parameters that kernels multiply by; all others are expanded."""
@@ -592,7 +351,7 @@ class Engine:
 
     def _plan(self, micro_batches: int) -> Schedule:
         """The schedule of the next step; memory is allotted anew when the facts have changed."""
-        facts = self._facts(micro_batches)
+        facts = self.outlook.facts(micro_batches)
         if facts != self.runtime.facts:
             allotment = allot(facts)
             self._schedules.clear()
@@ -646,44 +405,35 @@ class Engine:
         self.ranks.cluster.check(count, self._budgets.reduction_groups)
         own = {index: micro_batches[index] for index in self.share(count)}
         tokens = self._tokens(own)
-        if weights is None:
-            whole = sum(tokens)
-            if not whole:
-                raise ConfigError(
-                    "engine.step: no micro-batch has a target token; give weights, or labels other than -100"
-                )
-            weights = [each / whole for each in tokens]
-        elif len(weights) != count:
-            raise ConfigError(f"engine.step: {count} micro-batches, but {len(weights)} weights")
+        weights = loss_weights(tokens, weights)
         if self.runtime.keeper.broken:
             self.commit()  # says why it cannot
         start = time.perf_counter()
         self.recorder.begin(self.step_count + 1)
         if self.device.type != "cpu":
-            own = {index: _to_device(micro_batch, self.device) for index, micro_batch in own.items()}
+            own = {index: to_device(micro_batch, self.device) for index, micro_batch in own.items()}
         schedule = self._plan(count)
         number = self.step_count + 1
-        measuring = self.worker.measuring = self._measured is None
-        self._begin_touching(count, own.values())
+        self.worker.measuring = self.outlook.measured is None
+        self.experts.begin(count, own.values(), self._updates)
         outcome = self.runtime.step(
-            schedule if self._known else None, own, dict(enumerate(weights)), loss_fn,
+            schedule if self.outlook.known else None, own, dict(enumerate(weights)), loss_fn,
             count=count, seed=self.seed, step=number, progress=self._progress_after,
         )  # fmt: skip
-        self._next_loads = schedule.loads_next if self._known else ()
-        self._learn(outcome, measuring)
+        self._next_loads = schedule.loads_next if self.outlook.known else ()
+        self.outlook.learn(outcome)
         self.step_count = number
         norm = outcome.norm
-        self.growing.took(self._added(outcome.finite))
+        self.experts.took(number, finite=outcome.finite)
         self._count_skipped(outcome, number)
-        self.growing.measured({name: facts.assignments for name, facts in self.touching.facts.items()})
-        self._warn_of_crowds()
         loss = sum(weight * value for weight, value in zip(weights, outcome.losses.values(), strict=True))
         moved = self._moved()
         elapsed = time.perf_counter() - start
         return StepResult(
             step=number, loss=loss, grad_norm=norm, lr=self.optimizer.lr_at(number), tokens=sum(tokens),
             elapsed_s=elapsed, stalled_s=outcome.stalled_s, bytes=moved, skipped=not outcome.finite,
-            seconds=dict(outcome.seconds), masks=self._mask_facts(outcome.grown), experts=dict(self.touching.facts),
+            seconds=dict(outcome.seconds), masks=mask_facts(outcome.grown, self.densities),
+            experts=dict(self.experts.touching.facts),
         )  # fmt: skip
 
     @property
@@ -707,8 +457,8 @@ class Engine:
         if links is None:
             return {}
         down, up = Counter(links.down.traffic.sent), Counter(links.up.traffic.sent)
-        if self._parcels is not None:
-            down, up = down + self._parcels.sent["down"], up + self._parcels.sent["up"]
+        down.update(self.experts.sent("down"))
+        up.update(self.experts.sent("up"))
         return {rank: (down.get(rank, 0), up.get(rank, 0)) for rank in sorted(down.keys() | up.keys())}
 
     def gather(self, value: Any) -> list[Any]:
@@ -739,42 +489,41 @@ class Engine:
         """
         self.commit()
         if self.device.type != "cpu":
-            micro_batch = _to_device(micro_batch, self.device)
+            micro_batch = to_device(micro_batch, self.device)
         schedule = self._plan(1)
         self.worker.measuring = True
-        self._begin_touching(1, [micro_batch])
+        self.experts.begin(1, [micro_batch], self._updates)
         outcome = self.runtime.step(
             schedule, {0: micro_batch}, {0: 1.0}, loss_fn, count=1, seed=self.seed, step=self.step_count + 1,
             progress=self._progress_after, rehearsal=True,
         )  # fmt: skip
-        self._learn(outcome, measuring=True)
-        facts = self.touching.facts
-        self.growing.measured({name: micro_batches * found.assignments for name, found in facts.items()})
+        self.outlook.learn(outcome)
+        self.experts.measured(micro_batches)
         self._plan(micro_batches)
         self.recorder.forget()
 
+    @property
+    def _updates(self) -> int:
+        """How many optimizer steps there were."""
+        return self.step_count - self.skipped_steps
+
     def _progress_after(self, finite: bool) -> dict[str, Any]:
-        """What is committed with a step: the caller's progress, and how many steps were skipped."""
-        own: dict[str, Any] = {
+        """What is committed with a step: the caller's progress, how many steps were skipped, what experts there are."""
+        own = self._skipped_after(finite) | self.experts.to_json(self.step_count + 1, finite=finite)
+        return {**self.progress, "(engine)": own}
+
+    def _skipped_after(self, finite: bool) -> dict[str, Any]:
+        """How many steps were skipped, with one more step."""
+        return {
             "skipped": self.skipped_steps + (not finite),
             "skipped_in_a_row": 0 if finite else self._skipped_in_a_row + 1,
         }
-        if any(layer.untouched == "dense" for layer in self._layers.values()):
-            own["past"] = self._past.to_json(() if finite else (self.step_count + 1,))
-        if self._layers:
-            own["experts"] = self.growing.to_json(self._added(finite))
-        return {**self.progress, "(engine)": own}
-
-    def _added(self, finite: bool) -> Mapping[str, int]:
-        """The experts that the step under way has brought into existence, if it counts."""
-        return self.touching.added if finite else {}
 
     def _count_skipped(self, outcome: StepOutcome, number: int) -> None:
-        own = self._progress_after(outcome.finite)["(engine)"]
-        self.skipped_steps, self._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
+        found = self._skipped_after(outcome.finite)
+        self.skipped_steps, self._skipped_in_a_row = found["skipped"], found["skipped_in_a_row"]
         if outcome.finite:
             return
-        self._past.skipped.append(number)
         self._log(f"step {number} skipped: the gradient of {outcome.first_bad} is not finite")
         if self._skipped_in_a_row > self.max_skipped_steps:
             raise NonFiniteError(
@@ -783,43 +532,6 @@ class Engine:
                 f"then run again (limit: max_skipped_steps={self.max_skipped_steps})"
             )
 
-    def _warn_of_crowds(self) -> None:
-        """Says once of each layer whose router sends more than half of what it routes to one expert."""
-        for name, facts in self.touching.facts.items():
-            if name not in self._crowded and facts.assignments >= _CROWD and 2 * facts.most > facts.assignments:
-                self._crowded.add(name)
-                self._log(
-                    f"layer '{name}': one expert of {self._layers[name].experts:,} got {facts.most:,} of {facts.assignments:,} "
-                    f"assignments, the step reached {facts.touched:,}; look at the token ids or hash more tokens, or balance "
-                    f"the router"
-                )
-
-    def _learn(self, outcome: StepOutcome, measuring: bool) -> None:
-        """Takes what the step has shown into the facts of the next one."""
-        if outcome.uniform and outcome.visits != self._visits:
-            self._visits, self._measured = outcome.visits, None
-        self._known |= outcome.uniform
-        if measuring and outcome.uniform:
-            self._measured = self._most_measured(len(outcome.visits))
-            self.worker.measuring = False
-
-    def _most_measured(self, visits: int) -> Measured | None:
-        """What the step has shown of activations, of the rank that needed most of each."""
-        own: list[Any] | None = None
-        if self.ranks.computes:
-            measured = self.worker.measured
-            boundary = [measured.boundary_bytes.get(visit, 0) for visit in range(visits)]
-            boundary[-1] = max(boundary)
-            kept = [measured.kept_bytes.get(visit, 0) for visit in range(visits)]
-            workspace = max(2 * max(kept), kept[-1] + measured.loss_bytes)
-            own = [boundary, kept, measured.lasting_bytes, workspace]
-        found = [each for each in self.ranks.gather(own) if each is not None]
-        boundaries, kepts, lasting, workspaces = zip(*found, strict=True)
-        return Measured(
-            tuple(map(max, zip(*boundaries, strict=True))), tuple(map(max, zip(*kepts, strict=True))),
-            max(lasting), max(workspaces),
-        )  # fmt: skip
-
     def _moved(self) -> MovedBytes:
         read, written = self.recorder.end()
         return MovedBytes(read, written, self.bytes_bound().total, self.recorder.moved("compaction"))
@@ -827,20 +539,7 @@ class Engine:
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment, and with what is sparse
         as it is now."""
-        facts = self.runtime.facts
-        if self.masking is not None:
-            facts = replace(facts, blocks=self._blocks_now(facts))
-        return disk_bound(facts, self.runtime.allotment)
-
-    def _blocks_now(self, facts: Facts) -> tuple[BlockFacts, ...]:
-        """The bytes of blocks as sparse as they are now; reckoned anew only when that has changed."""
-        sparsity = self.holding.sparsity
-        if self._reckoned is None or self._reckoned[0] != sparsity:
-            largest = Largest({unit: (found,) for unit, found in sparsity.items()}, sparsity)
-            groups = self._budgets.reduction_groups
-            division = divide(self.store, self.ranks.cluster, self.owner, groups, sparse=largest, driven=self._driven)
-            self._reckoned = dict(sparsity), self._facts(facts.micro_batches, division).blocks
-        return self._reckoned[1]
+        return self.outlook.bytes_bound(self.runtime.facts, self.runtime.allotment)
 
     def nonzeros(self) -> tuple[int, int]:
         """How many non-zeros the sparse parameters have at present, and how many elements."""
@@ -851,14 +550,6 @@ class Engine:
     def kernels(self) -> dict[str, Kernel]:
         """By name, the parameters that kernels multiply by; the other sparse ones are expanded and multiplied densely."""
         return {name: each.kernel for name, each in self._driven.items()}
-
-    def _mask_facts(self, grown: Mapping[str, int]) -> dict[str, MaskFacts]:
-        """Of the parameters whose masks have changed, by how many of their elements came to exist."""
-        densities = self.densities() if grown else {}
-        return {
-            name: MaskFacts(densities[name][0] / densities[name][1], grown[name] / densities[name][0])
-            for name in sorted(grown)
-        }
 
     def densities(self) -> dict[str, tuple[int, int]]:
         """The same by name of each parameter that may be sparse."""
@@ -878,14 +569,16 @@ class Engine:
             yield from self._streamed()
 
     def _streamed(self) -> Iterator[nn.Module]:
-        self._begin_touching(0, ())
+        self.experts.outside(self._updates)
+        touching = self.experts.touching
         if not self.ranks.computes:
-            self._follow()
+            with self.experts.following():
+                follow(self.holding, self.runtime.peers, self.runtime.slabs, touching)
             yield self.model
             return
         streamed = StreamedModel(
             self.holding, self.runtime.peers, self.worker, self.parameters,
-            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places, self.touching,
+            self.runtime.slabs, self.runtime.allotment.slabs, self._driven, self.runtime.places, touching,
         )  # fmt: skip
         self._restore_cache()
         self.model.eval()
@@ -895,19 +588,10 @@ class Engine:
                 yield self.model
         finally:
             self.worker.outside = None
-            self.touching.drop()
+            touching.drop()
             self._restore_cache = without_cache(self.model)
             self.model.train()
             streamed.close()
-
-    def _follow(self) -> None:
-        """Serves the ranks that run the model."""
-        self._following = True
-        try:
-            follow(self.holding, self.runtime.peers, self.runtime.slabs, self.touching)
-        finally:
-            self._following = False
-            self.touching.drop()
 
     def commit(self) -> None:
         """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""
@@ -918,12 +602,7 @@ class Engine:
         """Brings all experts of layers with `untouched="dense"` to the present step, and commits: for small families, as it
         reads and writes each of them. Otherwise an expert makes up for missed steps when it is next reached."""
         self.commit()
-        self._begin_touching(0, ())
-        before = {name: family.first_written for name, family in self.touching.families.items()}
-        for writing in self.touching.make_up():
-            self.runtime.wait(writing)
-        made = {name: family.first_written - before[name] for name, family in self.touching.families.items()}
-        own = self.store.progress.get("(engine)", {}) | {"experts": self.growing.made(made)}
+        own = self.store.progress.get("(engine)", {}) | self.experts.make_up(self._updates)
         self.store.commit(self.step_count, {**self.store.progress, "(engine)": own}).result()
 
     def snapshot(self, name: str) -> None:
@@ -959,7 +638,7 @@ class Engine:
         try:
             self.runtime.close()
         finally:
-            self.touching.close()
+            self.experts.touching.close()
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
 
@@ -980,14 +659,6 @@ class Engine:
             self._closed = True
             self.store.before_look, self.store.attached = lambda: None, False
             self.store.close()
-
-
-def _alone(value: Any) -> list[Any]:
-    return [value]
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), value)
 
 
 __all__ = ["Engine", "MaskFacts", "MovedBytes", "StepResult"]

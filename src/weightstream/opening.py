@@ -33,6 +33,7 @@ from weightstream.store.members import Members
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.owned import NEVER_SPARSE, Largest, bytes_of_blocks
 from weightstream.store.sparsity import Sparsity as StoredSparsity
+from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store
 
 
@@ -254,3 +255,15 @@ def _catalogue(store: Store) -> dict[str, Any]:
         store.manifest.blocks(), precision=store.precision, optimizer=store.optimizer.to_json(),
         panel_elements=store.panel_elements, contract=store.contract, step=store.step, progress=store.progress,
     )  # fmt: skip
+
+
+def sparsity_now(store: Store, owned: Sequence[int], ranks: Ranks) -> dict[int, StoredSparsity]:
+    """How sparse each unit is that may be: whoever owns it knows. Every rank calls it, with what it owns."""
+    if not store.masks:
+        return {}
+    own = [
+        (unit, sparsity_to_json(store.sparsity(unit)))
+        for unit in owned
+        if any(parameter.name in store.masks for parameter in store.units[unit].parameters)
+    ]
+    return {unit: sparsity_from_json(found) for each in ranks.gather(own) for unit, found in each}

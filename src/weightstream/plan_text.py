@@ -29,7 +29,7 @@ def plan_text(
     if cluster is None or micro_batches is None:
         facts, allotment = engine.runtime.facts, engine.allotment
     else:
-        facts, allotment = engine.planned_for(cluster, micro_batches)
+        facts, allotment = engine.outlook.planned_for(cluster, micro_batches)
     several = cluster is not None and cluster.size > 1
     sparse = engine.masking is not None
     compressed = f"  {'compressed':>10}" if sparse else ""
@@ -115,7 +115,7 @@ def _experts(engine: "Engine") -> list[str]:
         written = sum(most * layer.record_bytes for most, layer in reached)
         lines.append(
             f"experts per step  at most {sum(most for most, _ in reached):,}, which take {format_bytes(memory)} of "
-            f"experts_memory; {format_bytes(engine.experts_memory)} are given, for {held} of each layer; read up to "
+            f"experts_memory; {format_bytes(engine.experts.memory_bytes)} are given, for {held} of each layer; read up to "
             f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}"
         )
     else:
@@ -165,10 +165,10 @@ def flows_now(
     if cluster is None or micro_batches is None:
         facts, allotment = engine.runtime.facts, engine.allotment
         return flows_of(
-            engine.facts_at(engine.cluster, facts.micro_batches, step), allotment, ranks=engine.cluster.size
+            engine.outlook.facts_at(engine.cluster, facts.micro_batches, step), allotment, ranks=engine.cluster.size
         )
-    _, allotment = engine.planned_for(cluster, micro_batches)
-    return flows_of(engine.facts_at(cluster, micro_batches, step), allotment, ranks=cluster.size)
+    _, allotment = engine.outlook.planned_for(cluster, micro_batches)
+    return flows_of(engine.outlook.facts_at(cluster, micro_batches, step), allotment, ranks=cluster.size)
 
 
 def reach_of(engine: "Engine") -> tuple[Reach, Reach | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from weightstream.blocks import Block, Rule, Unit, split
-from weightstream.cluster import Cluster
+from weightstream.cluster import Cluster, owners
 from weightstream.errors import PlanError, StoreMismatchError
 from weightstream.fabric.together import SUMS_TRAVELLING, fabric_bytes
 from weightstream.masking import Masking
@@ -61,6 +61,12 @@ class Division:
     sum_buffers: int = 0
     fabric_bytes: int = 0
     masks: tuple[int, ...] = ()
+
+
+def owners_of(catalogue: Store, cluster: Cluster) -> tuple[int, ...]:
+    """The memory rank of a cluster that owns each unit of a store."""
+    sizes = [catalogue.layouts[unit.index].image_nbytes for unit in catalogue.units]  # as they began
+    return owners(sizes, len(cluster.memory_ranks))
 
 
 def divide(

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from weightstream.census import Census, take
 from weightstream.cluster import Cluster
 from weightstream.costing import Costs, Product, Sparse, hardware_of, slowdown_of
-from weightstream.engine import DTYPES, Engine, default_loss
+from weightstream.engine import DTYPES, Engine
 from weightstream.machine.profile import Profile
 from weightstream.schedule.flows import disk_bound
 from weightstream.schedule.planner import Allotment, Facts, buffers_bytes
@@ -25,6 +25,7 @@ from weightstream.simulator.hardware import Hardware
 from weightstream.simulator.simulator import Simulation, simulate
 from weightstream.sparse.choosing import Curve, Piece, speedup_of
 from weightstream.sparse.codec import decoding_steps
+from weightstream.steps import default_loss
 from weightstream.units import MIB, format_bytes, format_count, format_seconds
 from weightstream.worker.expanding import Driven
 
@@ -88,7 +89,7 @@ def sparse_of(
         tokens: of one micro-batch.
     """
     blocks: dict[int, _Counted] = {}
-    for unit, pieces in engine.sparsity_at(step).items():
+    for unit, pieces in engine.outlook.sparsity_at(step).items():
         block = engine.store.units[unit].block
         own = blocks.setdefault(block, _Counted())
         shapes = {p.name: p.numel for p in engine.store.units[unit].parameters}
@@ -165,8 +166,8 @@ def predict(
         PlanError: such steps do not fit, or the model makes other calls than planned.
     """
     cluster, threads = cluster or engine.cluster, threads or engine.threads
-    _, allotment = engine.planned_for(cluster, micro_batches)
-    facts = engine.facts_at(cluster, micro_batches, step)
+    _, allotment = engine.outlook.planned_for(cluster, micro_batches)
+    facts = engine.outlook.facts_at(cluster, micro_batches, step)
     costs = Costs(
         profile, threads, optimizer=type(engine.optimizer).__name__,
         slowdown=slowdown_of(profile, cluster.size, threads), ranks=cluster.size,
@@ -180,7 +181,7 @@ def predict(
         ),
     )  # fmt: skip
     inputs = Inputs(facts, allotment, durations, hardware_of(profile, cluster, threads=threads))
-    whole = engine.facts_at(cluster, micro_batches, step, whole=True)
+    whole = engine.outlook.facts_at(cluster, micro_batches, step, whole=True)
     return _prediction_of(inputs, engine, profile, whole, keep_spans=keep_spans)
 
 
@@ -223,12 +224,12 @@ def _memory_by_rank(inputs: Inputs, engine: Engine, profile: Profile) -> list[in
     All ranks have the same plan; of buffers for records only that fills which a rank owns.
     """
     cluster = inputs.hardware.cluster
-    facts, allotment = engine.planned_for(cluster, inputs.facts.micro_batches)  # there is room for every step
+    facts, allotment = engine.outlook.planned_for(cluster, inputs.facts.micro_batches)  # there is room for every step
     besides = allotment.device_bytes + profile.executor.process_bytes + _holes_bytes(facts, allotment)
     besides += allotment.host_bytes - buffers_bytes(facts, allotment)
     every = [facts] * cluster.size
     if cluster.size > 1:
-        every = [engine.facts_of_rank(rank, cluster, facts.micro_batches) for rank in range(cluster.size)]
+        every = [engine.outlook.facts_of_rank(rank, cluster, facts.micro_batches) for rank in range(cluster.size)]
     return [besides + buffers_bytes(own, allotment) for own in every]
 
 

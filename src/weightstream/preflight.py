@@ -8,12 +8,12 @@ from weightstream.config import RunConfig
 from weightstream.data.dataset import Dataset
 from weightstream.engine import Engine
 from weightstream.errors import DataError, PlanError, StoreError
-from weightstream.ranks import Ranks
+from weightstream.ranks import RunRanks
 from weightstream.store.store import Store
 from weightstream.units import format_bytes
 
 
-def store_exists(config: RunConfig, ranks: Ranks) -> bool:
+def store_exists(config: RunConfig, ranks: RunRanks) -> bool:
     """Whether there is a store, which the first rank decides: where hosts share no files, the others have parts of it.
 
     Raises:
@@ -43,7 +43,7 @@ def store_exists(config: RunConfig, ranks: Ranks) -> bool:
     return bool(told[0]["exists"])
 
 
-def require_same_text(dataset: Dataset, ranks: Ranks) -> None:
+def require_same_text(dataset: Dataset, ranks: RunRanks) -> None:
     """Refuse hosts that prepared different text.
 
     Raises:
@@ -60,7 +60,7 @@ def require_same_text(dataset: Dataset, ranks: Ranks) -> None:
     ranks.together(check)
 
 
-def require_memory(engine: Engine, free_bytes: int | None, ranks: Ranks) -> None:
+def require_memory(engine: Engine, free_bytes: int | None, ranks: RunRanks) -> None:
     """Refuse a plan for which a host has not enough memory, counted over all ranks on it.
 
     Args:

@@ -46,7 +46,7 @@ def place() -> Place | None:
     return Place(int(told[0]), int(told[1]), int(told[2] or 0), int(told[3] or 1))
 
 
-class Ranks:
+class RunRanks:
     """All processes of a run as one of them sees them. Without links it is alone, and everything here is a plain call."""
 
     def __init__(
@@ -106,11 +106,13 @@ class Ranks:
         return self.together(meanwhile(self.gather, work if self.place.local_rank == 0 else None))
 
 
-ALONE = Ranks(Place(), Cluster())
+ALONE = RunRanks(Place(), Cluster())
 
 
 @contextmanager
-def joined(place: Place, read: "Callable[[], RunConfig]", board: Board | None) -> "Iterator[tuple[Ranks, RunConfig]]":
+def joined(
+    place: Place, read: "Callable[[], RunConfig]", board: Board | None
+) -> "Iterator[tuple[RunRanks, RunConfig]]":
     """Read the configuration on every rank, meet the others, and see that all have the same.
 
     Raises:
@@ -148,7 +150,7 @@ def joined(place: Place, read: "Callable[[], RunConfig]", board: Board | None) -
 
         agreed = together(links, own)
         _check_same(links, agreed)
-        yield Ranks(place, agreed.cluster.roles, links, board), agreed
+        yield RunRanks(place, agreed.cluster.roles, links, board), agreed
     except RefusedError:  # all ranks have it
         raise
     except Exception as error:

@@ -31,7 +31,7 @@ from weightstream.multiplying import AutoKernels
 from weightstream.plan_text import flows_now, plan_text, reach_of
 from weightstream.predicting import Stretch, census_of, commonest, predict, prediction_text, stretches
 from weightstream.preflight import require_memory, require_same_text, store_exists
-from weightstream.ranks import ALONE, Ranks
+from weightstream.ranks import ALONE, RunRanks
 from weightstream.sizing import Choice, choose, divided, micro_batch_of, predicted_step, trained_with
 from weightstream.sparse.kernels import Kernel
 from weightstream.store.glance import glance
@@ -62,7 +62,7 @@ class Run:
 
 
 @contextmanager
-def opened(config: RunConfig, say: Say, *, create: bool, ranks: Ranks = ALONE) -> Iterator[Run]:
+def opened(config: RunConfig, say: Say, *, create: bool, ranks: RunRanks = ALONE) -> Iterator[Run]:
     """Prepare the text, make or reopen the store, and close it in the end. With several ranks, on each of them.
 
     What can be refused is refused before anything is kept: first the optimizer, the model's keys and the budgets, then
@@ -110,7 +110,7 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: Ranks = ALONE) -
         yield Run(config, engine, dataset)
 
 
-def _try(config: RunConfig, ranks: Ranks, *, rehearse: bool) -> None:
+def _try(config: RunConfig, ranks: RunRanks, *, rehearse: bool) -> None:
     """Whether an engine as the run would have it works at all, and has room for what one rank computes."""
     with _temporary(config) as engine:
         if rehearse:
@@ -161,7 +161,7 @@ def _unsettled(config: RunConfig) -> list[str]:
     ]
 
 
-def _divided(config: RunConfig, ranks: Ranks, say: Say) -> RunConfig:
+def _divided(config: RunConfig, ranks: RunRanks, say: Say) -> RunConfig:
     """The configuration with the micro-batches that `micro_batch: auto` means: those of the store's steps, else what the
     first rank chooses, before a store is made."""
     if config.training.micro_batch != "auto":
@@ -193,7 +193,7 @@ def _engine(
     build: Callable[[], nn.Module],
     say: Say | None,
     initial: Mapping[str, Tensor] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: RunRanks = ALONE,
     unlike: Callable[[str], bool] | None = None,
 ) -> Engine:
     optimizer = Optimizer.from_json(config.optimizer.to_json(config.training.steps))
@@ -290,7 +290,7 @@ def predicted_spans(run: Run, say: Say, path: Path | None = None) -> Sequence[Sp
 
 
 def fit(
-    config: RunConfig, console: Console, ranks: Ranks = ALONE, predict: Predict | None = None
+    config: RunConfig, console: Console, ranks: RunRanks = ALONE, predict: Predict | None = None
 ) -> dict[str, Any] | None:
     """Train to `training.steps`, from wherever the store stands; the result says what happened, on the first rank.
 
@@ -345,7 +345,7 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
         pieces = _predicted(engine, config, say, profile)
         step = commonest(pieces).step if pieces else None
         whose: dict[str, Any] = {"cluster": cluster, "micro_batches": micro_batches, "step": step}
-        _, allotment = engine.planned_for(cluster, micro_batches)
+        _, allotment = engine.outlook.planned_for(cluster, micro_batches)
         flows, (own, dense) = flows_now(engine, **whose), reach_of(engine)
         disk_bytes = shutil.disk_usage(engine.store.path).total
         each = config.training.micro_batch_size * config.training.sequence_length

@@ -137,7 +137,7 @@ def _rehearsed(engine: Engine, config: RunConfig, profile: Profile | None, size:
     count = config.training.sequences_per_step // size
     share = config.cluster.roles.largest_share(count, config.engine.reduction_groups)
     engine.rehearse(micro_batch_of(config.training, size), micro_batches=share)
-    engine.planned_for(config.cluster.roles, count)
+    engine.outlook.planned_for(config.cluster.roles, count)
     if profile is None:
         return Fitting(size, count, None)
     found = predicted_step(engine, config, profile, size=size, micro_batches=count)

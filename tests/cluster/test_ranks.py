@@ -16,7 +16,7 @@ from weightstream.fabric.agreement import gather, together
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
 from weightstream.preflight import require_memory, require_same_text, store_exists
-from weightstream.ranks import ALONE, Place, Ranks, _check_same
+from weightstream.ranks import ALONE, Place, RunRanks, _check_same
 from weightstream.training.ranks import RankFacts, describe
 
 SIZE = 3
@@ -34,8 +34,8 @@ def everywhere(work: Callable[[Links], Any], *, timeout_s: float = 20.0) -> list
     return run_ranks(Cluster(SIZE), told, timeout_s=timeout_s)
 
 
-def ranks(links: Links) -> Ranks:
-    return Ranks(Place(links.rank, SIZE, links.rank, SIZE), Cluster(SIZE), links)
+def ranks(links: Links) -> RunRanks:
+    return RunRanks(Place(links.rank, SIZE, links.rank, SIZE), Cluster(SIZE), links)
 
 
 def config(out: Path, **changes: Any) -> RunConfig:

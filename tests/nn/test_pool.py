@@ -125,7 +125,8 @@ def test_it_does_not_matter_how_a_step_is_divided(tmp_path: Path) -> None:
                 experts = trained.step(batches, loss_fn).experts
                 facts.append(tuple((each.touched, each.new, each.redirected) for each in experts.values()))
             exist = tuple(
-                tuple(n for n in range(EXPERTS) if trained.touching.families[name].written([n])) for name in LAYERS
+                tuple(n for n in range(EXPERTS) if trained.experts.touching.families[name].written([n]))
+                for name in LAYERS
             )
             found.add((tuple(facts), exist))
     assert len(found) == 1

@@ -1,0 +1,284 @@
+"""What an engine does for its model's layers of experts: memory for those that steps reach, which exist, what is told."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightstream.existence import Existence
+from weightstream.fabric.parcels import Direction, Parcels
+from weightstream.fabric.ranks import Ranks
+from weightstream.growing import Growing
+from weightstream.lending import AllLending, Borrowed, values_bytes
+from weightstream.nn.attaching import blocks_of, check_places, known_beforehand, layers_of, places_of, tokens_in
+from weightstream.nn.experts import StreamedExperts
+from weightstream.nn.pool import Pool
+from weightstream.past import Past
+from weightstream.store.compaction import check_share
+from weightstream.store.families import Family
+from weightstream.store.optimizers import Optimizer
+from weightstream.store.store import Store
+from weightstream.touching import Touched, Touching, Wait
+from weightstream.trace.recorder import Recorder
+from weightstream.units import parse_bytes
+from weightstream.worker.worker import Worker
+
+_CROWD = 64  # fewer assignments than that may go to one expert by chance
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSettings:
+    """A model's layers of experts by name, all names that each of them has, and what is asked for of them.
+
+    `memory_bytes` are for all layers together; `pools` by pattern of their names.
+    """
+
+    layers: Mapping[str, StreamedExperts]
+    places: Mapping[str, Sequence[str]]
+    memory_bytes: int
+    pools: Mapping[str, Pool]
+    compaction_share: float
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """Of the store's records, in order of layers."""
+        return tuple(layer.family(name) for name, layer in self.layers.items())
+
+    def contract(self) -> dict[str, Any]:
+        """What a resumed run may not change of them."""
+        return {"experts": {name: layer.facts() for name, layer in self.layers.items()}} if self.layers else {}
+
+
+def settings_of(
+    model: nn.Module, memory: str | int, pools: Pool | Mapping[str, Pool] | None, compaction_share: float
+) -> ExpertSettings:
+    """The settings that a model's experts have from an engine's.
+
+    Raises:
+        ConfigError: they are not what they should be.
+    """
+    layers = layers_of(model)
+    return ExpertSettings(
+        layers, places_of(model, layers), parse_bytes(memory) if layers else 0,
+        {"*": pools} if isinstance(pools, Pool) else dict(pools or {}), check_share(compaction_share),
+    )  # fmt: skip
+
+
+class Experts:
+    """The layers of experts of a model while an engine trains it, on one rank; it need not have any.
+
+    `touching` is what serves them in a step, `growing` counts them and holds them to their pools. With several ranks all
+    call the same methods in the same order.
+
+    Args:
+        calls: how often the last step called a layer for each micro-batch; before there was one, a guess.
+        groups: the reduction groups of a step.
+        kept: what `to_json` gave with the last commit.
+        wait: for the store, as the runtime does it.
+        log: what a person is told.
+
+    Raises:
+        ConfigError: a layer is in no block that streams, or pools and layers do not go together.
+        PlanError: the memory is too small for one expert.
+    """
+
+    def __init__(
+        self,
+        settings: ExpertSettings,
+        store: Store,
+        ranks: Ranks,
+        worker: Worker,
+        recorder: Recorder,
+        optimizer: Optimizer,
+        *,
+        dtype: torch.dtype,
+        groups: int,
+        calls: Callable[[str], int],
+        kept: Mapping[str, Any],
+        wait: Wait,
+        log: Callable[[str], None],
+    ) -> None:
+        check_places(settings.places, store.blocks)
+        self._layers, self._places, self.memory_bytes = settings.layers, settings.places, settings.memory_bytes
+        self._store, self._ranks, self._worker, self._recorder = store, ranks, worker, recorder
+        self._dtype, self._groups, self._wait, self._log = dtype, groups, wait, log
+        self._member = ranks.rank, len(ranks.cluster.memory_ranks)
+        self._past = Past.from_json(kept.get("past", {}))
+        self._past.goes_on(store.step + 1, optimizer)
+        self._crowded: set[str] = set()
+        self._parcels: Parcels | None = None  # in which experts go from rank to rank
+        self._following = False
+        self.touching = self._make_touching()
+        self.growing = self._make_growing(settings.pools, kept.get("experts", {}), calls)
+        self.touching.agree = self.growing.agree
+        if self._layers and ranks.owns:
+            store.compaction_share = settings.compaction_share
+
+    # what serves them
+
+    def _make_touching(self) -> Touching:
+        """The memory of experts, from which their layers take weights."""
+        if self._ranks.alone:
+            own = {name: self._touched(name, self._layer_bytes) for name in self._layers}
+            for name, layer in self._layers.items():
+                layer.attach(own[name])
+            return Touching(own)
+        own, lent = {}, {}
+        for name, layer in self._layers.items():
+            family, nbytes = layer.family(name), self._bytes_for_values(name)
+            if self._ranks.owns:
+                own[name] = self._touched(name, self._layer_bytes - nbytes)
+            lent[name] = Borrowed(
+                family, own.get(name), nbytes=nbytes, owners=len(self._ranks.cluster.memory_ranks),
+                dtype=self._dtype, device=self._worker.device, groups=self._groups, walking=self._walking,
+            )  # fmt: skip
+            layer.attach(lent[name])
+        return Touching(own, self._lending(lent) if lent else None)
+
+    @property
+    def _layer_bytes(self) -> int:
+        """What one layer has of the memory for experts."""
+        return self.memory_bytes // len(self._layers)
+
+    def _bytes_for_values(self, name: str) -> int:
+        """What of a layer's memory is for values, on one of several ranks; the rest is for records that it owns."""
+        if not (self._ranks.owns and self._ranks.computes):
+            return self._layer_bytes if self._ranks.computes else 0
+        family = self._layers[name].family(name)
+        layout = self._store.layout(self._store.index(family.name, family.count - 1))
+        return values_bytes(family, layout, self._dtype, self._layer_bytes)
+
+    def _touched(self, name: str, nbytes: int) -> Touched:
+        """The records of a layer's experts that this rank owns."""
+        layer = self._layers[name]
+        family = layer.family(name)
+        return Touched(
+            self._store, self._store.index(family.name, 0), family, nbytes=nbytes, dtype=self._dtype,
+            device=self._worker.device, groups=self._groups, wait=self._wait, walking=self._walking,
+            member=self._member, replayed=self._past.at if layer.untouched == "dense" else None,
+        )  # fmt: skip
+
+    def _lending(self, families: Mapping[str, Borrowed]) -> AllLending:
+        """What all ranks do together with these."""
+        links = self._ranks.links
+        assert links is not None, "one rank has nobody to lend to"
+        self._parcels = Parcels(links.add_records(), self._recorder.log)
+        return AllLending(
+            self._parcels, self._ranks.cluster, families, blocks_of(self._places, self._store.blocks),
+            groups=self._groups, standing_still=self._standing_still,
+        )  # fmt: skip
+
+    def _walking(self) -> tuple[int, int] | None:
+        """The use and micro-batch that is computed now; None outside of steps."""
+        return None if self._following or self._worker.outside is not None else self._worker.walking
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """This rank waits for others though it computes: one that shares its process may use the random state meanwhile."""
+        state = self._worker.generators.state()
+        with self._ranks.waiting():
+            yield
+        self._worker.generators.restore(state)
+
+    def _make_growing(self, pools: Mapping[str, Pool], kept: Mapping[str, Any], calls: Callable[[str], int]) -> Growing:
+        """How many experts there are and may be."""
+        own, lent = self.touching.families, self.touching.lending
+        existence = Existence(
+            {name: layer.experts for name, layer in self._layers.items()}, own,
+            self._ranks.gather if self._layers else _alone, self._member,
+        )  # fmt: skip
+        return Growing(
+            self._layers, own if lent is None else lent.families, existence, pools, kept, calls, self._log,
+            several=lent is not None,
+        )  # fmt: skip
+
+    # steps
+
+    def begin(self, micro_batches: int, own: Iterable[Any], count: int) -> None:
+        """Begins to read the experts that a step is known to reach.
+
+        Args:
+            own: this rank's micro-batches.
+            count: optimizer steps before this one.
+
+        Raises:
+            PlanError: there is no room for them.
+        """
+        own = list(own)
+        expected = self.growing.begin(known_beforehand(self._layers, own), tokens_in(own))
+        self.touching.begin(micro_batches, count, expected)
+
+    def outside(self, count: int) -> None:
+        """The model is run outside of steps, after so many optimizer steps: no expert comes to exist."""
+        self.growing.outside()
+        self.touching.begin(0, count, {})
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Meanwhile this rank computes nothing, and serves those that run the model."""
+        self._following = True
+        try:
+            yield
+        finally:
+            self._following = False
+            self.touching.drop()
+
+    def took(self, step: int, *, finite: bool) -> None:
+        """A step has been taken; it counts unless its gradients were not finite."""
+        if not finite:
+            self._past.skipped.append(step)
+        self.growing.took(self._added(finite))
+        self.measured()
+        self._warn_of_crowds()
+
+    def measured(self, times: int = 1) -> None:
+        """Steps may come to so many times the assignments of the one that was just seen."""
+        self.growing.measured({name: times * found.assignments for name, found in self.touching.facts.items()})
+
+    def to_json(self, step: int, *, finite: bool) -> dict[str, Any]:
+        """What is committed with a step."""
+        own: dict[str, Any] = {}
+        if any(layer.untouched == "dense" for layer in self._layers.values()):
+            own["past"] = self._past.to_json(() if finite else (step,))
+        if self._layers:
+            own["experts"] = self.growing.to_json(self._added(finite))
+        return own
+
+    def _added(self, finite: bool) -> Mapping[str, int]:
+        """The experts that the step under way has brought into existence, if it counts."""
+        return self.touching.added if finite else {}
+
+    def make_up(self, count: int) -> dict[str, Any]:
+        """Brings all experts of layers with `untouched="dense"` to the present step, after so many optimizer steps; gives
+        what is to be committed with them."""
+        self.outside(count)
+        before = {name: family.first_written for name, family in self.touching.families.items()}
+        for writing in self.touching.make_up():
+            self._wait(writing)
+        made = {name: family.first_written - before[name] for name, family in self.touching.families.items()}
+        return {"experts": self.growing.made(made)}
+
+    # what is told
+
+    def _warn_of_crowds(self) -> None:
+        """Says once of each layer whose router sends more than half of what it routes to one expert."""
+        for name, facts in self.touching.facts.items():
+            if name not in self._crowded and facts.assignments >= _CROWD and 2 * facts.most > facts.assignments:
+                self._crowded.add(name)
+                self._log(
+                    f"layer '{name}': one expert of {self._layers[name].experts:,} got {facts.most:,} of {facts.assignments:,} "
+                    f"assignments, the step reached {facts.touched:,}; look at the token ids or hash more tokens, or balance "
+                    f"the router"
+                )
+
+    def sent(self, direction: Direction) -> Counter[int]:
+        """Bytes that went from this rank to others."""
+        return Counter() if self._parcels is None else self._parcels.sent[direction]
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
