@@ -277,7 +277,9 @@ def test_a_router_cannot_reach_what_is_not_of_its_layer(shift: int, known: bool,
 
     with engine(tmp_path / "store", build) as trained:
         before = trained.store.digest()
-        with pytest.raises(ConfigError, match=rf"Beside: expected experts from 0 to 2, found {3 if shift > 0 else -1};"):
+        with pytest.raises(
+            ConfigError, match=rf"Beside: expected experts from 0 to 2, found {3 if shift > 0 else -1};"
+        ):
             trained.step(text(0), loss_fn)
         assert trained.store.digest() == before
 
@@ -290,7 +292,9 @@ def test_a_router_that_returns_something_else_is_told_what_is_expected(change: C
             return change(numbers), gates
 
     layer = StreamedExperts(WIDTH, HIDDEN, 8, TOP_K, Other()).resident()
-    with pytest.raises(ConfigError, match=r"Other: expected experts \(int64\) and gates of shape \(6, 2\), \(tokens, top_k\)"):
+    with pytest.raises(
+        ConfigError, match=r"Other: expected experts \(int64\) and gates of shape \(6, 2\), \(tokens, top_k\)"
+    ):
         layer(torch.zeros(2, 3, WIDTH), torch.zeros(2, 3, dtype=torch.int64))
 
 

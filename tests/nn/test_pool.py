@@ -213,7 +213,9 @@ def test_a_pool_that_is_made_smaller_than_what_exists_lets_nothing_come_to_exist
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_a_step_that_is_skipped_closes_a_pool_even_if_it_is_one_too_many(tmp_path: Path, clip_norm: float | None) -> None:
+def test_a_step_that_is_skipped_closes_a_pool_even_if_it_is_one_too_many(
+    tmp_path: Path, clip_norm: float | None
+) -> None:
     """Whoever goes on after the refusal does as a process that is started again."""
     limit = sum(len(meant(text(0), index)) for index in range(2))
     with pooled(tmp_path / "store", limit, max_skipped_steps=0, clip_norm=clip_norm) as trained:

@@ -201,7 +201,9 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gates: Tensor, products: _Products) -> Tensor:
         w_in, w_out = products.weights()
-        with torch.autocast(hidden.device.type, enabled=False):  # backward knows none, and computes with what this gives
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # backward knows none, and computes with what this gives
             result, given, outputs = grouping.forward(
                 hidden, gates, w_in, w_out, products.grouping, products.activation
             )
@@ -216,7 +218,15 @@ class _Streamed(torch.autograd.Function):
         hidden, gates, given, outputs = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             hidden_grad, gate_grad, *own = grouping.backward(
-                grads[0].contiguous(), hidden, gates, given, outputs, w_in, w_out, products.grouping, products.activation
+                grads[0].contiguous(),
+                hidden,
+                gates,
+                given,
+                outputs,
+                w_in,
+                w_out,
+                products.grouping,
+                products.activation,
             )
         products.source.gradients(products.grouping.numbers, own)
         return hidden_grad, gate_grad, None

@@ -86,8 +86,8 @@ def multiply(x: Tensor, values: Tensor, bias: Tensor | None, structure: Structur
     alike = (x.dtype, x.device) == (values.dtype, values.device)
     if x.shape[-1] != columns or values.numel() != structure.nnz or not alike:
         raise ConfigError(
-            f"sparse product with {structure}: expected x of (…, {columns}) and {structure.nnz} values of one dtype and device, "
-            f"found x {tuple(x.shape)} of {x.dtype} on {x.device} and {values.numel()} values of {values.dtype} on "
+            f"sparse product with {structure}: expected x of (…, {columns}) and {structure.nnz} values of one dtype and "
+            f"device, found x {tuple(x.shape)} of {x.dtype} on {x.device} and {values.numel()} values of {values.dtype} on "
             f"{values.device}; give the mask that the values have"
         )
     reason = obstacle(kernel, structure.block, x.dtype, x.device)
