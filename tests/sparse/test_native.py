@@ -119,7 +119,7 @@ def test_tokens_that_do_not_lie_together() -> None:
 
 @pytest.mark.parametrize("block", [(16, 16), (1, 1)], ids=str)
 def test_values_that_do_not_lie_together(block: tuple[int, int]) -> None:
-    """A column of a wider matrix; and the one NaN that stands for a parameter which is not there: no result is without it."""
+    """A column of a wider matrix; and the NaN that stands for a parameter that is not there: it is in every result."""
     structure = Structure(torch.ones(3, 2, dtype=torch.bool), block)
     values = torch.randn(structure.nnz, 2)[:, :1]
     x = torch.randn(20, structure.shape[1], requires_grad=True)

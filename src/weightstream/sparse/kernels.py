@@ -17,7 +17,7 @@ products.c says, the same for any number of threads.
 
 Bound against exact arithmetic, for a dot product of n terms (Higham, Accuracy and Stability of Numerical Algorithms,
 2nd ed., section 3.1): |error| ≤ γ(n) Σ|terms| + u |result|, where γ(n) = n·2⁻²⁴ / (1 - n·2⁻²⁴) and u = 2⁻⁸ for bf16, else 0.
-As there, nothing underflows: a processor's dot products of bf16 take what is below 2⁻¹²⁶ for zero, in `native` and in torch.
+As there, nothing underflows: a processor's dot products of bf16 take what is below 2⁻¹²⁶ for zero, also in torch.
 """
 
 import warnings
@@ -86,9 +86,9 @@ def multiply(x: Tensor, values: Tensor, bias: Tensor | None, structure: Structur
     alike = (x.dtype, x.device) == (values.dtype, values.device)
     if x.shape[-1] != columns or values.numel() != structure.nnz or not alike:
         raise ConfigError(
-            f"sparse product with {structure}: expected x of (…, {columns}) and {structure.nnz} values of one dtype and "
-            f"device, found x {tuple(x.shape)} of {x.dtype} on {x.device} and {values.numel()} values of {values.dtype} on "
-            f"{values.device}; give the mask that the values have"
+            f"sparse product with {structure}: expected x of (…, {columns}) and {structure.nnz} values of one dtype "
+            f"and device, found x {tuple(x.shape)} of {x.dtype} on {x.device} and {values.numel()} values of "
+            f"{values.dtype} on {values.device}; give the mask that the values have"
         )
     reason = obstacle(kernel, structure.block, x.dtype, x.device)
     if reason is not None:

@@ -165,8 +165,8 @@ def _place(tensor: Tensor) -> int:
     place = tensor.data_ptr()
     if not place and tensor.numel():
         raise ConfigError(
-            f"kernel 'native': expected tensors that lie in memory, found a {type(tensor).__name__} of {tuple(tensor.shape)} "
-            f"that lies nowhere; give real ones, or have the weight expanded where a model is traced"
+            f"kernel 'native': expected tensors that lie in memory, found a {type(tensor).__name__} of "
+            f"{tuple(tensor.shape)} that lies nowhere; give real ones, or expand the weight where a model is traced"
         )
     return place
 
