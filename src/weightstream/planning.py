@@ -161,17 +161,29 @@ def facts_of(
         visits = tuple(Visit(block.index, block.name) for block in blocks if not block.resident)
     if measured is not None and len(measured.boundary_bytes) != len(visits):
         measured = None
+    share = _share(division, micro_batches, budgets.reduction_groups)
     return Facts(
         blocks=block_facts, visits=visits, micro_batches=micro_batches, reduction_groups=budgets.reduction_groups,
         deferred=budgets.deferred, device_memory=budgets.device_memory, host_memory=budgets.host_memory,
         activations=budgets.activations, prefetch=budgets.prefetch, ram_tier=budgets.ram_tier,
         host_is_device=budgets.host_is_device,
         boundary_bytes=measured.boundary_bytes if measured else None,
-        kept_bytes=measured.kept_bytes if measured else None,
+        kept_bytes=_kept_bytes(measured, visits, structures or {}, share.get("share", micro_batches)) if measured else None,
         lasting_bytes=measured.lasting_bytes if measured else 0,
         workspace_bytes=measured.workspace_bytes if measured else 0,
-        **_share(division, micro_batches, budgets.reduction_groups),
+        **share,
     )  # fmt: skip
+
+
+def _kept_bytes(
+    measured: Measured, visits: Sequence[Visit], structures: Mapping[int, int], micro_batches: int
+) -> tuple[int, ...]:
+    """What a visit keeps of one micro-batch, with its part of what a product's way back needs to know of its weights: all
+    micro-batches present share that, and it stays where activations do, after the weights themselves have gone."""
+    return tuple(
+        kept + -(-structures.get(visit.block, 0) // max(1, micro_batches))
+        for kept, visit in zip(measured.kept_bytes, visits, strict=True)
+    )
 
 
 def _share(division: Division | None, micro_batches: int, groups: int) -> dict[str, int]:
