@@ -256,14 +256,11 @@ def disk_bytes(folder: Path) -> int:
 def room_bytes(ahead: Facts, *, before: int, steps: int) -> int:
     """The most that the files of a demonstration will take, given what its steps reach (`training.look_ahead`).
 
-    As many bytes of a store may be dead as are live, what its snapshots hold among these (`store/compaction.py`). The
-    branches share what they began with, and of what they write no more is theirs than as much again.
+    Nothing takes more than what is ever written: a record for each expert that a step reaches, in the run, in the control
+    from its snapshot on and in the branches, and what compaction copies of these (`store/compaction.py`).
     """
-    different, reached = ahead["different"], ahead["reached"]
-    held = (reached[steps] - reached[before]) - (
-        different[steps] - different[before]
-    )  # older versions of what came again
+    reached = ahead["reached"]
     again = reached[steps] - reached[before]
     branches = len(OTHER_RATES) * (reached[steps + BRANCH_STEPS] - reached[steps])
-    records = 2 * (different[steps] + held) + 2 * max(again, branches)
+    records = (1 + ahead["compaction_share"]) * (reached[steps] + again + branches)
     return int(records * ahead["record_bytes"]) + _OTHER_BYTES

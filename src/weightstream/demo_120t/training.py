@@ -25,6 +25,7 @@ from weightstream.bytewise import (
 )
 from weightstream.engine import Engine
 from weightstream.schedule.cost import BlockFacts, lower_bound
+from weightstream.store.compaction import SHARE
 from weightstream.store.layout import record_layout
 from weightstream.store.optimizers import AdamW
 from weightstream.store.store import Store
@@ -38,7 +39,8 @@ GRADIENT_BYTES = 4
 
 def look_ahead(send: Send, folder: Path, sizes: Mapping[str, int], steps: int) -> dict[str, Any]:
     """Makes the text. By number of steps, from none to `steps`: `different`, the experts that so many will have reached,
-    each counted once, and `reached`, counted once for each step. `record_bytes` are those of one expert on disk."""
+    each counted once, and `reached`, counted once for each step. `record_bytes` are those of one expert on disk,
+    `compaction_share` is what compaction may write for each byte written."""
     write_text(folder)
     workload = Bytewise(**sizes)
     text = read_text(folder, TEXTS[0])
@@ -50,7 +52,9 @@ def look_ahead(send: Send, folder: Path, sizes: Mapping[str, int], steps: int) -
         reached.append(reached[-1] + sum(numbers.numel() for numbers in layers))
     expert = workload.experts_of(0).family("experts").block(0, 0)
     layout = record_layout(expert, "fp32", AdamW(lr=LEARNING_RATE))
-    return {"different": different, "reached": reached, "record_bytes": layout.parts_nbytes}
+    return {
+        "different": different, "reached": reached, "record_bytes": layout.parts_nbytes, "compaction_share": SHARE,
+    }  # fmt: skip
 
 
 def train(
