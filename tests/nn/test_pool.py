@@ -195,7 +195,10 @@ def test_without_a_pool_what_had_closed_is_open_whoever_looks_at_the_model(tmp_p
                     loss_fn(model, text(9)[0])
             reached[name] = [(each.new, each.redirected) for each in trained.step(text(5), loss_fn).experts.values()]
     assert reached["none"] == reached["looked"] == [(13, 0), (13, 0)]
-    assert reached["second"] == [(13, 0), (0, 12)]
+    first, (new, redirected) = reached["second"]
+    assert first == (13, 0)
+    assert new == 0
+    assert redirected >= 13  # each of those that would be new has a token at least
 
 
 def test_a_pool_that_is_made_smaller_than_what_exists_lets_nothing_come_to_exist(tmp_path: Path) -> None:
@@ -225,7 +228,7 @@ def test_a_step_that_is_skipped_closes_a_pool_even_if_it_is_one_too_many(
         assert trained.growing.pools[0].closed
         trained.step(text(0), loss_fn)
         assert trained.growing.pools[0].used == limit
-    with pooled(tmp_path / "store", limit) as trained:
+    with pooled(tmp_path / "store", limit, clip_norm=clip_norm) as trained:
         assert trained.growing.pools[0].closed
 
 
