@@ -155,13 +155,6 @@ def order_of(
         if isinstance(operation, Commit):  # a step is committed when all have it; where none is due yet, nothing is
             at = max((_began(each, operation, whole=False) for each in owning), default=inf)
         began.append((at, place, operation))
-    updates = {operation.block: at for at, _, operation in began if isinstance(operation, Update)}
-    for number, (at, place, operation) in enumerate(began):
-        if isinstance(operation, Load) and operation.block in scratch and at > updates.get(operation.block, inf):
-            # An update's beginning is reckoned by the waits in it, and what lies between two waits is missing there.
-            owner = next((one for one in sorted(done) if _owns(done[one], schedule, step, place)), rank)
-            first = _began(done[owner][step, place], operation, whole=False)
-            began[number] = (max(first, updates[operation.block]), place, operation)
     return [operation for _, _, operation in sorted(began, key=lambda each: each[:2])]
 
 

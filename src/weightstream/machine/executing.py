@@ -1,9 +1,9 @@
-"""What the runtime needs for itself: two toy models whose kernels hardly take time are streamed from a toy store.
+"""What the runtime needs for itself: toy models whose kernels hardly take time are streamed from a toy store.
 
-One has a single product in each block, the other decoder layers; what their operations take, less the kernels by
-themselves, is an overhead per operation and one per kernel or tensor. A third one, of ordinary width, says how much longer
-kernels and updates take in a step than one by one; it is trained with states on disk and activations computed again, and
-with states in RAM and activations kept.
+One has a single product in each block; what its operations take, less the kernels by themselves, is an overhead per
+operation. Against it decoder layers give one per tensor, and layers just wide enough for threads to share kernels one per
+kernel. Another, of ordinary width, says how much longer kernels and updates take in a step than one by one; it is trained
+with states on disk and activations computed again, and with states in RAM and activations kept.
 """
 
 import importlib
