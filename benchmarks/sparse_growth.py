@@ -37,6 +37,7 @@ from sparse_quality import (
     CLIP_NORM,
     WEIGHT_DECAY,
     add_setting,
+    asked_for,
     config_of,
     group_of,
     is_layer_matrix,
@@ -291,13 +292,9 @@ class Training:
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    names = [f"{arm}-{seed}" for seed in range(arguments.seeds) for arm in ARMS]
-    unknown = set(arguments.only) - set(names)
-    if unknown:
-        raise SystemExit(f"--only {' '.join(sorted(unknown))}: expected some of {', '.join(names)}")
+    names = asked_for(arguments.only, [f"{arm}-{seed}" for seed in range(arguments.seeds) for arm in ARMS])
     with lasting(arguments.scratch, NAME) as folder:
         require_same_settings(folder, settings(arguments))
-        names = arguments.only or names
         for name in names:
             if not (folder / f"{name}.json").exists():
                 train(name, arguments, folder)

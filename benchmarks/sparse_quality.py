@@ -45,12 +45,10 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     names = [f"{algorithm}-{seed}" for seed in range(arguments.seeds) for algorithm in ALGORITHMS]
-    unknown = set(arguments.only) - set(names)
-    if unknown:
-        raise SystemExit(f"--only {' '.join(sorted(unknown))}: expected some of {', '.join(names)}")
+    asked = asked_for(arguments.only, names)
     with lasting(arguments.scratch, NAME) as folder:
         require_same_settings(folder, settings(arguments))
-        for name in arguments.only or names:
+        for name in asked:
             if not (folder / f"{name}.json").exists():
                 train(name, arguments, folder)
         missing = [name for name in names if not (folder / f"{name}.json").exists()]
@@ -106,6 +104,18 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return setting_of(arguments) | {
         "precision": arguments.precision, "threads": arguments.threads, "groups": groups,
     }  # fmt: skip
+
+
+def asked_for(only: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """The runs that `--only` names, or all.
+
+    Raises:
+        SystemExit: there is no such run.
+    """
+    unknown = set(only) - set(names)
+    if unknown:
+        raise SystemExit(f"--only {' '.join(sorted(unknown))}: expected some of {', '.join(names)}")
+    return only or names
 
 
 def require_same_settings(folder: Path, wanted: dict[str, Any]) -> None:
