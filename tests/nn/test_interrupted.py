@@ -1,18 +1,22 @@
 """What is interrupted in the middle of a step that updates experts: nothing of that step stays, whoever goes on afterwards."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from tests.faults.device import Filling
 from tests.nn.test_experts import engine, loss_fn, text
 
 import weightstream as ws
 from weightstream.errors import StoreError
 from weightstream.keeping import Keeper
 from weightstream.outlook import Outlook
+from weightstream.store import tiers
 from weightstream.store.futures import chain, new_future
 from weightstream.store.optimizers import AdamW
 from weightstream.touching import Touched
@@ -95,6 +99,29 @@ def test_records_that_could_not_be_written_leave_their_memory(tmp_path: Path, mo
                 trained.step(text(step), loss_fn)
         trained.step(text(step), loss_fn)
     assert finished(trained) == expected
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_a_disk_that_is_full_is_all_that_is_said(clip_norm: float | None, tmp_path: Path) -> None:
+    """Of experts that a step could not write the next one reads some; nothing of them is damaged."""
+    settings = {"clip_norm": clip_norm, "commit_every": 3}
+    expected = finished(engine(tmp_path / "whole", **settings))
+    device = Filling("write")
+    with mock.patch.object(tiers, "Device", lambda: device):
+        trained = engine(tmp_path / "full", **settings)
+    for step in range(2):
+        trained.step(text(step), loss_fn)
+    device.room_bytes, said = 0, list[str]()
+    for _ in range(4):
+        try:
+            trained.step(text(trained.step_count), loss_fn)
+        except StoreError as error:
+            said.append(str(error))
+    assert said
+    assert all("could not be written: No space left on device" in each for each in said), said
+    with contextlib.suppress(StoreError):
+        trained.close()
+    assert finished(engine(tmp_path / "full", **settings)) == expected
 
 
 class Held:
