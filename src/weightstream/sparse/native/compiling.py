@@ -132,7 +132,9 @@ def _is_whole(path: Path) -> bool:
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """A whole library, in a folder that nobody else uses."""
-    subprocess.run([compiler, *flags, "-o", str(path), str(SOURCE)], capture_output=True, check=True, timeout=_TIMEOUT_S)
+    subprocess.run(
+        [compiler, *flags, "-o", str(path), str(SOURCE)], capture_output=True, check=True, timeout=_TIMEOUT_S
+    )
     content = path.read_bytes()
     path.write_bytes(content + hashlib.sha256(content).digest())
 
