@@ -9,6 +9,7 @@ them; the files that take longest have neither, and their tests go wherever ther
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_rank)  # stable: within a file the order stays as written
 
 
+class _SetAside:
+    """What importing leaves is never garbage: an engine collects when it is opened, and need not look through torch."""
+
+    modules = 0
+
+    def now(self) -> None:
+        gc.collect()
+        gc.freeze()
+        self.modules = len(sys.modules)
+
+    def if_much_was_imported(self) -> None:
+        """As by a first model, and by its first backward."""
+        if len(sys.modules) > self.modules + 50:
+            self.now()
+
+
+_SET_ASIDE = _SetAside()
+
+
 def pytest_collection_finish() -> None:
-    """What importing left is never garbage: an engine collects when it is opened, and need not look through torch."""
-    gc.collect()
-    gc.freeze()
+    _SET_ASIDE.now()
+
+
+def pytest_runtest_logfinish() -> None:
+    _SET_ASIDE.if_much_was_imported()
