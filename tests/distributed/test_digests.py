@@ -55,15 +55,15 @@ class Delayed(Channel):
         self._channel, self._random = channel, random.Random(seed)
 
     def _send(self, *message: Any) -> Any:
-        time.sleep(self._random.random() * 0.004)
+        time.sleep(self._random.random() * 0.001)
         return self._channel._send(*message)
 
     def _receive(self, *message: Any) -> Any:
-        time.sleep(self._random.random() * 0.004)
+        time.sleep(self._random.random() * 0.001)
         return self._channel._receive(*message)
 
     def gather(self, value: Any) -> list[Any]:
-        time.sleep(self._random.random() * 0.01)
+        time.sleep(self._random.random() * 0.003)
         return self._channel.gather(value)
 
     def stop(self, reason: str) -> None:
