@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -376,3 +377,13 @@ def abandon(store: Store) -> None:
     store.manifest.close()
     assert store._lock_handle is not None
     os.close(store._lock_handle)
+
+
+def trains_on(path: Path, said: Connection) -> None:
+    """A process that trains until it is killed, and says which steps are committed."""
+    store = reopen(path)
+    for value in range(store.step + 1, 100_000):
+        for index in TRAINED:
+            store.write(index, filled(store.layout(index), value + index), value, value)
+        store.commit(value, {"step": value}).result()
+        said.send(value)

@@ -302,14 +302,14 @@ def trained_in(case: Case) -> list[Trained]:
 SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(SLOW, max_examples=6, derandomize=True)
+@settings(SLOW, max_examples=3, derandomize=True)
 @given(cases())
 def test_what_the_runtime_did_was_legal(case: Case) -> None:
     assert check(trained_in(case)) > 0
 
 
 @pytest.mark.slow
-@settings(SLOW, max_examples=30)
+@settings(SLOW, max_examples=15)
 @given(cases())
 def test_what_the_runtime_did_was_legal_in_many_cases(case: Case) -> None:
     assert check(trained_in(case)) > 0
