@@ -12,13 +12,16 @@ from weightstream.blocks import Block
 from weightstream.errors import ConfigError
 from weightstream.masking import Masking
 from weightstream.sparse.choosing import DENSE, Curve, Piece, choose
+from weightstream.sparse.codec import decoding_steps
 from weightstream.sparse.driving import drivable
-from weightstream.sparse.kernels import KERNELS, Kernel, obstacle
+from weightstream.sparse.kernels import KERNELS, Kernel, obstacle, prepared_bytes
 from weightstream.sparse.native.products import as_elements, workspace_bytes
 from weightstream.sparse.settings import SparsityGroup
 from weightstream.worker.expanding import Driven
 
 _ENTRY_BYTES = 64  # eight indices
+_FINDING_BYTES = 24  # for each block that a mask says is there: its number, and what that is found by
+_STEPS_PER_ENTRY = 5  # by benchmarks/sparse_places.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,28 +143,62 @@ def _obstacle(
     return obstacle(next(one for one in KERNELS if one == kernel), group.block, dtype, device)
 
 
-def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven], threads: int) -> dict[int, int]:
-    """By block, what kernels need beside its weights while it is in a slab: of each weight which cells there are; row, column,
-    and the orders in which products go through what they multiply by, be it its own blocks or single elements; and what
-    one product at a time packs."""
-    found: dict[int, int] = {}
+@dataclass(frozen=True, slots=True)
+class Structures:
+    """What kernels need to know of the weights of a block that they multiply by.
+
+    `nbytes` are needed while it is in a slab, with what one product at a time packs. `kept_bytes` may be kept from one fetch
+    to the next, of kernels for which it is known beforehand what that takes; `steps` is how long it takes to find those anew,
+    in steps through the bits or gaps of masks.
+    """
+
+    nbytes: int = 0
+    kept_bytes: int = 0
+    steps: int = 0
+
+
+def structures(blocks: Sequence[Block], driven: Mapping[str, Driven], threads: int) -> dict[int, Structures]:
+    """By block, what kernels need beside its weights: of each weight which blocks there are, and the orders in which products
+    go through what they multiply by, be it these blocks or single elements."""
+    found: dict[int, Structures] = {}
     for block in blocks:
         own = [driven[parameter.name] for parameter in block.parameters if parameter.name in driven]
         packed = [
             workspace_bytes(_shape(each), each.block, each.nonzeros, threads) for each in own if each.kernel == "native"
         ]
-        found[block.index] = sum(_structure_bytes(each) for each in own) + max(packed, default=0)
+        kept = [(each, nbytes) for each in own if (nbytes := kept_structure_bytes(each)) is not None]
+        found[block.index] = Structures(
+            sum(_structure_bytes(each) for each in own) + max(packed, default=0),
+            sum(nbytes for _, nbytes in kept), sum(_finding_steps(each) for each, _ in kept),
+        )  # fmt: skip
     return found
+
+
+def kept_structure_bytes(each: Driven) -> int | None:
+    """What is kept from one fetch to the next of a parameter that a kernel multiplies by; None if nothing is."""
+    return prepared_bytes(_shape(each), each.block, each.nonzeros, each.kernel)
+
+
+def entries(each: Driven) -> int:
+    """What a product by the compiled kernel goes through: blocks, or single elements."""
+    return each.nonzeros if as_elements(each.block) else each.nonzeros // prod(each.block)
 
 
 def _structure_bytes(each: Driven) -> int:
     elements, cell = prod(_shape(each)), prod(each.block)
-    cells, entries = elements // cell, each.nonzeros // cell
+    blocks = each.nonzeros // cell
+    kept = kept_structure_bytes(each)
+    if kept is not None:
+        return kept + _FINDING_BYTES * blocks
     if each.kernel == "csr":
-        cells, entries = cells + elements, each.nonzeros
-    elif each.kernel == "native" and as_elements(each.block):
-        entries = each.nonzeros
-    return cells + _ENTRY_BYTES * entries
+        return elements // cell + elements + _ENTRY_BYTES * each.nonzeros
+    return elements // cell + _ENTRY_BYTES * blocks
+
+
+def _finding_steps(each: Driven) -> int:
+    cell = prod(each.block)
+    decoding = decoding_steps(prod(_shape(each)) // cell, each.nonzeros // cell)
+    return decoding + _STEPS_PER_ENTRY * entries(each)
 
 
 def _shape(each: Driven) -> tuple[int, int]:

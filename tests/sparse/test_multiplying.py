@@ -14,7 +14,7 @@ from weightstream.cluster import Cluster
 from weightstream.errors import AuditError, ConfigError, StoreMismatchError
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
-from weightstream.multiplying import AutoKernels, structure_bytes
+from weightstream.multiplying import AutoKernels, structures
 from weightstream.sparse.choosing import Curve
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.native.compiling import compiled
@@ -170,11 +170,11 @@ def test_what_products_know_of_kept_weights_is_planned_for(tmp_path: Path) -> No
         engine.step(micro_batches(1), loss_fn)
         facts, measured = engine.outlook.facts(4), engine.outlook.measured
         assert measured is not None
-        structures = structure_bytes(engine.store.blocks, engine._driven, engine.threads)
-        assert any(structures.values())
+        needed = {i: one.nbytes for i, one in structures(engine.store.blocks, engine._driven, engine.threads).items()}
+        assert any(needed.values())
         for number, visit in enumerate(facts.visits):
             more = facts.present * (facts.kept_bytes[number] - measured.kept_bytes[number])
-            assert structures[visit.block] <= more < structures[visit.block] + facts.present
+            assert needed[visit.block] <= more < needed[visit.block] + facts.present
 
 
 def test_models_are_as_they_were_when_nothing_is_present(tmp_path: Path) -> None:
