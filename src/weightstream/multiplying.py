@@ -21,7 +21,7 @@ from weightstream.worker.expanding import Driven
 
 _ENTRY_BYTES = 64  # eight indices
 _FINDING_BYTES = 24  # for each block that a mask says is there: its number, and what that is found by
-_STEPS_PER_ENTRY = 5  # by benchmarks/sparse_places.py
+_STEPS_PER_ENTRY = 4  # its row and column take 2.5 ns at a density of 0.1, a step through a mask 0.65 (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +64,17 @@ def driven(
         kernel = kernels[pattern]
         assert masking is not None
         nonzeros = masking.constant(name)
-        reason = _obstacle(kernel, modules.get(name), group, nonzeros, dtype, device)
-        if reason is not None:
-            raise ConfigError(f"kernels: parameter '{name}': {reason}; leave it out of kernels to have it expanded")
+        if (reason := _unfit(kernel, modules.get(name), group, nonzeros)) is not None:
+            raise ConfigError(
+                f"kernels: parameter '{name}', kernel '{kernel}': {reason}; leave it out of kernels to have it expanded"
+            )
+        if (reason := obstacle(kernel, group.block, dtype, device)) is not None:
+            raise ConfigError(
+                f"kernels: parameter '{name}', kernel '{kernel}': expected a product with {group.block[0]}×{group.block[1]} "
+                f"in {dtype} on this machine's {device.type}, found that {reason}; a store goes on with the kernels that it "
+                "was made with, on machines that have them; leave the parameter out of those of a new store to have it "
+                "expanded"
+            )
         assert nonzeros is not None
         found[name] = Driven(modules[name], kernel, group.block, nonzeros)
     for pattern in kernels.keys() - taken:
@@ -98,7 +106,10 @@ def chosen(
         assert masking is not None
         nonzeros = masking.constant(name)
         possible = [
-            one for one in curves if _obstacle(one.kernel, modules.get(name), group, nonzeros, dtype, device) is None
+            one
+            for one in curves
+            if _unfit(one.kernel, modules.get(name), group, nonzeros) is None
+            and obstacle(one.kernel, group.block, dtype, device) is None
         ]
         if nonzeros is None or not possible or auto.unlike(name):
             continue
@@ -123,24 +134,20 @@ def _products(model: nn.Module, blocks: Sequence[Block]) -> dict[str, nn.Linear]
     return {name: module for name, module in drivable(model).items() if name.rpartition(".")[0] not in called}
 
 
-def _obstacle(
-    kernel: str,
-    module: nn.Linear | None,
-    group: SparsityGroup,
-    nonzeros: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> str | None:
-    """Why a kernel cannot multiply by a parameter; None if it can."""
+def _unfit(kernel: str, module: nn.Linear | None, group: SparsityGroup, nonzeros: int | None) -> str | None:
+    """Why no machine's kernel can multiply by a parameter; None if one could."""
     if kernel not in KERNELS:
         return f"expected one of {', '.join(KERNELS)}, found {kernel!r}"
     if module is None:
-        return "it is no weight of an nn.Linear within a block, used there alone"
+        return "expected the weight of an nn.Linear within a block, used there alone, found that it is none"
     if nonzeros is None:
-        return "the number of its non-zeros changes, or all of a panel of it exists"
+        return (
+            "expected as many non-zeros in every version, found that the number of its non-zeros changes, or all of a panel "
+            "of it exists"
+        )
     if group.algorithm == "rigl":
-        return "rigl needs its dense gradient"
-    return obstacle(next(one for one in KERNELS if one == kernel), group.block, dtype, device)
+        return "expected gradients at non-zeros only, found that rigl needs its dense gradient"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +186,6 @@ def kept_structure_bytes(each: Driven) -> int | None:
     return prepared_bytes(_shape(each), each.block, each.nonzeros, each.kernel)
 
 
-def entries(each: Driven) -> int:
-    """What a product by the compiled kernel goes through: blocks, or single elements."""
-    return each.nonzeros if as_elements(each.block) else each.nonzeros // prod(each.block)
-
-
 def _structure_bytes(each: Driven) -> int:
     elements, cell = prod(_shape(each)), prod(each.block)
     blocks = each.nonzeros // cell
@@ -198,7 +200,7 @@ def _structure_bytes(each: Driven) -> int:
 def _finding_steps(each: Driven) -> int:
     cell = prod(each.block)
     decoding = decoding_steps(prod(_shape(each)) // cell, each.nonzeros // cell)
-    return decoding + _STEPS_PER_ENTRY * entries(each)
+    return decoding + _STEPS_PER_ENTRY * (each.nonzeros if as_elements(each.block) else each.nonzeros // cell)
 
 
 def _shape(each: Driven) -> tuple[int, int]:

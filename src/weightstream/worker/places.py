@@ -60,7 +60,7 @@ class KeptPlaces:
         self._kept[key] = kept
         return kept[1]
 
-    def structure(self, block: int, panels: Sequence[Masked], kernel: Kernel, device: torch.device) -> Structure:
+    def structure(self, block: int, panels: Sequence[Masked], kernel: Kernel, device: torch.device | str) -> Structure:
         """Where the non-zeros of a matrix are, prepared for a kernel. One that something still needs, such as the way back of
         a product with it, is given again even where none are kept.
 
@@ -92,7 +92,7 @@ def _known(pieces: Sequence[Masked]) -> bytes:
     return digest.digest()
 
 
-def _structure(panels: Sequence[Masked], device: torch.device) -> Structure:
+def _structure(panels: Sequence[Masked], device: torch.device | str) -> Structure:
     grids = [grid_of(spec) for spec, _ in panels]
     block, columns = grids[0].block, grids[0].columns
     firsts = [0, *accumulate(grid.cells for grid in grids)]
