@@ -273,7 +273,11 @@ class Costs:
         codec = self._codec
         clear_s = 2 * sparse.elements / codec.clear_bytes_per_s
         found_s = codec.decode_s * sparse.decoding_steps + (codec.prepare_s or 0.0) * sparse.prepared
-        return clear_s + found_s + sum(_by_width(codec.expand_s, width) * count for width, count in sparse.nonzeros.items())
+        return (
+            clear_s
+            + found_s
+            + sum(_by_width(codec.expand_s, width) * count for width, count in sparse.nonzeros.items())
+        )
 
     def _gathered(self, sparse: Sparse | None) -> float:
         """One micro-batch's gradients at the non-zeros of what was expanded."""

@@ -21,7 +21,9 @@ from weightstream.worker.expanding import Driven
 
 _ENTRY_BYTES = 64  # eight indices
 _FINDING_BYTES = 24  # for each block that a mask says is there: its number, and what that is found by
-_STEPS_PER_ENTRY = 4  # its row and column take 2.5 ns at a density of 0.1, a step through a mask 0.65 (benchmarks/LOG.md)
+_STEPS_PER_ENTRY = (
+    4  # its row and column take 2.5 ns at a density of 0.1, a step through a mask 0.65 (benchmarks/LOG.md)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
