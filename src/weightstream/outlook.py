@@ -11,7 +11,7 @@ from weightstream.blocks import call_order
 from weightstream.cluster import Cluster
 from weightstream.fabric.ranks import Ranks
 from weightstream.masking import Masking
-from weightstream.multiplying import structure_bytes
+from weightstream.multiplying import structures
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, owners_of
 from weightstream.runtime import StepOutcome
 from weightstream.schedule.cost import BlockFacts, StepBytes
@@ -158,5 +158,5 @@ class Outlook:
         return facts_of(
             blocks, division.records, self._budgets, visits=self.visits, uses=self._worker.uses(self.visits),
             micro_batches=micro_batches, measured=self.measured, division=division,
-            structures=structure_bytes(blocks, self._driven, self._threads),
+            structures=structures(blocks, self._driven, self._threads),
         )  # fmt: skip
