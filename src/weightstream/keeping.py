@@ -6,12 +6,10 @@ nothing is done; all ranks nevertheless agree on what is due.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from weightstream.apportioning import apportion
 from weightstream.errors import StoreError
@@ -125,24 +123,14 @@ class Keeper:
         if self.masking is not None:
             self.masking.update(self.holding, block, buffer, gradients, self.store.optimizer, step)
         else:
-            self._optimize(block, buffer, gradients, step)
+            for piece in self.holding.pieces(block, buffer):
+                piece.optimize(self.store.optimizer, gradients.get((piece.name, piece.row)), step)
+                piece.renew_copy()
         self._become(block, step)
         self.staging.release(block)
         self.due.discard(block)
         loaded.checksums = self.holding.checksums(block, buffer)
         loaded.updated = True
-
-    def _optimize(
-        self, block: int, buffer: WorkingBuffer, gradients: Mapping[tuple[str, int], Tensor], step: int
-    ) -> None:
-        for piece in self.holding.pieces(block, buffer):
-            grad = gradients.get((piece.name, piece.row))
-            if grad is not None:
-                self.store.optimizer.update(
-                    piece.master, grad, piece.states, name=piece.name, step=step, count=piece.count
-                )
-            if piece.copy is not None:
-                piece.copy.copy_(piece.master)
 
     def _become(self, block: int, step: int) -> None:
         if self.masking is not None:

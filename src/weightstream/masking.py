@@ -220,8 +220,8 @@ class Masking:
             facts = self.pieces.get((piece.name, piece.row))
             due = None if facts is None else self.turn(facts, holding.sparsity[piece.unit], step)
             chosen = None if facts is None else self._chosen(facts, piece, step)
-            if grad is not None and (due is None or due.optimizer):
-                optimizer.update(piece.master, grad, piece.states, name=piece.name, step=step, count=piece.count)
+            if due is None or due.optimizer:
+                piece.optimize(optimizer, grad, step)
             found = None
             if facts is not None and due is not None and due.mask:
                 found = self._moved(facts, piece, grad if due.dense_gradient else None, due, step, chosen)
@@ -235,8 +235,7 @@ class Masking:
             for piece in holding.pieces(block, buffer):
                 _put(piece, renewed[piece.unit, piece.name])
         for piece in holding.pieces(block, buffer):
-            if piece.copy is not None:
-                piece.copy.copy_(piece.master)
+            piece.renew_copy()
 
     def take_grown(self) -> dict[str, int]:
         """By parameter whose mask was changed here since this was last asked: how many of its elements came to exist."""

@@ -208,6 +208,21 @@ class Piece:
     mask: Tensor | None = None
     spec: TensorSpec | None = None
 
+    def optimize(self, optimizer: Optimizer, grad: Tensor | None, step: int) -> None:
+        """The optimizer step that is due; a parameter without a gradient has none.
+
+        Args:
+            grad: fp32, of the shape of `master`; left as it is.
+            step: of the training, whose learning rate it is.
+        """
+        if grad is not None:
+            optimizer.update(self.master, grad, self.states, name=self.name, step=step, count=self.count)
+
+    def renew_copy(self) -> None:
+        """What streams is made of the master as it is now."""
+        if self.copy is not None:
+            self.copy.copy_(self.master)
+
 
 class Holding:
     """The units of a store that one memory rank owns (all by default), by block.
