@@ -16,8 +16,8 @@ from pathlib import Path
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
 from weightstream.store.families import Layouts
-from weightstream.store.manifest import RecordRow
 from weightstream.store.records import FILES_PER_RECORD, Record, slot_of
+from weightstream.store.rows import RecordRow
 from weightstream.store.shared import SHARED
 
 MANIFEST = "manifest.sqlite"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from weightstream.errors import StoreError
 from weightstream.store.futures import gather, new_future, settle
 from weightstream.store.layout import Part, RecordLayout
-from weightstream.store.manifest import RecordRow
 from weightstream.store.records import Entry, Record
+from weightstream.store.rows import RecordRow
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.tiers import Extent
 

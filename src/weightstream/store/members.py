@@ -18,7 +18,8 @@ from typing import Any
 
 from weightstream.errors import StoreError
 from weightstream.store import directory
-from weightstream.store.manifest import CommitRow, Manifest
+from weightstream.store.manifest import Manifest
+from weightstream.store.rows import CommitRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,10 @@ from typing import Any
 from weightstream.errors import StoreError
 from weightstream.store.futures import chain, done, gather, new_future
 from weightstream.store.layout import ALIGN_PART, RecordLayout, shared_header
-from weightstream.store.manifest import Manifest, SharedRow
+from weightstream.store.manifest import Manifest
 from weightstream.store.members import ALONE, Members, folder_of
 from weightstream.store.records import Entry
+from weightstream.store.rows import SharedRow
 from weightstream.store.segments import AlignedBuffer
 from weightstream.store.tiers import Disk
 from weightstream.units import align

@@ -29,10 +29,11 @@ from weightstream.store.facts import block_rows, blocks_of, masks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout
-from weightstream.store.manifest import CommitRow, Manifest, RecordRow
+from weightstream.store.manifest import Manifest
 from weightstream.store.members import ALONE, Members, common_commit, folder_of, level, place_of
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.records import Record, Records
+from weightstream.store.rows import CommitRow, RecordRow
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.shared import SHARED

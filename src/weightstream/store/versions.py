@@ -33,7 +33,7 @@ from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
 from weightstream.store.lasting import LastingBuffer, LastingMemory
 from weightstream.store.layout import MASK, Part, RecordLayout
-from weightstream.store.manifest import CommitRow, Manifest, Move, RecordRow, SharedRow
+from weightstream.store.manifest import Manifest
 from weightstream.store.many import Writing, extents_of, read_many, write_many
 from weightstream.store.members import ALONE, Members, folder_of
 from weightstream.store.records import (
@@ -47,6 +47,7 @@ from weightstream.store.records import (
     slot_of,
     unpin_parts,
 )
+from weightstream.store.rows import CommitRow, Move, RecordRow, SharedRow
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.shared import SHARED, Batch, SharedFiles
 from weightstream.store.tiers import Disk, Extent, Memory
