@@ -371,7 +371,7 @@ def abandon(store: Store) -> None:
     if isinstance(device, Mortal):
         device.writes_left = 0
     store.disk.close()
-    store.versions._committer.shutdown(wait=True)
+    store.versions.commits.close()
     store.memory.close()
     store.manifest.close()
     assert store._lock_handle is not None

@@ -41,7 +41,7 @@ def write_many(versions: "Versions", records: Sequence[Writing]) -> "Future[None
     written: dict[str, list[tuple[Entry, RecordLayout, RecordBuffer]]] = defaultdict(list)
     latest: dict[int, int] = {}
     with versions.shared.lock:
-        versions.check_usable()
+        versions.commits.check_usable()
         states = _states(versions, [index for index, _, _, _, _ in records])
         entries = []
         for index, record, version, steps, sums in records:

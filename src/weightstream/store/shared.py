@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from weightstream.errors import StoreError
+from weightstream.store.directory import SHARED
 from weightstream.store.futures import chain, done, gather, new_future
 from weightstream.store.layout import ALIGN_PART, RecordLayout, shared_header
 from weightstream.store.manifest import Manifest
@@ -38,7 +39,6 @@ from weightstream.units import align
 
 log = logging.getLogger("weightstream.store")
 
-SHARED = "shared"
 FILES_PER_FOLDER = 1024
 FILE_BYTES = 256 << 20
 """A file that is as long is followed by another one: what is freed as a whole should not be too much at a time."""
