@@ -22,6 +22,8 @@ LAYERS = (
     (
         "masking",
         "apportioning",
+        "first_masks",
+        "remasking",
         "touching",
         "lending",
         "past",

@@ -32,6 +32,7 @@ from weightstream.nn.pool import Pool
 from weightstream.opening import Wanted, contract_of, opened, sparsity_now
 from weightstream.outlook import Outlook
 from weightstream.planning import Budgets, owners_of, same_buffers
+from weightstream.remasking import Remasking
 from weightstream.runtime import Runtime, StepOutcome
 from weightstream.schedule.cost import StepBytes
 from weightstream.schedule.operations import Schedule, Visit
@@ -234,6 +235,7 @@ class Engine:
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
         now = sparsity_now(self.store, owned, self.ranks)
         self.masking = self._wanted.masking(self.store.units, now)
+        self._remasking = None if self.masking is None else Remasking(self.masking)
         dtype = DTYPES[self.precision]
         self._driven = driven(self.model, self.store.blocks, self.masking, self._kernels, dtype, self.device)
         nonzeros = {name: each.nonzeros for name, each in self._driven.items()}
@@ -303,7 +305,7 @@ class Engine:
             immediate=not facts.deferred, image_now=self.holding.staged_now, **common,
         )  # fmt: skip
         keeper = Keeper(
-            self.holding, facts, allotment, staging, self._interval, self._wait, self.masking,
+            self.holding, facts, allotment, staging, self._interval, self._wait, self._remasking,
             self.experts.touching, self.clip_norm,
         )  # fmt: skip
         peers: Peers = Alone(staging, facts.reduction_groups)

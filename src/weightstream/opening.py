@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weightstream.apportioning import FirstMasks
 from weightstream.blocks import PANEL_ELEMENTS, Block, Rule, Unit, cut
 from weightstream.errors import StoreMismatchError
 from weightstream.fabric.ranks import Ranks
-from weightstream.masking import Masking, counts_now, given_counts, require_said
+from weightstream.first_masks import FirstMasks, counts_now, given_counts, require_said
+from weightstream.masking import Masking
 from weightstream.planning import Budgets, check_blocks, check_disk, split_within
 from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.settings import Sparsity
