@@ -27,6 +27,7 @@ LAYERS = (
         "touching",
         "lending",
         "past",
+        "arriving",
         "runtime",
         "keeping",
         "improvising",
