@@ -13,7 +13,7 @@ import weightstream as ws
 from weightstream.cluster import Cluster
 from weightstream.engine import Engine
 from weightstream.predicting import Stretch, predict, prediction_text, stretches
-from weightstream.schedule.planner import buffers_bytes
+from weightstream.schedule.allotment import buffers_bytes
 
 
 class Stack(nn.Module):

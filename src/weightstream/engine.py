@@ -34,9 +34,10 @@ from weightstream.outlook import Outlook
 from weightstream.planning import Budgets, owners_of, same_buffers
 from weightstream.remasking import Remasking
 from weightstream.runtime import Runtime, StepOutcome
+from weightstream.schedule.allotment import Activations, Allotment, Facts, allot
 from weightstream.schedule.cost import StepBytes
 from weightstream.schedule.operations import Schedule, Visit
-from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
+from weightstream.schedule.planner import build
 from weightstream.schedule.verify import verify
 from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
@@ -52,12 +53,13 @@ from weightstream.steps import (
     target_tokens,
     to_device,
 )
+from weightstream.store.block_bytes import NEVER_SPARSE
 from weightstream.store.compaction import SHARE
 from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.owned import NEVER_SPARSE, Holding
+from weightstream.store.owned import Holding
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache

@@ -15,8 +15,8 @@ from weightstream.apportioning import apportion
 from weightstream.errors import StoreError
 from weightstream.fabric.staging import Pool, Staging
 from weightstream.remasking import Remasking
+from weightstream.schedule.allotment import Allotment, Facts, sharing_records
 from weightstream.schedule.operations import Load, Operation, Update, Write
-from weightstream.schedule.planner import Allotment, Facts, sharing_records
 from weightstream.store.futures import chain
 from weightstream.store.interval import Interval
 from weightstream.store.owned import Checksums, Holding, WorkingBuffer

@@ -16,7 +16,8 @@ from weightstream.sparse.algorithms import Turn, turn
 from weightstream.sparse.pieces import SparsePiece, kept_cells, sparse_pieces
 from weightstream.sparse.settings import Sparsity
 from weightstream.store import sparsity as kept
-from weightstream.store.owned import Holding, Largest
+from weightstream.store.block_bytes import Largest
+from weightstream.store.owned import Holding
 from weightstream.store.sparsity import InitialMask
 
 Key = tuple[str, int]

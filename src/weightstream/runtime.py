@@ -21,6 +21,7 @@ from weightstream.fabric.reduction import Squares
 from weightstream.fabric.together import SUMS_TRAVELLING
 from weightstream.improvising import DivergedError, improvise
 from weightstream.keeping import Keeper
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import (
     Backward,
@@ -39,7 +40,6 @@ from weightstream.schedule.operations import (
     Visit,
     Write,
 )
-from weightstream.schedule.planner import Allotment, Facts
 from weightstream.trace.recorder import Recorder
 from weightstream.worker.activations import Activations, Scratch
 from weightstream.worker.allocator import Ceiling

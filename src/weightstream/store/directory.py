@@ -15,10 +15,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
+from weightstream.store.device import Device
 from weightstream.store.families import Layouts
 from weightstream.store.records import FILES_PER_RECORD, Record, slot_of
 from weightstream.store.rows import RecordRow
-from weightstream.store.tiers import Device
 
 MANIFEST = "manifest.sqlite"
 SEGMENTS = "segments"

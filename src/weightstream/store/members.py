@@ -18,9 +18,9 @@ from typing import Any
 
 from weightstream.errors import StoreError
 from weightstream.store import directory
+from weightstream.store.device import Device
 from weightstream.store.manifest import Manifest
 from weightstream.store.rows import CommitRow
-from weightstream.store.tiers import Device
 
 
 @dataclass(frozen=True, slots=True)
