@@ -629,7 +629,7 @@ class TestErrors:
                     engine.step(tokens(3), loss_fn)
             assert len(begun) > at
             assert [block for block in begun if engine.runtime.slabs.slab_of(block) is not None] == []
-            assert [block for block in begun if engine.runtime.parameters.present(block)] == []
+            assert [block for block in begun if engine.parameters.present(block)] == []
             engine.step(tokens(3), loss_fn)
             engine.commit()
         assert step_and_digest(tmp_path / "store") == whole[clip_norm][3]

@@ -22,9 +22,12 @@ LAYERS = (
     (
         "masking",
         "apportioning",
+        "first_masks",
+        "remasking",
         "touching",
         "lending",
         "past",
+        "arriving",
         "runtime",
         "keeping",
         "improvising",

@@ -15,7 +15,7 @@ from weightstream.cluster import Cluster
 from weightstream.costing import Costs
 from weightstream.engine import Engine
 from weightstream.predicting import Stretch, census_of, predict, prediction_text, stretches
-from weightstream.schedule.planner import buffers_bytes
+from weightstream.schedule.allotment import buffers_bytes
 from weightstream.sparse.choosing import Curve
 from weightstream.sparse.codec import decoding_steps
 from weightstream.sparse.native.products import obstacle

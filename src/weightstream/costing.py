@@ -14,8 +14,8 @@ from weightstream.census import Census, Kernel, Kernels, VisitCensus
 from weightstream.cluster import Cluster
 from weightstream.errors import PlanError
 from weightstream.machine.profile import CodecRates, Compute, Executor, Profile
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.cost import BlockFacts
-from weightstream.schedule.planner import Allotment, Facts
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Disk, Hardware, Link
 

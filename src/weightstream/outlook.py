@@ -14,11 +14,12 @@ from weightstream.masking import Masking
 from weightstream.multiplying import structures
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, owners_of
 from weightstream.runtime import StepOutcome
+from weightstream.schedule.allotment import Allotment, Facts, allot
 from weightstream.schedule.cost import BlockFacts, StepBytes
 from weightstream.schedule.flows import disk_bound
 from weightstream.schedule.operations import Visit
-from weightstream.schedule.planner import Allotment, Facts, allot
-from weightstream.store.owned import NEVER_SPARSE, Holding, Largest
+from weightstream.store.block_bytes import NEVER_SPARSE, Largest
+from weightstream.store.owned import Holding
 from weightstream.store.sparsity import Sparsity
 from weightstream.worker.expanding import Driven
 from weightstream.worker.worker import Worker

@@ -13,13 +13,13 @@ from weightstream.errors import PlanError, StoreMismatchError
 from weightstream.fabric.together import SUMS_TRAVELLING, fabric_bytes
 from weightstream.masking import Masking
 from weightstream.multiplying import Structures
+from weightstream.schedule.allotment import Activations, Allotment, Facts, allot
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Visit
-from weightstream.schedule.planner import Activations, Allotment, Facts, allot
 from weightstream.schedule.reduction import subtrees
+from weightstream.store.block_bytes import NEVER_SPARSE, BlockBytes, Largest, block_bytes, largest
 from weightstream.store.images import gradient_image
 from weightstream.store.layout import RecordLayout
-from weightstream.store.owned import NEVER_SPARSE, BlockBytes, Largest, block_bytes, largest
 from weightstream.store.sparsity import Sparsity
 from weightstream.store.store import Store
 from weightstream.units import format_bytes

@@ -19,8 +19,8 @@ from weightstream.costing import Costs, Product, Sparse, hardware_of, slowdown_o
 from weightstream.engine import DTYPES, Engine
 from weightstream.machine.profile import Profile
 from weightstream.multiplying import kept_structure_bytes
+from weightstream.schedule.allotment import Allotment, Facts, buffers_bytes
 from weightstream.schedule.flows import disk_bound
-from weightstream.schedule.planner import Allotment, Facts, buffers_bytes
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Hardware
 from weightstream.simulator.simulator import Simulation, simulate

@@ -25,9 +25,9 @@ import torch.fx.experimental.symbolic_shapes  # which autograd imports in its fi
 from tests.nn.test_experts import engine, loss_fn, text
 
 from weightstream.keeping import Keeper
+from weightstream.store.device import Device
 from weightstream.store.manifest import Manifest
 from weightstream.store.store import Store
-from weightstream.store.tiers import Device
 from weightstream.touching import Touched
 
 STEPS = 24  # a process that is killed comes two steps further at most

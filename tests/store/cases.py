@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from weightstream.blocks import Block, Parameter
+from weightstream.store.device import Device
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout
 from weightstream.store.optimizers import AdamW
@@ -26,7 +27,7 @@ from weightstream.store.recipes import Step
 from weightstream.store.segments import AlignedBuffer, RecordBuffer, part_tensors
 from weightstream.store.sparsity import SparsePiece, Sparsity
 from weightstream.store.store import Store
-from weightstream.store.tiers import Device, Disk
+from weightstream.store.tiers import Disk
 
 CHUNK_BYTES = 4096  # several chunks per part, even of these small records
 CONTRACT = {"seed": 3, "reduction_groups": 8, "shape": [1, 2]}
@@ -372,7 +373,7 @@ def abandon(store: Store) -> None:
     if isinstance(device, Mortal):
         device.writes_left = 0
     store.disk.close()
-    store.versions._committer.shutdown(wait=True)
+    store.versions.commits.close()
     store.memory.close()
     store.manifest.close()
     assert store._lock_handle is not None

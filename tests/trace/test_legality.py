@@ -28,6 +28,7 @@ import weightstream as ws
 from weightstream.cluster import Cluster
 from weightstream.fabric.local import run_ranks
 from weightstream.runtime import Runtime
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.operations import (
     Commit,
     Fetch,
@@ -42,7 +43,6 @@ from weightstream.schedule.operations import (
     Write,
     describe,
 )
-from weightstream.schedule.planner import Allotment, Facts
 from weightstream.schedule.verify import IllegalScheduleError
 from weightstream.store import tiers
 from weightstream.trace.spans import Span

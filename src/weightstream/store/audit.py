@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from weightstream.store.layout import DTYPE_NAMES, MASK, RecordLayout
-from weightstream.store.manifest import RecordRow
 from weightstream.store.masks import bits_of, dense_of, expanded
 from weightstream.store.records import Entry, Record
+from weightstream.store.rows import RecordRow
 from weightstream.store.segments import RecordBuffer, bytes_of
 from weightstream.store.whole import Reader
 
