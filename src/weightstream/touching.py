@@ -236,6 +236,8 @@ class Touched:
         self._instead: dict[int, int] | None = None  # what is reached for each number, where not all may come to exist
         self.first_written = 0
         """Records that this has written which did not exist before."""
+        self.least_bytes = 0
+        """What the step had to read and write for those that it has updated."""
         self._redirected: dict[tuple[int, int], int] = {}
         self._total: Packed | None = None
         self._micro_batches = 0
@@ -244,7 +246,7 @@ class Touched:
     def begin(self, micro_batches: int, count: int) -> None:
         """A step of so many micro-batches begins; the store has had `count` optimizer steps."""
         self.drop()
-        self._micro_batches, self._count = micro_batches, count
+        self._micro_batches, self._count, self.least_bytes = micro_batches, count, 0
 
     # which ones exist
 
@@ -415,7 +417,9 @@ class Touched:
     def _write(self, numbers: Sequence[int]) -> "Future[None]":
         """Makes these records the newest versions, and lets them go when they are written."""
         held = [self._held.pop(number) for number in numbers]
-        self.first_written += sum(each.new for each in held)
+        new = sum(each.new for each in held)
+        self.first_written += new
+        self.least_bytes += len(held) * self.record_bytes + (len(held) - new) * self.loaded_bytes
         for place, copies in enumerate(self._parts.get("copy", ())):
             slots = torch.tensor([each.slot for each in held], dtype=torch.int64)
             copies[slots] = self._parts["param"][place][slots].to(copies.dtype)
@@ -567,6 +571,11 @@ class Touching:
                 family.expect(expected.get(name, ()))
         if self.lending is not None:
             self.lending.begin(micro_batches, expected)
+
+    @property
+    def least_bytes(self) -> int:
+        """What the step had to read and write, of the records that this rank owns."""
+        return sum(family.least_bytes for family in self.families.values())
 
     def lends(self, block: int) -> bool:
         """Whether ranks lend each other records when micro-batches go through a block."""

@@ -126,9 +126,10 @@ class StreamedExperts(nn.Module):
         check_numbers(self.router, numbers, self.experts)
         return numbers, gates
 
-    def attach(self, source: Source | None) -> None:
-        """Takes its weights from there from now on."""
-        self._source = source
+    def attach(self, source: Source | None) -> Source | None:
+        """Takes its weights from there from now on; gives where they came from before."""
+        before, self._source = self._source, source
+        return before
 
     def resident(self, name: str = "experts", seed: int = 0) -> "StreamedExperts":
         """Holds all experts as parameters, with the values that a store of this seed has for a layer of this name.
