@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.machine.profiles import profile
 from tests.test_cli import CONFIG, Shell
 from tests.test_cli import shell as cli_shell
 from torch import nn
@@ -19,6 +20,7 @@ from weightstream.run import engine_settings
 from weightstream.store.compaction import SHARE
 from weightstream.store.store import Store
 from weightstream.training.loop import Trainer
+from weightstream.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,13 +58,23 @@ def test_experts_are_trained_by_a_configuration_and_go_on_where_they_stopped(
     assert whole.code == 0, whole.err
     report = whole.json()
     assert report["perplexity_after"] < report["perplexity_before"]
+    assert report["moved_over_bound"] < 2  # of small records headers are much
+    facts = [line for line in read_metrics(Path("run/metrics.jsonl")) if line["kind"] == "experts"]
+    assert [line["step"] for line in facts] == list(range(1, 7))
+    assert 0 < facts[-1]["new"] < facts[-1]["touched"] <= 2 * 128
+
+    profile().save(Path("profile.toml"))  # with a prediction, which changes nothing
     assert shell("fit", "config.yaml", "out=pieces").code == 128 + signal.SIGTERM
     assert shell("fit", "config.yaml", "out=pieces").code == 0
     assert shell("store", "digest", "pieces").out == shell("store", "digest", "run").out
+    traced = shell("trace", "diff", "pieces", "--json").json()
+    rows = {(row["kind"], row["resource"]): row for row in traced["rows"]}
+    for place in (("load", "read"), ("write", "write")):
+        measured, predicted = rows[place]["measured"]["bytes"], rows[place]["predicted"]["bytes"]
+        assert 0.3 * measured < predicted < 2 * measured, place
     with Store.open("run/store", writable=False) as store:
-        first, family = store.layouts.families[0]
-        assert family.count == 256**4
-        assert 0 < store.count_written(range(first, first + family.count)) < 6 * 128
+        written = [store.count_written(range(first, first + family.count)) for first, family in store.layouts.families]
+    assert sum(written) == sum(line["new"] for line in facts)
 
     # without a cache all tokens are given each time, and so what a hash of the last ones leads to is what it was trained on
     (sample,) = shell("generate", "run", "def ", "--tokens", "4", "--json").json()["samples"]
@@ -78,6 +90,16 @@ def test_a_plan_says_what_experts_need_and_creates_nothing(shell: Shell) -> None
     assert "experts per step  at most 256," in found.out  # two layers, 128 tokens in each
     assert "experts pool      0 of 100 experts" in found.out
     assert shell.state() == before
+    profile().save(Path("profile.toml"))
+    told = shell("plan", "config.yaml", "cluster.workers=2", "--json").json()
+    moved = told["experts_per_step"]
+    assert moved["touched"] == pytest.approx(256, rel=1e-6)  # of 4 billion hardly two are the same
+    assert (moved["new"], moved["seen"]) == (0, False)
+    assert moved["written_bytes"] > moved["read_bytes"] > 256 * 12 * 2 * 32 * 8  # with a copy that streams, and pages
+    assert told["predicted"]["run_written_bytes"] > 6 * moved["written_bytes"]
+    # of two workers each draws half of them, of which the other one owns half
+    assert moved["down_bytes"] == pytest.approx(128 * (8 + 2 * 2 * 32 * 8), rel=1e-3)
+    assert moved["up_bytes"] == pytest.approx(128 * (3 * 8 + 4 * 2 * 32 * 8), rel=1e-3)
     assert "experts_memory" in shell.refused("fit", "config.yaml", "engine.experts_memory=1KiB")
     assert "may add" in shell.refused("fit", "config.yaml", "engine.experts_pool=1")
 
