@@ -3,10 +3,10 @@
     python benchmarks/prediction.py --json
 
 Some runs at a time: the machine is calibrated (or `--profile` given), each of them is predicted from its model, its plan
-and the profile, and only then they are measured, their steps in turn, each the median of five after warm-up. A shared
-machine is not as fast in one quarter of an hour as in the next, so that a calibration holds for its own runs. Some are
-measured twice, by processes of their own, in turn with the others: what they differ by is noise that no prediction can
-meet.
+and the profile, and only then they are measured, two steps of each in turn, of which the second counts, each the median of
+five after warm-up. A shared machine is not as fast in one quarter of an hour as in the next, so that a calibration holds for
+its own runs. Some are measured twice, by processes of their own, in turn with the others: what they differ by is noise that
+no prediction can meet.
 
 Keys: `runs` (how many), `step_error_median`, `step_error_p90` (of |predicted / measured - 1|), `memory_error_max`,
 `memory_under` (runs that used more than was predicted), `bytes_exact` (whether all predicted bytes are those moved),
@@ -193,6 +193,7 @@ def measure(
             side.turn(arguments.warm_up, counted=False)
         for _ in range(arguments.steps):
             for _, _, side in sides:
+                side.turn(1, counted=False)  # caches were the others'; what is predicted is a step among its like
                 side.turn(1, counted=True)
         found = [(number, repeated, side, side.close()) for number, repeated, side in sides]
     finally:

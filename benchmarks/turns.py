@@ -111,8 +111,8 @@ class Side:
         if not line:
             code = self.process.wait()
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-            self.peak.stop()
             raise SideEndedError(f"side {self.name!r} ended with code {code}; log {self.log} ends with:\n{tail}", code)
+        self.peak.look()
         return json.loads(line)
 
     def _ask(self, **command: Any) -> dict[str, Any]:
@@ -148,7 +148,6 @@ class Side:
         """Let it flush and end; its final facts."""
         facts = self._ask(do="close")
         self.process.wait()
-        self.peak.stop()
         return facts
 
     def abandon(self) -> None:
@@ -156,7 +155,6 @@ class Side:
         if self.process.poll() is None:
             self._signal(signal.SIGKILL)
             self.process.wait()
-        self.peak.stop()
 
 
 def in_turn(
