@@ -22,6 +22,7 @@ LAYERS = (
     (
         "masking",
         "apportioning",
+        "reaching",
         "touching",
         "lending",
         "past",

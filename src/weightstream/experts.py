@@ -18,6 +18,7 @@ from weightstream.nn.attaching import blocks_of, check_places, known_beforehand,
 from weightstream.nn.experts import StreamedExperts
 from weightstream.nn.pool import Pool
 from weightstream.past import Past
+from weightstream.reaching import Walking
 from weightstream.store.compaction import check_share
 from weightstream.store.families import Family
 from weightstream.store.optimizers import Optimizer
@@ -75,7 +76,7 @@ class Experts:
     call the same methods in the same order.
 
     Args:
-        calls: how often the last step called a layer for each micro-batch; before there was one, a guess.
+        calls: how many blocks that hold a layer the last step called for each micro-batch; before there was one, a guess.
         groups: the reduction groups of a step.
         kept: what `to_json` gave with the last commit.
         wait: for the store, as the runtime does it.
@@ -172,9 +173,11 @@ class Experts:
             groups=self._groups, standing_still=self._standing_still,
         )  # fmt: skip
 
-    def _walking(self) -> tuple[int, int] | None:
-        """The use and micro-batch that is computed now; None outside of steps."""
-        return None if self._following or self._worker.outside is not None else self._worker.walking
+    def _walking(self) -> Walking | None:
+        """What is computed now; None outside of steps."""
+        if self._following or self._worker.outside is not None:
+            return None
+        return Walking(*self._worker.walking, self._worker.going_back)
 
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -192,9 +195,14 @@ class Experts:
             self._ranks.gather if self._layers else _alone, self._member,
         )  # fmt: skip
         return Growing(
-            self._layers, own if lent is None else lent.families, existence, pools, kept, calls, self._log,
-            several=lent is not None,
+            self._layers, own if lent is None else lent.families, existence, pools, kept,
+            lambda name: max(calls(name), self._calls_seen(name)), self._log, several=lent is not None,
         )  # fmt: skip
+
+    def _calls_seen(self, name: str) -> int:
+        """How often the last step called a layer for a micro-batch, as far as it had tokens; a block may do so repeatedly."""
+        found = self.touching.facts.get(name)
+        return 0 if found is None else found.calls
 
     # steps
 

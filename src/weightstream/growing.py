@@ -12,6 +12,7 @@ from typing import Any
 
 from weightstream.errors import ConfigError, PlanError
 from weightstream.existence import Existence, Numbers
+from weightstream.fabric.packed import gradient_bytes
 from weightstream.nn.experts import StreamedExperts
 from weightstream.nn.pool import Pool
 from weightstream.touching import Door
@@ -60,7 +61,8 @@ class LayerGrowth:
 
     `most_per_step` are the experts that a step may reach, as far as its tokens are known (after a step or a rehearsal);
     `held` those that `experts_memory` has room for, each in `slot_bytes`; `new_per_step` is the mean of the last steps, 0
-    once its pool is closed.
+    once its pool is closed. `assignments` are those of a step, as far as one was seen, `calls` how often a micro-batch calls
+    the layer; the gradient of one expert takes `gradient_bytes`.
     """
 
     experts: int
@@ -71,6 +73,16 @@ class LayerGrowth:
     most_per_step: int | None
     held: int
     new_per_step: float | None
+    assignments: int | None
+    calls: int
+    gradient_bytes: int
+
+    def gradients_at_most(self, partial_sums: int) -> int | None:
+        """Bytes of gradients that a step holds at a time, where so many partial sums are alive at once: an expert has what one
+        micro-batch gives, these sums, and one for each other call; none that no assignment led to."""
+        if self.assignments is None:
+            return None
+        return min(self.assignments, self.experts * (partial_sums + max(self.calls, 1))) * self.gradient_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +323,7 @@ class Growing:
         return LayerGrowth(
             layer.experts, counted.written, sizes.record_bytes, sizes.loaded_bytes, sizes.slot_bytes,
             None if most is None else min(most, layer.experts), sizes.capacity, rate,
+            most, counted.calls or self._calls(name), gradient_bytes(layer.family(name).numel),
         )  # fmt: skip
 
     @property

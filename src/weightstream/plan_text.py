@@ -113,10 +113,13 @@ def _experts(engine: "Engine") -> list[str]:
         memory = len(layers) * max(most * layer.slot_bytes for most, layer in reached)  # it is divided alike
         read = sum(most * layer.loaded_bytes for most, layer in reached)
         written = sum(most * layer.record_bytes for most, layer in reached)
+        sums = engine.runtime.allotment.partial_sums
+        gradients = sum(layer.gradients_at_most(sums) or 0 for _, layer in reached)
         lines.append(
             f"experts per step  at most {sum(most for most, _ in reached):,}, which take {format_bytes(memory)} of "
             f"experts_memory; {format_bytes(engine.experts.memory_bytes)} are given, for {held} of each layer; read up to "
-            f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}"
+            f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}; gradients take up to "
+            f"{format_bytes(gradients)} besides"
         )
     else:
         lines.append("experts per step  not known yet: rehearse a step, or take one")
