@@ -77,6 +77,10 @@ class TwiceModel(Model):
         self.layers[1] = Twice(make(1))
 
 
+def hashed(index: int) -> StreamedExperts:
+    return StreamedExperts(WIDTH, HIDDEN, EXPERTS, TOP_K, HashRouter(tokens=2, seed=index))
+
+
 def reached_by(step: list[dict[str, Tensor]], index: int) -> Tensor:
     """By hand: what a step's tokens lead to in one layer, an assignment each."""
     router, found = HashRouter(tokens=2, seed=index), []
@@ -90,10 +94,7 @@ def reached_by(step: list[dict[str, Tensor]], index: int) -> Tensor:
 def test_a_layer_that_a_block_calls_twice_is_counted_twice(activations: str, tmp_path: Path) -> None:
     """Facts are those of both calls, once each, also where the block is computed again; and training is plain PyTorch's."""
 
-    def make(index: int) -> StreamedExperts:
-        return StreamedExperts(WIDTH, HIDDEN, EXPERTS, TOP_K, HashRouter(tokens=2, seed=index))
-
-    with engine(tmp_path / "store", lambda: TwiceModel(make), activations=activations) as trained:
+    with engine(tmp_path / "store", lambda: TwiceModel(hashed), activations=activations) as trained:
         values = {name: tensors["param"] for name, tensors in trained.store.items()}
 
         def resident(index: int) -> PlainExperts:
@@ -118,6 +119,20 @@ def test_a_layer_that_a_block_calls_twice_is_counted_twice(activations: str, tmp
                 assert (facts.touched, facts.assignments) == (numbers.numel(), int(counts.sum()))
                 assert (facts.most, facts.calls) == (int(counts.max()), 1 + index)
         same_as(reference, trained)
+
+
+def test_what_a_block_keeps_of_its_layers_is_measured(tmp_path: Path) -> None:
+    """By hand, of each call: hidden states, gates, what the activation was given, outputs, and which rows go where."""
+    batch = text(0)[2]
+    rows = torch.tensor([batch["input_ids"].numel(), batch["input_ids"][:, 2:5].numel()])
+    reached = [len(reached_by([{"input_ids": batch["input_ids"]}], index).unique()) for index in range(2)]
+    kept = 4 * rows * (WIDTH + TOP_K * (1 + HIDDEN + WIDTH)) + 8 * 2 * TOP_K * rows
+    norm = 4 * rows * (WIDTH + 2)
+    with engine(tmp_path / "store", lambda: TwiceModel(hashed)) as trained:
+        trained.rehearse(batch, loss_fn)
+        _, first, second, _ = (nbytes for _, nbytes in sorted(trained.worker.measured.kept_bytes.items()))
+    assert first == kept[0] + norm[0] + 8 * 2 * reached[0]
+    assert second >= kept.sum() + norm.sum() + 8 * 2 * reached[1]
 
 
 def test_what_a_step_could_add_counts_every_call_of_a_block(tmp_path: Path) -> None:
