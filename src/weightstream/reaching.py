@@ -100,8 +100,8 @@ class Gate:
         now = self._find(asked) if asked else {}
         if len(found) + len(now) > self._most:
             self._found = {}
-        if len(self._found) + len(now) <= self._most:
-            self._found |= now
+        else:
+            found.update(now)
         return [told[n] if n in told else found[n] if n in found else now[n] for n in numbers]
 
     def routed(self, numbers: Tensor) -> Tensor:
