@@ -9,7 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -192,11 +192,12 @@ class Watched:
         """All that was done for schedules. Bytes belong to the last time that their operation was issued before."""
         found = []
         for issued in self.ran.values():
-            found += [
-                self._act(step, place, "compute", (self._works_from(begin_s, end_s), end_s))
-                for step, place, begin_s, end_s in issued
-                if place is not None
-            ]
+            for step, place, begin_s, end_s in issued:
+                if place is not None:
+                    # what a reduction waits for comes after its own sum is on its way, which an owner may have updated with
+                    reduces = isinstance(self.schedules[step].operations[place], Reduce)
+                    works_s = begin_s if reduces else self._works_from(begin_s, end_s)
+                    found.append(self._act(step, place, "compute", (works_s, end_s)))
         for span, origin in self.moved:
             begin_s, end_s = origin + span.begin_s + span.waited_s, origin + span.end_s
             before = [each for each in self.ran.get(span.what, ()) if each[2] <= begin_s]
@@ -298,32 +299,20 @@ def trained_in(case: Case) -> list[Trained]:
         return run(case, Path(folder))
 
 
-def legal_in(case: Case, tries: int = 3) -> int:
-    """How much was compared, of a case that may be tried again.
-
-    Times are noted by several threads, and an update's beginning is reckoned by its waits: on a crowded machine two notes
-    can cross though nothing else did. What breaks the schedule does so each time.
-    """
-    for _ in range(tries - 1):
-        with suppress(AssertionError, IllegalScheduleError):
-            return check(trained_in(case))
-    return check(trained_in(case))
-
-
 SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @settings(SLOW, max_examples=6, derandomize=True)
 @given(cases())
 def test_what_the_runtime_did_was_legal(case: Case) -> None:
-    assert legal_in(case) > 0
+    assert check(trained_in(case)) > 0
 
 
 @pytest.mark.slow
 @settings(SLOW, max_examples=30)
 @given(cases())
 def test_what_the_runtime_did_was_legal_in_many_cases(case: Case) -> None:
-    assert legal_in(case) > 0
+    assert check(trained_in(case)) > 0
 
 
 # what the checker refuses
@@ -332,6 +321,19 @@ SIMPLE = Case(
     inner=(64, 64, 64), order=(0, 1, 2), frozen=frozenset(), root=True, micro_batches=2, cluster=Cluster(), sparsity=None,
     kernels=False, slack=(0, 0), seed=1, settings={"clip_norm": 0.5, "activations": "recompute", "ram_tier": False},
 )  # fmt: skip
+
+
+def test_a_rank_may_be_late_in_noting_what_it_has_sent() -> None:
+    """Its sum is with the owner, who updates at once, before it looks at what else is on its way."""
+    settle = Runtime.settle
+
+    def late(self: Runtime, block: int) -> None:
+        time.sleep(0.01)
+        settle(self, block)
+
+    with mock.patch.object(Runtime, "settle", late):
+        case = replace(SIMPLE, cluster=Cluster(1, 1), settings=SIMPLE.settings | {"clip_norm": None})
+        assert check(trained_in(case)) > 0
 
 
 @pytest.fixture(scope="module")
