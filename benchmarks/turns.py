@@ -111,8 +111,8 @@ class Side:
         if not line:
             code = self.process.wait()
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-            self.peak.stop()
             raise SideEndedError(f"side {self.name!r} ended with code {code}; log {self.log} ends with:\n{tail}", code)
+        self.peak.look()
         return json.loads(line)
 
     def _ask(self, **command: Any) -> dict[str, Any]:
@@ -135,6 +135,11 @@ class Side:
             self.facts.extend(reply["facts"])
         return seconds
 
+    def take_back(self) -> None:
+        """The last counted turn, of one step, does not count after all."""
+        for kept in (self.turns, self.facts, self._disk):
+            kept.pop()
+
     @property
     def disk_read_bytes_per_step(self) -> float:
         """As the kernel counts them for the process (buffered reads served from memory are not among them)."""
@@ -148,7 +153,6 @@ class Side:
         """Let it flush and end; its final facts."""
         facts = self._ask(do="close")
         self.process.wait()
-        self.peak.stop()
         return facts
 
     def abandon(self) -> None:
@@ -156,7 +160,6 @@ class Side:
         if self.process.poll() is None:
             self._signal(signal.SIGKILL)
             self.process.wait()
-        self.peak.stop()
 
 
 def in_turn(
