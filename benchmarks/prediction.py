@@ -5,12 +5,16 @@
 Some runs at a time: the machine is calibrated (or `--profile` given), each of them is predicted from its model, its plan
 and the profile, and only then they are measured, two steps of each in turn, of which the second counts, each the median of
 five after warm-up. A shared machine is not as fast in one quarter of an hour as in the next, so that a calibration holds for
-its own runs. Some are measured twice, by processes of their own, in turn with the others: what they differ by is noise that
-no prediction can meet.
+its own runs; and a host moves the processors of a virtual one, by the second or by the minute: calibrations and steps wait
+until a reference kernel is as fast as it ever was, and are taken back where it was not so afterwards (`--patience`). Some
+runs are measured twice, by processes of their own, in turn with the others: what they differ by is noise that no prediction
+can meet.
 
 Keys: `runs` (how many), `step_error_median`, `step_error_p90` (of |predicted / measured - 1|), `memory_error_max`,
 `memory_under` (runs that used more than was predicted), `bytes_exact` (whether all predicted bytes are those moved),
-`noise_median`, `noise_max` (a run against itself), `calibrate_s` (of each calibration); `table` has each run with its figures.
+`noise_median`, `noise_max` (a run against itself), `calibrate_s` (of each calibration), `disturbed_share` (of all looks at
+the reference), `disturbed_times` (how much longer it took then, at most), `taken_back` (steps); `table` has each run with its
+figures.
 """
 
 import argparse
@@ -33,8 +37,9 @@ from turns import Side
 from workload import loss_fn
 
 from weightstream.cluster import Cluster
-from weightstream.machine.calibrate import calibrate
+from weightstream.machine.calibrate import Effort, calibrate
 from weightstream.machine.profile import Profile, load_profile
+from weightstream.machine.steady import Steadiness
 from weightstream.predicting import predict
 
 HERE = Path(__file__).resolve().parent
@@ -66,6 +71,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4], help="only runs of so many")
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each run")
     parser.add_argument("--warm-up", type=int, default=4, help="steps of each run that do not count")
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds to wait for the machine, in the runs of each calibration"
+    )
     parser.add_argument("--device-memory", default="768MiB", help="of each rank")
     parser.add_argument("--host-memory", default="1GiB", help="of each rank")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the machine, for all ranks")
@@ -76,9 +84,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with scratch(arguments.scratch, "prediction") as folder:
         given = load_profile(arguments.profile, say) if arguments.profile else None
-        found = held_against(chosen(arguments), given, arguments, folder)
+        steadiness = Steadiness()
+        found = held_against(chosen(arguments), given, arguments, folder, steadiness)
     result = {"benchmark": "prediction"} | provenance(arguments.steps) | figures(found.table)
-    result |= {"calibrate_s": found.calibrate_s, "table": found.table}
+    result |= {
+        "calibrate_s": found.calibrate_s, "disturbed_share": steadiness.share, "disturbed_times": steadiness.times,
+        "taken_back": found.taken_back, "table": found.table,
+    }  # fmt: skip
     write("prediction", result, as_json=arguments.json, record=not arguments.no_record)
 
 
@@ -122,26 +134,32 @@ def predicted_of(run: dict[str, Any], profile: Profile, store: Path, idle: int) 
 
 @dataclass
 class Held:
-    """The table: every run as it was predicted and as it was; and the seconds of each calibration."""
+    """The table: every run as it was predicted and as it was; the seconds of each calibration, and what was taken back."""
 
     table: list[dict[str, Any]]
     calibrate_s: list[float]
+    taken_back: int = 0
 
 
 def held_against(
-    wanted: Sequence[dict[str, Any]], given: Profile | None, arguments: argparse.Namespace, folder: Path
+    wanted: Sequence[dict[str, Any]],
+    given: Profile | None,
+    arguments: argparse.Namespace,
+    folder: Path,
+    steadiness: Steadiness,
 ) -> Held:
     """Some runs at a time: the machine is calibrated, they are predicted, and then measured, their steps in turn."""
     idle = idle_bytes()
     held = Held([], [])
     again: dict[int, float] = {}
     for first in range(0, len(wanted), AT_ONCE):
-        profile = given or calibrated(folder, held)
+        profile = given or calibrated(folder, held, steadiness)
         batch = list(enumerate(wanted))[first : first + AT_ONCE]
         predicted = {number: predicted_of(run, profile, folder / "plan", idle) for number, run in batch}
         repeated = [(number, run, True) for number, run in batch if number % AGAIN == 0]
+        steadiness.patience_s = arguments.patience
         for number, repeats, side, closed in measure(
-            [(n, run, False) for n, run in batch] + repeated, arguments, folder
+            [(n, run, False) for n, run in batch] + repeated, arguments, folder, held, steadiness
         ):
             taken = median(side.turns)
             if repeats:
@@ -157,10 +175,11 @@ def held_against(
     return held
 
 
-def calibrated(folder: Path, held: Held) -> Profile:
+def calibrated(folder: Path, held: Held, steadiness: Steadiness) -> Profile:
     """A profile of the machine as it is now."""
-    started = time.perf_counter()
-    profile = calibrate(folder, step=told)
+    started, effort = time.perf_counter(), Effort()
+    steadiness.patience_s = effort.patience_s
+    profile = calibrate(folder, effort=effort, step=told, steadiness=steadiness)
     held.calibrate_s.append(time.perf_counter() - started)
     return profile
 
@@ -180,7 +199,11 @@ def row_of(predicted: dict[str, Any], side: Side, closed: dict[str, Any]) -> dic
 
 
 def measure(
-    batch: Sequence[tuple[int, dict[str, Any], bool]], arguments: argparse.Namespace, folder: Path
+    batch: Sequence[tuple[int, dict[str, Any], bool]],
+    arguments: argparse.Namespace,
+    folder: Path,
+    held: Held,
+    steadiness: Steadiness,
 ) -> list[tuple[int, bool, Side, dict[str, Any]]]:
     """These runs, one step of each in turn."""
     sides: list[tuple[int, bool, Side]] = []
@@ -193,14 +216,32 @@ def measure(
             side.turn(arguments.warm_up, counted=False)
         for _ in range(arguments.steps):
             for _, _, side in sides:
-                side.turn(1, counted=False)  # caches were the others'; what is predicted is a step among its like
-                side.turn(1, counted=True)
+                held.taken_back += counted_turn(side, steadiness)
         found = [(number, repeated, side, side.close()) for number, repeated, side in sides]
     finally:
         for *_, side in sides:
             side.abandon()
             shutil.rmtree(folder / side.name, ignore_errors=True)
     return found
+
+
+def counted_turn(side: Side, steadiness: Steadiness) -> int:
+    """Two steps, of which the second counts: caches were the others' at first, and what is predicted is a step among its like.
+
+    Returns:
+        How many steps were taken back, since the machine was not at its best from beginning to end.
+    """
+    taken_back = 0
+    while True:
+        steady = steadiness.wait()
+        started = time.perf_counter()
+        side.turn(1, counted=False)
+        side.turn(1, counted=True)
+        if not steady or steadiness.patience_s <= 0 or steadiness.look():
+            return taken_back
+        steadiness.patience_s -= time.perf_counter() - started
+        side.take_back()
+        taken_back += 1
 
 
 def figures(table: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -135,6 +135,11 @@ class Side:
             self.facts.extend(reply["facts"])
         return seconds
 
+    def take_back(self) -> None:
+        """The last counted turn, of one step, does not count after all."""
+        for kept in (self.turns, self.facts, self._disk):
+            kept.pop()
+
     @property
     def disk_read_bytes_per_step(self) -> float:
         """As the kernel counts them for the process (buffered reads served from memory are not among them)."""

@@ -22,6 +22,7 @@ LAYERS = (
     (
         "masking",
         "apportioning",
+        "tallying",
         "touching",
         "lending",
         "past",

@@ -34,7 +34,8 @@ from weightstream.store.compaction import check_share
 from weightstream.store.families import Family
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
-from weightstream.touching import Touched, TouchedFacts, Touching, Wait
+from weightstream.tallying import TouchedFacts, Walking
+from weightstream.touching import Touched, Touching, Wait
 from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
 from weightstream.worker.worker import Worker
@@ -87,7 +88,7 @@ class Experts:
     call the same methods in the same order.
 
     Args:
-        calls: how often the last step called a layer for each micro-batch; before there was one, a guess.
+        calls: how many blocks that hold a layer the last step called for each micro-batch; before there was one, a guess.
         groups: the reduction groups of a step.
         kept: what `to_json` gave with the last commit.
         wait: for the store, as the runtime does it.
@@ -186,9 +187,11 @@ class Experts:
             groups=self._groups, standing_still=self._standing_still,
         )  # fmt: skip
 
-    def _walking(self) -> tuple[int, int] | None:
-        """The use and micro-batch that is computed now; None outside of steps."""
-        return None if self._following or self._worker.outside is not None else self._worker.walking
+    def _walking(self) -> Walking | None:
+        """What is computed now; None outside of steps."""
+        if self._following or self._worker.outside is not None:
+            return None
+        return Walking(*self._worker.walking, self._worker.going_back)
 
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -206,9 +209,14 @@ class Experts:
             self._ranks.gather if self._layers else _alone, self._member,
         )  # fmt: skip
         return Growing(
-            self._layers, own if lent is None else lent.families, existence, pools, kept, calls, self._log,
-            several=lent is not None,
+            self._layers, own if lent is None else lent.families, existence, pools, kept,
+            lambda name: max(calls(name), self._calls_seen(name)), self._log, several=lent is not None,
         )  # fmt: skip
+
+    def _calls_seen(self, name: str) -> int:
+        """How often the last step called a layer for a micro-batch, as far as it had tokens; a block may do so repeatedly."""
+        found = self.touching.facts.get(name)
+        return 0 if found is None else found.calls
 
     # steps
 
@@ -311,12 +319,15 @@ class Experts:
         """Parameters of one expert of a layer."""
         return self._layers[name].numel
 
-    def held_bytes(self, reached: Mapping[str, Reached], owners: int, micro_batches: int) -> int:
+    def held_bytes(self, reached: Mapping[str, Reached], owners: int, micro_batches: int, partial_sums: int) -> int:
         """What a rank holds at most for a step that reaches these: records, with those of the step before while they are
-        written, within their memory; and the gradients of its micro-batches."""
+        written, within their memory; and gradients of its micro-batches, with so many partial sums at once."""
         growth = self.growing.layers
         records = sum(2 * each.touched / owners * growth[name].slot_bytes for name, each in reached.items())
-        gradients = sum(micro_batches * each.each * self.numel(name) * GRADIENT_BYTES for name, each in reached.items())
+        gradients = sum(
+            growth[name].gradients_of(micro_batches * each.each, each.touched, partial_sums)
+            for name, each in reached.items()
+        )
         return round(min(records, self.memory_bytes) + gradients)
 
     @property

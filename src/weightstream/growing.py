@@ -12,9 +12,11 @@ from typing import Any
 
 from weightstream.errors import ConfigError, PlanError
 from weightstream.existence import Existence, Numbers
+from weightstream.fabric.packed import gradient_bytes
 from weightstream.nn.experts import StreamedExperts
 from weightstream.nn.pool import Pool
-from weightstream.touching import Door, TouchedFacts
+from weightstream.tallying import TouchedFacts
+from weightstream.touching import Door
 from weightstream.units import format_bytes
 
 RECENT_STEPS = 64
@@ -67,6 +69,8 @@ class LayerGrowth:
     `most_per_step` are the experts that a step may reach, as far as its tokens are known (after a step or a rehearsal);
     `held` those that `experts_memory` has room for, each in `slot_bytes`; `new_per_step` is the mean of the last steps, 0
     once its pool is closed; `reached_per_step` and `drawn_per_step` the same of all that they reached, and of assignments.
+    `assignments` are the most of a step, as far as one was seen, `calls` how often a micro-batch calls the layer; the
+    gradient of one expert takes `gradient_bytes`.
     """
 
     experts: int
@@ -79,6 +83,20 @@ class LayerGrowth:
     new_per_step: float | None
     reached_per_step: float | None
     drawn_per_step: float
+    assignments: int | None
+    calls: int
+    gradient_bytes: int
+
+    def gradients_at_most(self, partial_sums: int) -> int | None:
+        """Bytes of gradients that a step holds at a time, where so many partial sums are alive at once: an expert has what one
+        micro-batch gives, these sums, and one for each other call; none that no assignment led to."""
+        if self.assignments is None:
+            return None
+        return round(self.gradients_of(self.assignments, self.experts, partial_sums))
+
+    def gradients_of(self, given: float, reached: float, partial_sums: int) -> float:
+        """The same of a step whose micro-batches give so many gradients, each apart, of so many different experts."""
+        return min(given, reached * (partial_sums + max(self.calls, 1))) * self.gradient_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +340,7 @@ class Growing:
         return LayerGrowth(
             layer.experts, counted.written, sizes.record_bytes, sizes.loaded_bytes, sizes.slot_bytes,
             None if most is None else min(most, layer.experts), sizes.capacity, rate, counted.reached or None, counted.drawn,
+            most, counted.calls or self._calls(name), gradient_bytes(layer.family(name).numel),
         )  # fmt: skip
 
     @property

@@ -115,10 +115,13 @@ def _experts(engine: "Engine", cluster: Cluster, micro_batches: int) -> list[str
         memory = len(layers) * max(most * layer.slot_bytes for most, layer in reached)  # it is divided alike
         read = sum(most * layer.loaded_bytes for most, layer in reached)
         written = sum(most * layer.record_bytes for most, layer in reached)
+        sums = engine.runtime.facts.sums_at_once
+        gradients = sum(layer.gradients_at_most(sums) or 0 for _, layer in reached)
         lines.append(
             f"experts per step  at most {sum(most for most, _ in reached):,}, which take {format_bytes(memory)} of "
             f"experts_memory; {format_bytes(engine.experts.memory_bytes)} are given, for {held} of each layer; read up to "
-            f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}"
+            f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}; gradients take up to "
+            f"{format_bytes(gradients)} besides"
         )
         lines += _experts_moved(experts_moved(engine, cluster, micro_batches), several=cluster.size > 1)
     else:

@@ -275,7 +275,7 @@ def _memory_by_rank(inputs: Inputs, engine: Engine, profile: Profile, reached: M
     facts, allotment = engine.outlook.planned_for(cluster, inputs.facts.micro_batches)  # there is room for every step
     besides = allotment.device_bytes + profile.executor.process_bytes + _holes_bytes(facts, allotment)
     besides += allotment.host_bytes - buffers_bytes(facts, allotment)
-    besides += engine.experts.held_bytes(reached, len(cluster.memory_ranks), facts.present)
+    besides += engine.experts.held_bytes(reached, len(cluster.memory_ranks), facts.present, facts.sums_at_once)
     every = [facts] * cluster.size
     if cluster.size > 1:
         every = [engine.outlook.facts_of_rank(rank, cluster, facts.micro_batches) for rank in range(cluster.size)]

@@ -17,7 +17,7 @@ from weightstream.sparse.kernels import supports
 TINY = Effort(
     product_sizes=(8, 32), attention_lengths=(16, 32), kernel_elements=(512, 4096), repeats=1, parameters=1 << 14,
     file_bytes=1 << 16, files=2, link_bytes=1 << 16, rank_round_s=0.01, executor_steps=2,
-    sparse_shape=(64, 64), sparse_tokens=(8,), sparse_densities=(0.1, 0.5),
+    sparse_shape=(64, 64), sparse_tokens=(8,), sparse_densities=(0.1, 0.5), patience_s=0.0,
 )  # fmt: skip
 
 

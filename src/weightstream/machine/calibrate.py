@@ -17,7 +17,9 @@ from weightstream.costing import Tables, update_alone_s
 from weightstream.machine import kernels, sharing, sparsity, storing
 from weightstream.machine.codec import codec_rates
 from weightstream.machine.executing import executor
+from weightstream.machine.kernels import significant
 from weightstream.machine.profile import Compute, Contention, Profile, this_machine
+from weightstream.machine.steady import Steadiness, watched
 from weightstream.schedule.cost import BlockFacts
 from weightstream.sparse.choosing import Curve
 from weightstream.worker.allocator import keep_memory
@@ -44,6 +46,8 @@ class Effort:
     sparse_tokens: tuple[int, ...] = sparsity.TOKENS
     sparse_densities: tuple[float, ...] = sparsity.DENSITIES
     processes: bool = True
+    patience_s: float = 20.0
+    """How long is waited for the machine to be at its best, all waits together."""
 
 
 def _silent(what: str, done: float) -> None:
@@ -51,15 +55,32 @@ def _silent(what: str, done: float) -> None:
 
 
 def calibrate(
-    folder: Path, *, threads: int | None = None, effort: Effort | None = None, step: Step = _silent
+    folder: Path,
+    *,
+    threads: int | None = None,
+    effort: Effort | None = None,
+    step: Step = _silent,
+    steadiness: Steadiness | None = None,
 ) -> Profile:
-    """Measures everything; `folder` is on the disk that stores will be on, and left as it was."""
+    """Measures everything.
+
+    Args:
+        folder: on the disk that stores will be on; left as it was.
+        steadiness: who knows this machine at its best already; its patience is used.
+    """
     effort = effort or Effort()
     threads = threads or torch.get_num_threads()
     keep_memory()  # results lie in memory that is kept, as in the runtime
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".weightstream-calibrate-", dir=folder) as name, _threads():
-        return _calibrate(Path(name), threads, effort, step)
+    steadiness = steadiness or Steadiness(effort.patience_s)
+    with (
+        tempfile.TemporaryDirectory(prefix=".weightstream-calibrate-", dir=folder) as name,
+        _threads(),
+        watched(steadiness),
+    ):
+        profile = _calibrate(Path(name), threads, effort, step)
+    apart = {"threads_apart": significant(steadiness.times), "threads_apart_share": significant(steadiness.share)}
+    return profile.model_copy(update={"contention": profile.contention.model_copy(update=apart)})
 
 
 @contextmanager

@@ -135,6 +135,10 @@ class Contention(Section):
     """What a byte read or written takes from compute that goes on beside it."""
     ranks: dict[str, Positive]
     """How many times slower each of several processes computes than one alone (`2x1`: 2 processes of 1 thread)."""
+    threads_apart: float = Field(default=1.0, ge=1.0)
+    """How many times longer small kernels took at most when a host had put the machine's threads far from one another."""
+    threads_apart_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    """The part of the time in which it had."""
 
 
 class Profile(Section):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from weightstream.machine.calibrate import Effort, calibrate
-from weightstream.machine.profile import DEFAULT_PATH, Profile
+from weightstream.machine.profile import DEFAULT_PATH, Contention, Profile
 from weightstream.units import format_bytes
 
 BUSY = 0.05
@@ -83,6 +83,17 @@ def profile_text(profile: Profile, path: Path) -> str:
         f"overheads    forward {executor.operation_s['forward'] * 1e6:.0f} us, backward "
         f"{executor.operation_s['backward'] * 1e6:.0f} us, and {executor.kernel_s['forward'] * 1e6:.1f} us a kernel",
         f"ranks        times slower side by side: {slower or 'not measured'}",
+        *_apart(profile.contention),
         f"kept as {path}",
     ]
     return "\n".join(lines)
+
+
+def _apart(contention: Contention) -> list[str]:
+    if not contention.threads_apart_share:
+        return []
+    return [
+        f"disturbed    {contention.threads_apart_share:.0%} of the time: small kernels then took up to "
+        f"{contention.threads_apart:.2f} times as long (a host moves this machine's processors, or others work on them). "
+        "Figures are of the rest; steps in such times take longer than predicted"
+    ]

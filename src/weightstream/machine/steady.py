@@ -1,0 +1,118 @@
+"""Whether the machine is as it is at its best.
+
+A host gives a virtual machine whatever processors are free, and moves it: at times two of its threads share a cache, and at
+times they are far apart and take several times as long to meet. Kernels that all threads share then take longer, small ones
+most; large products and what one thread does alone hardly notice. It comes and goes by the second or by the minute, so that
+what is measured in one state says little about a run in the other.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_ELEMENTS, _CALLS, _ROUNDS = 100_000, 40, 5
+"""The reference: kernels of ten microseconds, one after another, each shared by all threads; two milliseconds of them."""
+NOTICED = 1.15
+"""So many times the least that the reference ever took, and it is not the same machine."""
+_PAUSE_S = 0.3
+"""Without work for so long, a host finds other places."""
+
+
+@dataclass(slots=True)
+class Steadiness:
+    """Looks whether threads meet as fast as they ever did here.
+
+    Args:
+        patience_s: how long is waited, all waits together; what is measured after that is measured as it is.
+        reference: seconds of the reference by now.
+    """
+
+    patience_s: float = 0.0
+    reference: Callable[[], float] | None = None
+    looks: int = 0
+    disturbed: int = 0
+    _least_s: dict[int, float] = field(default_factory=dict)
+    _most: float = 1.0
+
+    @property
+    def share(self) -> float:
+        """The part of all looks that found threads apart."""
+        return self.disturbed / self.looks if self.looks else 0.0
+
+    @property
+    def times(self) -> float:
+        """How many times longer the reference took at most, where it was noticed."""
+        return self._most
+
+    def look(self) -> bool:
+        """Whether the machine is at its best now, as far as that is known."""
+        threads = torch.get_num_threads()
+        taken_s = (self.reference or _reference_s)()
+        least_s = self._least_s[threads] = min(taken_s, self._least_s.get(threads, taken_s))
+        self.looks += 1
+        steady = taken_s <= NOTICED * least_s
+        if not steady:
+            self.disturbed += 1
+            self._most = max(self._most, taken_s / least_s)
+        return steady
+
+    def wait(self) -> bool:
+        """Until it is, or until patience is used up; whether it is."""
+        started = time.perf_counter()
+        while not self.look():
+            if self.patience_s <= 0:
+                return False
+            time.sleep(_PAUSE_S)
+            self.patience_s -= time.perf_counter() - started
+            started = time.perf_counter()
+        return True
+
+    def measured(self, measure: Callable[[], T]) -> T:
+        """What comes of a measurement with the machine at its best from beginning to end.
+
+        Where patience is used up, of the last one. What is measured in vain counts as waiting.
+        """
+        while True:
+            steady = self.wait()
+            started = time.perf_counter()
+            found = measure()
+            if not steady or self.patience_s <= 0 or self.look():
+                return found
+            self.patience_s -= time.perf_counter() - started
+
+
+def _reference_s() -> float:
+    values, rounds = torch.ones(_ELEMENTS), []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        for _ in range(_CALLS):
+            values.mul(2.0)
+        rounds.append(time.perf_counter() - started)
+    return median(rounds)
+
+
+_NOW: ContextVar[Steadiness | None] = ContextVar("steadiness", default=None)
+
+
+@contextmanager
+def watched(steadiness: Steadiness) -> Iterator[None]:
+    """What is measured within waits for the machine."""
+    token = _NOW.set(steadiness)
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
+
+
+def steadily(measure: Callable[[], T]) -> T:
+    """`Steadiness.measured`, where somebody watches."""
+    steadiness = _NOW.get()
+    return measure() if steadiness is None else steadiness.measured(measure)
