@@ -416,12 +416,16 @@ class Engine:
         number = self.step_count + 1
         self.worker.measuring = self.outlook.measured is None
         self.experts.begin(count, own.values(), self._updates)
-        outcome = self.runtime.step(
-            schedule if self.outlook.known else None, own, dict(enumerate(weights)), loss_fn,
-            count=count, seed=self.seed, step=number, progress=self._progress_after,
-        )  # fmt: skip
-        self._next_loads = schedule.loads_next if self.outlook.known else ()
-        self.outlook.learn(outcome)
+        try:
+            outcome = self.runtime.step(
+                schedule if self.outlook.known else None, own, dict(enumerate(weights)), loss_fn,
+                count=count, seed=self.seed, step=number, progress=self._progress_after,
+            )  # fmt: skip
+            self._next_loads = schedule.loads_next if self.outlook.known else ()
+            self.outlook.learn(outcome)
+        except BaseException:
+            self.runtime.keeper.not_told(number)
+            raise
         self.step_count = number
         norm = outcome.norm
         self.experts.took(number, finite=outcome.finite)

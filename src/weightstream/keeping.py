@@ -82,6 +82,7 @@ class Keeper:
         self.step = 0
         self.poisoned = False  # nothing of this step may be updated
         self.broken = False
+        self._taken = 0  # the last step that counts
         self.interval = interval
         self._wait = wait
         self._loaded: dict[int, _Loaded] = {}
@@ -225,8 +226,15 @@ class Keeper:
         """With clipping, at the end of a step: what is due now waits for the next one."""
         if self._clip_norm is not None:
             self.coefficient = min(1.0, self._clip_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
-        self.update_touched(step)
-        self.pending, self.pending_step, self.pending_progress = frozenset(self.due), step, progress
+        try:
+            self.update_touched(step)
+            self.pending, self.pending_step, self.pending_progress = frozenset(self.due), step, progress
+            self._taken = step
+        except BaseException:
+            # the step does not count, and what one family has written of it must not be published with the step before
+            self.pending = frozenset()
+            self.undo_writes()
+            raise
         if not self.pending:
             self.commit(step, progress)
 
@@ -256,7 +264,7 @@ class Keeper:
         self._await_commit()
         self._writes.clear()
         self.holding.accept()
-        self._accepted = (step, progress)
+        self._accepted, self._taken = (step, progress), step
         if self.interval.passed():
             self._commit_accepted()
         else:
@@ -286,24 +294,32 @@ class Keeper:
         """
         if self.broken:
             raise StoreError(
-                f"store '{self.store.path}': a step was interrupted while it updated a record, so that what was not "
-                f"committed is not whole; close the engine and open it again at step {self.store.step}"
+                f"store '{self.store.path}': a step was interrupted while it updated a record, or was taken in, so that what "
+                f"was not committed is not whole; close the engine and open it again at step {self.store.step}"
             )
         self.staging.recall()
         # what is loaded first: it has the buffers that the others wait for
         waiting = sorted(self.pending & self.due, key=lambda block: (block not in self._loaded, block))
         for block in [b for b in self._loaded if b not in waiting]:
             self.release(block)
-        for position, block in enumerate(waiting):
-            for ahead in waiting[position : position + max(1, self._record_buffers)]:
-                run(Load(ahead))
-            run(Update(block))
-            run(Write(block))
+        try:
+            for position, block in enumerate(waiting):
+                for ahead in waiting[position : position + max(1, self._record_buffers)]:
+                    run(Load(ahead))
+                run(Update(block))
+                run(Write(block))
+        except BaseException:
+            self.broken |= self._updating is not None  # to update it once more would take its step twice
+            raise
         if self.pending:
             self.publish_pending()
         self._await_commit()
         self._commit_accepted()
         self._await_commit()
+
+    def not_told(self, step: int) -> None:
+        """Whoever asked for a step was told that it failed. If it counts, it would be taken twice."""
+        self.broken |= step <= self._taken
 
     def abort(self) -> None:
         """Forgets a step that failed in the middle; what the step before left to do is still there.

@@ -204,11 +204,13 @@ class Touched:
             PlanError: a step reaches more than fit.
         """
         while self._writes and (len(self._free) < records or self._writes[0][0].done()):
-            writing, slots = self._writes.popleft()
+            writing, slots = self._writes[0]
             try:
                 self._wait(writing)
             finally:
-                self._free.extend(slots)  # also where it failed: what was to be written is undone
+                if writing.done():  # not where the wait was interrupted: they are still read from
+                    self._writes.popleft()
+                    self._free.extend(slots)  # also where it failed: what was to be written is undone
         if len(self._free) < records:
             raise PlanError(
                 f"family {self.family.name!r}: a step reaches {len(self._held) + records:,} records or more, there is memory "
@@ -217,9 +219,10 @@ class Touched:
             )
 
     def _await_reads(self) -> None:
-        reading, self._reading = self._reading, []
-        for each in reading:
+        while self._reading:  # those that are not waited for to the end stay there, so that `drop` does so
+            each = self._reading[0]
             versions = self._wait(each.versions)
+            del self._reading[0]
             for number, version in zip(each.numbers, versions, strict=True):
                 held = self._held[number]
                 held.version, held.new = version, version == 0
@@ -272,10 +275,7 @@ class Touched:
 
     def _write(self, numbers: Sequence[int]) -> "Future[None]":
         """Makes these records the newest versions, and lets them go when they are written."""
-        held = [self._held.pop(number) for number in numbers]
-        new = sum(each.new for each in held)
-        self.first_written += new
-        self.least_bytes += len(held) * self.record_bytes + (len(held) - new) * self.loaded_bytes
+        held = [self._held[number] for number in numbers]
         for place, copies in enumerate(self._parts.get("copy", ())):
             slots = torch.tensor([each.slot for each in held], dtype=torch.int64)
             copies[slots] = self._parts["param"][place][slots].to(copies.dtype)
@@ -285,7 +285,12 @@ class Touched:
                 for number, each in zip(numbers, held, strict=True)
             ]
         )
+        for number in numbers:  # where that was refused they are still held, and dropped with the step
+            del self._held[number]
         self._writes.append((writing, [each.slot for each in held]))
+        new = sum(each.new for each in held)
+        self.first_written += new
+        self.least_bytes += len(held) * self.record_bytes + (len(held) - new) * self.loaded_bytes
         return writing
 
     def _optimize(self, numbers: Sequence[int], gradients: Sequence[Tensor], step: int) -> None:

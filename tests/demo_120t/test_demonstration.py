@@ -97,6 +97,8 @@ def test_what_it_cannot_begin_with_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ConfigError, match="holds something else"):
         demonstration.run(Listening(), tmp_path / "other")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "demo.json.partial").write_text('{"ste')  # of one that was killed as it began
     Progress.begun(tmp_path / "begun", 10, {})
     with pytest.raises(ConfigError, match="holds a demonstration of 10 steps, this one is to have 12"):
         demonstration.run(Listening(), tmp_path / "begun", 12)

@@ -1,5 +1,6 @@
 """The compiled products: exact for any shape, same bits for any threads, and made anew wherever what is kept is of no use."""
 
+import errno
 import hashlib
 import os
 import platform
@@ -144,6 +145,18 @@ def test_tensors_that_lie_nowhere_are_refused() -> None:
     check(structure, "native", 2, torch.float32)  # nothing of theirs was kept
 
 
+@pytest.mark.parametrize("block", [(16, 16), (1, 1)], ids=str)
+def test_masks_of_bytes_and_other_default_devices(block: tuple[int, int]) -> None:
+    """Memory is asked for where the library can write, and as much as is written: what is not zero is there."""
+    kept = torch.tensor([[2, 0, 255], [0, 0, 0], [1, 7, 128]], dtype=torch.uint8)
+    structure = Structure(kept.view(torch.bool), block)
+    dense = torch.randn(structure.shape) * Structure(kept != 0, block).mask()
+    x = torch.randn(5, structure.shape[1])
+    with torch.device("meta"):
+        y = multiply(x, dense[dense != 0], None, structure, "native")
+    torch.testing.assert_close(y, x @ dense.t())
+
+
 @pytest.mark.parametrize("kernel", ["native", "csr"])
 @pytest.mark.parametrize("block", [(32, 32), (4, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("density", [0.01, 0.3])
@@ -216,6 +229,27 @@ class TestWhatIsKept:
         cache.parent.mkdir(parents=True)
         cache.write_text("no folder")
         assert answered()
+
+    def test_is_not_needed_where_the_disk_is_full(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A compiler that finds no room says so in its own words; copying what it has made elsewhere fails as copying does."""
+        real = next(found for name in compiling.COMPILERS if (found := shutil.which(name)))
+        compiler = tmp_path / "bin" / "cc"
+        compiler.parent.mkdir()
+        compiler.write_text(
+            f'#!/bin/sh\ncase "$*" in *{cache}*) echo "final link failed: No space left on device" >&2; exit 1;; esac\n'
+            f'exec {real} "$@"\n'
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("PATH", str(compiler.parent), prepend=os.pathsep)
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(shutil, "copyfile", full)
+        assert answered()
+        assert list(cache.iterdir()) == []
 
     def test_is_not_needed_by_users_without_a_home(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """As in a container that runs under a number nobody knows."""

@@ -10,6 +10,7 @@ from weightstream.errors import ConfigError
 
 STEPS, LEAST_STEPS, KILLS = 24, 8, 3
 _FILE = "demo.json"
+_PARTIAL = f"{_FILE}.partial"
 
 Facts = dict[str, Any]
 
@@ -63,7 +64,7 @@ class Progress:
                     f"out to go on with it, or give another --out"
                 )
             return found
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != _PARTIAL for path in folder.iterdir()):  # one that was ended at once
             raise ConfigError(f"'{folder}' holds something else; give an --out that is new or empty")
         progress = cls.new(STEPS if steps is None else steps, sizes)
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,6 @@ class Progress:
         return min(2 * self.steps // 3, self.steps - KILLS - 1)
 
     def save(self, folder: Path) -> None:
-        partial = folder / f"{_FILE}.partial"
+        partial = folder / _PARTIAL
         partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / _FILE)

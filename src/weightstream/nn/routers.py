@@ -62,6 +62,7 @@ def check_numbers(router: Router, numbers: Tensor, experts: int) -> None:
 class HashRouter(Router):
     """Experts by a hash of the last `tokens` token ids; the same for any batch, on any machine; nothing is learned.
 
+    It knows the ids of one call alone: what lies before them counts as the beginning of a text.
     Every expert counts alike (1 / top_k). The hash is the finaliser of SplitMix64 (Steele et al., "Fast Splittable
     Pseudorandom Number Generators", OOPSLA 2014), chained over the ids; routing by hash is Roller et al., "Hash Layers For
     Large Sparse Models", NeurIPS 2021.

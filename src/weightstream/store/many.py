@@ -210,7 +210,7 @@ def _entries(versions: "Versions", indices: Sequence[int]) -> tuple[dict[int, En
             cold.append(index)
             continue
         state = versions.records[index]
-        if state.newest.offset and state.newest.ready.done() and not state.pinned:
+        if state.newest.offset and _is_written(state.newest) and not state.pinned:
             found[index] = state.newest
         elif state.newest.slot is None and not state.pinned:
             unwritten.add(index)
@@ -218,6 +218,11 @@ def _entries(versions: "Versions", indices: Sequence[int]) -> tuple[dict[int, En
         found[row.block] = Entry(row.version, row.optimizer_steps, row.file, row.checksums, row.offset)
     unwritten.update(index for index in cold if index not in found)
     return found, unwritten
+
+
+def _is_written(entry: Entry) -> bool:
+    """Whether it lies in its file. Of one that could not be written whoever reads it by itself is told why."""
+    return entry.ready.done() and entry.ready.exception() is None
 
 
 def _read_together(

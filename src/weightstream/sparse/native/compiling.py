@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,17 +62,22 @@ def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
         subprocess.SubprocessError: the compiler failed, or took too long.
     """
     name = f"products-{_key(compiler, flags)}.so"
-    try:
-        path = cache_folder() / name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_private(path.parent)
-        if not _is_whole(path):
-            _compile(compiler, flags, path)
-        return ctypes.CDLL(str(path))
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="weightstream-native-") as folder:
-            _compile(compiler, flags, Path(folder) / name)
-            return ctypes.CDLL(str(Path(folder) / name))  # what is loaded needs no name any more
+    path: Path | None = None
+    with suppress(OSError):
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(folder)
+        path = folder / name
+        if _is_whole(path):
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(prefix="weightstream-native-") as made_in:
+        made = Path(made_in) / name  # not in the cache: a compiler does not say whether that is full
+        _compile(compiler, flags, made)
+        if path is not None:
+            with suppress(OSError):
+                _keep(made, path)
+                return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(made))  # what is loaded needs no name any more
 
 
 def cache_folder() -> Path:
@@ -125,14 +131,19 @@ def _is_whole(path: Path) -> bool:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    """A whole library, in a folder that nobody else uses."""
+    subprocess.run(
+        [compiler, *flags, "-o", str(path), str(SOURCE)], capture_output=True, check=True, timeout=_TIMEOUT_S
+    )
+    content = path.read_bytes()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def _keep(made: Path, path: Path) -> None:
+    """Puts a library in its place, as a whole or not at all."""
     with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        subprocess.run(
-            [compiler, *flags, "-o", str(made), str(SOURCE)], capture_output=True, check=True, timeout=_TIMEOUT_S
-        )
-        content = made.read_bytes()
-        whole = made.with_suffix(".whole")
-        whole.write_bytes(content + hashlib.sha256(content).digest())
+        whole = Path(folder) / path.name
+        shutil.copyfile(made, whole)
         whole.chmod(0o700)
         whole.replace(path)
 

@@ -6,7 +6,7 @@
 #endif
 
 /* W by rows (starts, columns) and by columns (starts, rows, numbers) from which blocks of its grid there are: one byte for
- * each, 0 or 1. Blocks of height x width, larger than 1 x 1, become the single elements that they consist of.
+ * each, 0 if there is none. Blocks of height x width, larger than 1 x 1, become the single elements that they consist of.
  *
  * Returns 0, or 1 if there was no memory. */
 int ws_lines(
@@ -26,7 +26,7 @@ int ws_lines(
         int64_t count = 0;
         for (int64_t j = 0; j < grid_columns; j++) { /* without a branch that is guessed wrong */
             found[count] = (int32_t)j;
-            count += kept[i * grid_columns + j];
+            count += kept[i * grid_columns + j] != 0;
         }
         for (int64_t r = 0; r < height; r++) {
             for (int64_t one = 0; one < count; one++)

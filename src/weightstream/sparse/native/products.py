@@ -150,7 +150,7 @@ def _found_lines(structure: Structure) -> _Lines:
             f"kernel 'native' on {structure}: expected less than 2³¹ of them; cut the matrix, or choose another"
         )
     sizes = (grid[0] * height + 1, count, grid[1] * width + 1, count, count)
-    lines = _Lines(*(torch.empty(size, dtype=torch.int32) for size in sizes))
+    lines = _Lines(*(torch.empty(size, dtype=torch.int32, device="cpu") for size in sizes))
     places = (lines.row_starts, lines.columns, lines.column_starts, lines.rows, lines.numbers)
     _done(_library().ws_lines(structure.kept.data_ptr(), *grid, height, width, *(one.data_ptr() for one in places)))
     return lines
