@@ -44,9 +44,9 @@ format: setup
 browser:
 	@.ci/chromium.sh
 
-# mypy keeps one core busy: the tests have the others meanwhile, and what it says comes last.
+# mypy has what the tests leave of the cores, as they often wait for disks and processes; what it says comes last.
 test: style browser
-	@$(BIN)/mypy > $(VENV)/types 2>&1 & types=$$!; \
+	@nice -n 19 $(BIN)/mypy > $(VENV)/types 2>&1 & types=$$!; \
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/types; exit $$((tests ? tests : types))
 

@@ -35,7 +35,8 @@ from weightstream.fabric.broadcast import Broadcast, Span
 from weightstream.fabric.distributed import connect
 from weightstream.fabric.heads import Head
 from weightstream.fabric.links import Links
-from weightstream.fabric.reduce import Reduction, UnitGradient
+from weightstream.fabric.reduce import Reduction
+from weightstream.fabric.unit_sums import UnitGradient
 from weightstream.schedule.reduction import subtrees
 from weightstream.store.futures import done
 

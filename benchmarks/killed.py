@@ -31,9 +31,9 @@ from weightstream.config import RunConfig
 from weightstream.engine import Engine
 from weightstream.runtime import Runtime
 from weightstream.schedule.operations import Operation
+from weightstream.store.device import Device
 from weightstream.store.manifest import Manifest
 from weightstream.store.store import Store
-from weightstream.store.tiers import Device
 from weightstream.training.loop import Trainer
 
 _OPERATIONS = tuple(kind.__name__.lower() for kind in get_args(Operation))

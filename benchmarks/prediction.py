@@ -37,7 +37,7 @@ from turns import Side
 from workload import loss_fn
 
 from weightstream.cluster import Cluster
-from weightstream.machine.calibrate import Effort, calibrate
+from weightstream.machine.calibrate import calibrate
 from weightstream.machine.profile import Profile, load_profile
 from weightstream.machine.steady import Steadiness
 from weightstream.predicting import predict
@@ -72,7 +72,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each run")
     parser.add_argument("--warm-up", type=int, default=4, help="steps of each run that do not count")
     parser.add_argument(
-        "--patience", type=float, default=60.0, help="seconds to wait for the machine, in the runs of each calibration"
+        "--patience",
+        type=float,
+        default=60.0,
+        help="seconds to wait for the machine, in each calibration and in its runs",
     )
     parser.add_argument("--device-memory", default="768MiB", help="of each rank")
     parser.add_argument("--host-memory", default="1GiB", help="of each rank")
@@ -153,7 +156,7 @@ def held_against(
     held = Held([], [])
     again: dict[int, float] = {}
     for first in range(0, len(wanted), AT_ONCE):
-        profile = given or calibrated(folder, held, steadiness)
+        profile = given or calibrated(folder, held, steadiness, arguments.patience)
         batch = list(enumerate(wanted))[first : first + AT_ONCE]
         predicted = {number: predicted_of(run, profile, folder / "plan", idle) for number, run in batch}
         repeated = [(number, run, True) for number, run in batch if number % AGAIN == 0]
@@ -175,11 +178,11 @@ def held_against(
     return held
 
 
-def calibrated(folder: Path, held: Held, steadiness: Steadiness) -> Profile:
+def calibrated(folder: Path, held: Held, steadiness: Steadiness, patience_s: float) -> Profile:
     """A profile of the machine as it is now."""
-    started, effort = time.perf_counter(), Effort()
-    steadiness.patience_s = effort.patience_s
-    profile = calibrate(folder, effort=effort, step=told, steadiness=steadiness)
+    started = time.perf_counter()
+    steadiness.patience_s = patience_s
+    profile = calibrate(folder, step=told, steadiness=steadiness)
     held.calibrate_s.append(time.perf_counter() - started)
     return profile
 

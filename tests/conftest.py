@@ -9,6 +9,7 @@ them; the files that take longest have neither, and their tests go wherever ther
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ _LAST = ("parity", "test_training.py", "test_hub.py", "test_cli.py", "test_demo.
 _APART = (
     "parity",
     "benchmarks",
-    "faults",
+    "test_full_disk.py",
     "hub",
     "test_cli.py",
     "test_demo.py",
@@ -69,12 +70,36 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.name not in _APART and item.path.parent.name not in _APART:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        apart = item.path.name in _APART or item.path.parent.name in _APART
+        if not apart and item.get_closest_marker("xdist_group") is None:
+            # what one test of crashes has found out of a state, the others need not
+            one = item.path.parent if item.path.parent.name == "faults" else item.path
+            item.add_marker(pytest.mark.xdist_group(str(one)))
     items.sort(key=_rank)  # stable: within a file the order stays as written
 
 
+class _SetAside:
+    """What importing leaves is never garbage: an engine collects when it is opened, and need not look through torch."""
+
+    modules = 0
+
+    def now(self) -> None:
+        gc.collect()
+        gc.freeze()
+        self.modules = len(sys.modules)
+
+    def if_much_was_imported(self) -> None:
+        """As by a first model, and by its first backward."""
+        if len(sys.modules) > self.modules + 50:
+            self.now()
+
+
+_SET_ASIDE = _SetAside()
+
+
 def pytest_collection_finish() -> None:
-    """What importing left is never garbage: an engine collects when it is opened, and need not look through torch."""
-    gc.collect()
-    gc.freeze()
+    _SET_ASIDE.now()
+
+
+def pytest_runtest_logfinish() -> None:
+    _SET_ASIDE.if_much_was_imported()

@@ -13,7 +13,7 @@ from tests.schedule.examples import chain
 from weightstream.census import Census, Kernel, VisitCensus
 from weightstream.cluster import Cluster
 from weightstream.costing import Costs, Tables, hardware_of, slowdown_of
-from weightstream.schedule.planner import Facts, allot
+from weightstream.schedule.allotment import Facts, allot
 from weightstream.simulator.durations import Durations
 
 TABLES = Tables.of(profile(), 1)

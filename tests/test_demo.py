@@ -3,36 +3,51 @@
 On less text and shorter sequences, as what is shown does not depend on them.
 """
 
+import json
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forks import Command
 
-from weightstream import demo, demo_workers
+from weightstream import demo_workers
 from weightstream.config import RunConfig, check_config
 from weightstream.presets import push_button
 
 TEXT = [str(Path(sysconfig.get_path("stdlib"), name)) for name in ("collections", "json")]
+DEMO = """
+import json
+from tests.test_demo import shorter
+from weightstream import demo
+
+demo.check_config, said = shorter, []
+report = demo.run(said.append)
+print(json.dumps([report, demo.summary(report), said]))
+"""
+
+
+def shorter(values: dict[str, Any], *, source: str) -> RunConfig:
+    data = values["data"] | {"sources": TEXT, "validation_share": 0.1}
+    training = values["training"] | {"sequence_length": 64, "steps": 9}
+    return check_config(values | {"data": data, "training": training}, source=source)
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_like_one_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_less_text(values: dict[str, Any], *, source: str) -> RunConfig:
-        data = values["data"] | {"sources": TEXT, "validation_share": 0.1}
-        training = values["training"] | {"sequence_length": 64}
-        return check_config(values | {"data": data, "training": training}, source=source)
-
-    monkeypatch.setattr(demo, "check_config", with_less_text)
-    said: list[str] = []
-    report = demo.run(said.append)
-    assert report["equal"], demo.summary(report)
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    """It is forked, and so are its runs; the workers below are started as a shell does."""
+    run = Command([sys.executable, "-c", DEMO], tmp_path)
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    report, summary, said = json.loads(out)
+    assert report["equal"], summary
     assert report["first_step_that_differs"] is None
     assert report["resumed_from_step"] in (report["killed_in_step"] - 1, report["killed_in_step"] - 2)
     assert report["run"]["state_bytes"] > 10 * report["run"]["device_memory_bytes"]
     assert report["run"]["moved_over_bound"] <= 1.02
     assert len(said) == 3
-    assert "equal, bit for bit" in demo.summary(report)
+    assert "equal, bit for bit" in summary
 
 
 @pytest.mark.slow

@@ -22,10 +22,13 @@ LAYERS = (
     (
         "masking",
         "apportioning",
+        "first_masks",
+        "remasking",
         "tallying",
         "touching",
         "lending",
         "past",
+        "arriving",
         "runtime",
         "keeping",
         "improvising",

@@ -7,9 +7,9 @@ import pytest
 from weightstream.blocks import Parameter, Unit
 from weightstream.masking import Masking
 from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
+from weightstream.store.block_bytes import block_bytes
 from weightstream.store.layout import RecordLayout, record_layout
 from weightstream.store.optimizers import AdamW
-from weightstream.store.owned import block_bytes
 from weightstream.store.sparsity import Sparsity as StoredSparsity
 
 UNIT = Unit(0, 0, "block", (Parameter("large", (256, 512)), Parameter("small", (16, 64))))

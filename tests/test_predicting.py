@@ -6,14 +6,19 @@ from typing import Any
 import pytest
 import torch
 from tests.machine.profiles import profile
+from tests.schedule.examples import smallest
 from tests.sparse.masked import Model, loss_fn, micro_batches
 from torch import Tensor, nn
 
 import weightstream as ws
 from weightstream.cluster import Cluster
+from weightstream.costing import Costs
 from weightstream.engine import Engine
-from weightstream.predicting import Stretch, predict, prediction_text, stretches
-from weightstream.schedule.planner import buffers_bytes
+from weightstream.predicting import Stretch, census_of, predict, prediction_text, stretches
+from weightstream.schedule.allotment import buffers_bytes
+from weightstream.sparse.choosing import Curve
+from weightstream.sparse.codec import decoding_steps
+from weightstream.sparse.native.products import obstacle
 
 
 class Stack(nn.Module):
@@ -192,6 +197,43 @@ def test_a_kernel_takes_its_share_of_a_dense_product(tmp_path: Path) -> None:
     for name, products in (("forward", 1), ("recompute", 1), ("backward", 2)):
         saved = getattr(expanded.durations, name)[visit] - getattr(multiplied.durations, name)[visit]
         assert saved == pytest.approx(products * tokens * product_s * 0.9, rel=0.2), name
+
+
+@pytest.mark.skipif(obstacle() is not None, reason="no C compiler")
+def test_what_a_kernel_asks_of_a_mask_costs_nothing_where_it_is_kept(tmp_path: Path) -> None:
+    """Else a nanosecond for each gap and two for each non-zero, of both matrices, beside a product that takes as long."""
+    machine = profile(
+        codec=profile().codec.model_copy(update={"prepare_s": 2e-9}),  # type: ignore[union-attr]
+        sparse=[Curve(
+            kernel="native", dtype="bfloat16", block=(1, 1), tokens=16, threads=1, densities=(0.01, 0.5),
+            speedups=(1.0, 0.5), prepared_speedups=(4.0, 4.0),
+        )],
+    )  # fmt: skip
+    settings: dict[str, Any] = {"kernels": dict.fromkeys(SPARSE, "native"), "activations": "recompute"}
+    found = []
+    for name in ("kept", "without"):
+        with sparse_engine(tmp_path / name, "static", **settings) as engine:
+            x = micro_batches(1)[0]
+            engine.rehearse(x, loss_fn)
+            found.append(predict(engine, x, machine, micro_batches=1, loss_fn=loss_fn, threads=1).inputs)
+            settings["host_memory"] = smallest(engine.outlook.facts(1), "host_memory")
+            census = census_of(engine, x, loss_fn)
+    kept, without = found
+    layers = [block.index for block in kept.facts.blocks if block.compressed_bytes]
+    assert kept.allotment.kept_places == set(layers)
+    assert not without.allotment.kept_places
+    elements, nonzeros = 2 * 32 * 192, round(0.1 * 2 * 32 * 192)
+    for layer in layers:
+        assert kept.durations.expand[layer] == 0
+        steps = 2 * decoding_steps(elements // 2, nonzeros // 2)
+        assert without.durations.expand[layer] == pytest.approx((steps + 2 * nonzeros) * 1e-9, rel=1e-3)
+    assert kept.durations.forward == without.durations.forward
+    own = Costs(machine, 1).durations(
+        census, kept.facts, kept.allotment, tensors=[1] * len(kept.facts.blocks), clipped=False, dtype="bfloat16"
+    )  # all dense
+    visit = next(v for v, each in enumerate(kept.facts.visits) if each.block in layers)
+    products_s = micro_batches(1)[0].numel() * 2 * elements / 1e9
+    assert own.forward[visit] - kept.durations.forward[visit] == pytest.approx(products_s * 3 / 4, rel=1e-3)
 
 
 def test_a_run_whose_masks_change_is_predicted_in_stretches(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from weightstream.census import Census, Kernel, Kernels, VisitCensus
 from weightstream.cluster import Cluster
 from weightstream.errors import PlanError
 from weightstream.machine.profile import CodecRates, Compute, Executor, Profile
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.cost import BlockFacts
-from weightstream.schedule.planner import Allotment, Facts
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Disk, Hardware, Link
 
@@ -148,7 +148,9 @@ class Sparse:
     Args:
         nonzeros: that are expanded into its slab, by the width of the blocks that they come in.
         elements: of the tensors that are expanded.
-        decoding_steps: bits or gaps of their masks.
+        decoding_steps: bits or gaps of the masks that are gone through at each fetch.
+        prepared: blocks or single elements of which kernels ask in what rows and columns they are, where that is found at each
+            fetch.
         parameters: of all of the block's trained parameters, as many as they would be if none were sparse.
         products: what is not expanded, but multiplied by kernels.
     """
@@ -158,6 +160,7 @@ class Sparse:
     decoding_steps: int
     parameters: int
     products: Sequence[Product] = ()
+    prepared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,12 +266,18 @@ class Costs:
         return Counter({dtype: round(count * formed) for dtype, count in found.items()})
 
     def _expanded(self, sparse: Sparse | None) -> float:
-        """Filling a slab with what has arrived, by one thread: masks decoded, zeros written, non-zeros put in their places."""
+        """Filling a slab with what has arrived, by one thread: masks decoded, what kernels ask of them found, zeros written,
+        non-zeros put in their places."""
         if sparse is None:
             return 0.0
         codec = self._codec
-        clear_s = 2 * sparse.elements / codec.clear_bytes_per_s + codec.decode_s * sparse.decoding_steps
-        return clear_s + sum(_by_width(codec.expand_s, width) * count for width, count in sparse.nonzeros.items())
+        clear_s = 2 * sparse.elements / codec.clear_bytes_per_s
+        found_s = codec.decode_s * sparse.decoding_steps + (codec.prepare_s or 0.0) * sparse.prepared
+        return (
+            clear_s
+            + found_s
+            + sum(_by_width(codec.expand_s, width) * count for width, count in sparse.nonzeros.items())
+        )
 
     def _gathered(self, sparse: Sparse | None) -> float:
         """One micro-batch's gradients at the non-zeros of what was expanded."""

@@ -32,10 +32,12 @@ from weightstream.nn.pool import Pool
 from weightstream.opening import Wanted, contract_of, opened, sparsity_now
 from weightstream.outlook import Outlook
 from weightstream.planning import Budgets, owners_of, same_buffers
+from weightstream.remasking import Remasking
 from weightstream.runtime import Runtime, StepOutcome
+from weightstream.schedule.allotment import Activations, Allotment, Facts, allot
 from weightstream.schedule.cost import StepBytes
 from weightstream.schedule.operations import Schedule, Visit
-from weightstream.schedule.planner import Activations, Allotment, Facts, allot, build
+from weightstream.schedule.planner import build
 from weightstream.schedule.verify import verify
 from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.kernels import Kernel
@@ -51,12 +53,13 @@ from weightstream.steps import (
     target_tokens,
     to_device,
 )
+from weightstream.store.block_bytes import NEVER_SPARSE
 from weightstream.store.compaction import SHARE
 from weightstream.store.glance import glance
 from weightstream.store.interval import Interval
 from weightstream.store.layout import Precision
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.owned import NEVER_SPARSE, Holding
+from weightstream.store.owned import Holding
 from weightstream.store.recording import EVERY_NAME, record
 from weightstream.store.store import Store
 from weightstream.streaming import StreamedModel, follow, without_cache
@@ -234,6 +237,7 @@ class Engine:
         owned = [unit for unit, rank in enumerate(self.owner) if rank == self.ranks.rank]
         now = sparsity_now(self.store, owned, self.ranks)
         self.masking = self._wanted.masking(self.store.units, now)
+        self._remasking = None if self.masking is None else Remasking(self.masking)
         dtype = DTYPES[self.precision]
         self._driven = driven(self.model, self.store.blocks, self.masking, self._kernels, dtype, self.device)
         nonzeros = {name: each.nonzeros for name, each in self._driven.items()}
@@ -303,7 +307,7 @@ class Engine:
             immediate=not facts.deferred, image_now=self.holding.staged_now, **common,
         )  # fmt: skip
         keeper = Keeper(
-            self.holding, facts, allotment, staging, self._interval, self._wait, self.masking,
+            self.holding, facts, allotment, staging, self._interval, self._wait, self._remasking,
             self.experts.touching, self.clip_norm,
         )  # fmt: skip
         peers: Peers = Alone(staging, facts.reduction_groups)

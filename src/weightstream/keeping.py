@@ -6,19 +6,17 @@ nothing is done; all ranks nevertheless agree on what is due.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from weightstream.apportioning import apportion
 from weightstream.errors import StoreError
 from weightstream.fabric.staging import Pool, Staging
-from weightstream.masking import Masking
+from weightstream.remasking import Remasking
+from weightstream.schedule.allotment import Allotment, Facts, sharing_records
 from weightstream.schedule.operations import Load, Operation, Update, Write
-from weightstream.schedule.planner import Allotment, Facts, sharing_records
 from weightstream.store.futures import chain
 from weightstream.store.interval import Interval
 from weightstream.store.owned import Checksums, Holding, WorkingBuffer
@@ -40,7 +38,7 @@ class Keeper:
 
     Args:
         wait: waits for bytes, and notes the time for which compute stood still.
-        masking: of the sparse parameters, if there are any.
+        remasking: of the sparse parameters, if there are any.
         touching: of the records of families that steps touch.
         clip_norm: the global norm that gradients are clipped to.
     """
@@ -53,11 +51,12 @@ class Keeper:
         staging: Staging,
         interval: Interval,
         wait: Wait,
-        masking: Masking | None = None,
+        remasking: Remasking | None = None,
         touching: Touching | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        self.holding, self.store, self.staging, self.masking = holding, holding.store, staging, masking
+        self.holding, self.store, self.staging, self.remasking = holding, holding.store, staging, remasking
+        self.masking = None if remasking is None else remasking.masking
         self.touching, self._clip_norm = touching or Touching(), clip_norm
         self.deferred = facts.deferred
         self._record_buffers = allotment.record_buffers
@@ -123,27 +122,17 @@ class Keeper:
         if self.coefficient < 1.0:
             for grad in gradients.values():
                 grad.mul_(self.coefficient)
-        if self.masking is not None:
-            self.masking.update(self.holding, block, buffer, gradients, self.store.optimizer, step)
+        if self.remasking is not None:
+            self.remasking.update(self.holding, block, buffer, gradients, self.store.optimizer, step)
         else:
-            self._optimize(block, buffer, gradients, step)
+            for piece in self.holding.pieces(block, buffer):
+                piece.optimize(self.store.optimizer, gradients.get((piece.name, piece.row)), step)
+                piece.renew_copy()
         self._become(block, step)
         self.staging.release(block)
         self.due.discard(block)
         loaded.checksums = self.holding.checksums(block, buffer)
         loaded.updated = True
-
-    def _optimize(
-        self, block: int, buffer: WorkingBuffer, gradients: Mapping[tuple[str, int], Tensor], step: int
-    ) -> None:
-        for piece in self.holding.pieces(block, buffer):
-            grad = gradients.get((piece.name, piece.row))
-            if grad is not None:
-                self.store.optimizer.update(
-                    piece.master, grad, piece.states, name=piece.name, step=step, count=piece.count
-                )
-            if piece.copy is not None:
-                piece.copy.copy_(piece.master)
 
     def _become(self, block: int, step: int) -> None:
         if self.masking is not None:
@@ -157,7 +146,7 @@ class Keeper:
 
     def take_grown(self) -> dict[str, int]:
         """By parameter whose mask was changed here since this was last asked: how many of its elements came to exist."""
-        return {} if self.masking is None else self.masking.take_grown()
+        return {} if self.remasking is None else self.remasking.take_grown()
 
     def whole(self, step: int) -> frozenset[tuple[str, int]]:
         """The sparse pieces of which a step sums the dense gradient."""

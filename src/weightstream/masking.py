@@ -1,45 +1,26 @@
-"""Which parameters of a store are sparse, how sparse each of their versions is, and what an update does to their masks.
+"""Which parameters of a store are sparse, and how sparse each of their versions is.
 
 A piece (a tensor, or a panel of one) is named by its parameter and its first row. How many cells it has after an update
 follows from how many it had, the step and the settings alone, or from a search that all ranks take part in
 (`apportioning.py`): so every rank knows it of every piece, whoever owns it.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import product
 from math import prod
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-
-from weightstream.blocks import Parameter, Unit
-from weightstream.errors import ConfigError
-from weightstream.sparse.algorithms import Turn, Updated, carry, next_mask, turn, update
-from weightstream.sparse.codec import encode_mask
-from weightstream.sparse.grid import Grid
-from weightstream.sparse.masks import Mask, given_mask
+from weightstream.blocks import Unit
+from weightstream.sparse.algorithms import Turn, turn
 from weightstream.sparse.pieces import SparsePiece, kept_cells, sparse_pieces
 from weightstream.sparse.settings import Sparsity
-from weightstream.store import masks
 from weightstream.store import sparsity as kept
-from weightstream.store.optimizer import Optimizer
-from weightstream.store.owned import Holding, Largest, Piece, WorkingBuffer
+from weightstream.store.block_bytes import Largest
+from weightstream.store.owned import Holding
 from weightstream.store.sparsity import InitialMask
 
 Key = tuple[str, int]
-Gradients = Mapping[Key, Tensor]
-
-
-@dataclass(frozen=True)
-class _Renewed:
-    """What a piece is after its update, before it has been written to its place."""
-
-    values: Tensor
-    states: Mapping[str, Tensor]
-    mask: Mask | None
 
 
 @dataclass
@@ -74,7 +55,6 @@ class Masking:
         """The pieces of each group in which only a search over all of them tells how many cells each keeps; in order of name,
         as that of records changes with the blocks that a model is cut into."""
         self._found: tuple[int, Mapping[Key, int]] = 0, {}
-        self._grown: dict[str, int] = {}
 
     # how sparse
 
@@ -206,105 +186,10 @@ class Masking:
         elements = max((piece.grid.elements for piece in pieces), default=0)
         return 40 * cells + 24 * elements
 
-    # updates
-
-    def update(
-        self, holding: Holding, block: int, buffer: WorkingBuffer, gradients: Gradients, optimizer: Optimizer, step: int
-    ) -> None:
-        """The update of a block in its working buffer: the optimizer's step, then new masks where they are due."""
-        after = {u: self.after(u, holding.sparsity[u], step) for u in holding.updated(block) if u in self.of_unit}
-        resized = {unit: found for unit, found in after.items() if found != holding.sparsity[unit]}
-        renewed: dict[tuple[int, str], _Renewed] = {}
-        for piece in holding.pieces(block, buffer):
-            grad = gradients.get((piece.name, piece.row))
-            facts = self.pieces.get((piece.name, piece.row))
-            due = None if facts is None else self.turn(facts, holding.sparsity[piece.unit], step)
-            chosen = None if facts is None else self._chosen(facts, piece, step)
-            if grad is not None and (due is None or due.optimizer):
-                optimizer.update(piece.master, grad, piece.states, name=piece.name, step=step, count=piece.count)
-            found = None
-            if facts is not None and due is not None and due.mask:
-                found = self._moved(facts, piece, grad if due.dense_gradient else None, due, step, chosen)
-            if resized:
-                renewed[piece.unit, piece.name] = found or _as_it_is(piece)
-            elif found is not None:
-                _put(piece, found)
-        if resized:
-            # one buffer has all units of the block: where one changes its size, those behind it lie elsewhere
-            holding.rebind(block, buffer, resized)
-            for piece in holding.pieces(block, buffer):
-                _put(piece, renewed[piece.unit, piece.name])
-        for piece in holding.pieces(block, buffer):
-            if piece.copy is not None:
-                piece.copy.copy_(piece.master)
-
-    def take_grown(self) -> dict[str, int]:
-        """By parameter whose mask was changed here since this was last asked: how many of its elements came to exist."""
-        grown, self._grown = self._grown, {}
-        return grown
-
     def become(self, holding: Holding, block: int, step: int) -> None:
         """Notes how sparse a block is that was just updated, wherever its records are."""
         units = holding.store.units_of(block)
         holding.become({u: self.after(u, holding.sparsity[u], step) for u in units if u in self.of_unit})
-
-    def _chosen(self, facts: SparsePiece, piece: Piece, step: int) -> Mask | None:
-        """The mask of a piece whose count was searched for: by the values that the search saw, before the optimizer's step."""
-        found = self.found(facts, step)
-        if found is None:
-            return None
-        mask = mask_of(piece, facts)
-        if found == mask.count:
-            return None
-        values = piece.master.view(mask.nonzeros, 1)
-        return next_mask(facts, values, mask, None, step=step, seed=self.seed, found=found)
-
-    def _moved(
-        self, facts: SparsePiece, piece: Piece, grad: Tensor | None, due: Turn, step: int, chosen: Mask | None
-    ) -> _Renewed | None:
-        """A piece with its next mask, which may be chosen already; None where RigL has nothing to grow by."""
-        mask = mask_of(piece, facts)
-        if due.dense_gradient and grad is None and chosen is None and facts.count(step) in (None, mask.count):
-            return None
-        nonzeros = mask.nonzeros
-        values = piece.master.view(nonzeros, 1)
-        states = {name: state.view(nonzeros, 1) for name, state in piece.states.items() if state.numel() == nonzeros}
-        dense = None if grad is None else grad.reshape(facts.parameter.shape)
-        found: Updated = (
-            update(facts, values, states, mask, dense, step=step, seed=self.seed)
-            if chosen is None
-            else carry(values, states, mask, chosen)
-        )
-        grown = found.grown * facts.grid.cell_elements
-        self._grown[piece.name] = self._grown.get(piece.name, 0) + grown
-        others = {name: state.clone() for name, state in piece.states.items() if name not in states}
-        return _Renewed(found.values, found.states | others, found.mask)
-
-
-def mask_of(piece: Piece, facts: SparsePiece) -> Mask:
-    """The mask of a piece in a working buffer."""
-    return Mask.full(facts.grid) if piece.mask is None else _kept_mask(piece)
-
-
-def _as_it_is(piece: Piece) -> _Renewed:
-    states = {name: state.clone() for name, state in piece.states.items()}
-    return _Renewed(piece.master.clone(), states, None if piece.mask is None else _kept_mask(piece))
-
-
-def _kept_mask(piece: Piece) -> Mask:
-    assert piece.mask is not None
-    assert piece.spec is not None
-    return masks.mask_of(piece.spec, piece.mask)
-
-
-def _put(piece: Piece, found: _Renewed) -> None:
-    """Writes a piece to its place in a working buffer."""
-    piece.master.copy_(found.values.view(piece.master.shape))
-    for name, state in found.states.items():
-        piece.states[name].copy_(state.view(piece.states[name].shape))
-    if piece.mask is not None:
-        assert found.mask is not None
-        piece.mask.copy_(torch.from_numpy(encode_mask(found.mask)))
 
 
 def _kept(piece: SparsePiece, cells: int) -> kept.SparsePiece:
@@ -402,84 +287,3 @@ def _at_most(piece: SparsePiece) -> kept.SparsePiece:
         together = sum(prod(shape) for shape in piece.family) // piece.grid.cell_elements
         most = min(most, kept_cells(together, piece.group.sparsity_at(0)))
     return _kept(piece, max(1, most))
-
-
-def counts_now(settings: Sparsity, units: Sequence[Unit], now: Mapping[int, kept.Sparsity]) -> dict[str, int]:
-    """Cells of the pieces of which the settings do not say how many, and which stay as they are in a store.
-
-    Args:
-        now: how sparse units are.
-    """
-    counts: dict[str, int] = {}
-    for unit in units:
-        own = {piece.name: piece.ones for piece in now.get(unit.index, ())}
-        for parameter in unit.parameters:
-            group = settings.group_of(parameter.name)
-            if group is not None and group.settled and not group.counted:
-                counts[str(parameter)] = own.get(parameter.name, parameter.numel // prod(group.block))
-    return counts
-
-
-def require_said(
-    settings: Sparsity, model: nn.Module, dense: Collection[str], given: Collection[str], path: object
-) -> None:
-    """Refuse to drop given weights unasked.
-
-    Args:
-        given: names of parameters whose first values are given.
-        path: of the store that is to be made.
-
-    Raises:
-        ConfigError: with what to say.
-    """
-    for name, parameter in model.named_parameters():
-        group = settings.group_of(name)
-        if group is None or group.init is not None or not parameter.requires_grad or parameter.dim() < 2:
-            continue
-        if name in given and group.sparsity_at(0) and (name not in dense or group.include_all):
-            raise ConfigError(
-                f"store '{path}': weights are given for '{name}', which is to be sparse by group "
-                f"{', '.join(group.patterns)}: expected init to say which of them exist, found nothing; give init: magnitude "
-                "for the largest, zeros for those that are not zero, random, or a file of masks (`weightstream store import` "
-                "takes the same by --masks)"
-            )
-
-
-def given_counts(settings: Sparsity, units: Sequence[Unit], dense: Collection[str]) -> dict[str, int]:
-    """Cells of the masks that groups are given in files, by piece.
-
-    Raises:
-        ConfigError: a file cannot be read, lacks a mask, or has one of another shape.
-    """
-    counts: dict[str, int] = {}
-    for unit in units:
-        for parameter in unit.parameters:
-            group = settings.group_of(parameter.name)
-            if group is None or group.given is None or not parameter.trainable or len(parameter.shape) < 2:
-                continue
-            if parameter.name not in dense or group.include_all:
-                counts[str(parameter)] = read_mask(group.given, parameter, group.block).count
-    return counts
-
-
-def read_mask(path: str, parameter: Parameter, block: tuple[int, int]) -> Mask:
-    """The mask of a piece from a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if parameter.name not in set(file.keys()):
-                raise ConfigError(f"sparsity: {path} has no mask of {parameter.name!r}; add it, or give another init")
-            found = file.get_slice(parameter.name)
-            whole = parameter.shape if parameter.rows is None else (parameter.rows, *parameter.shape[1:])
-            if tuple(found.get_shape()) != whole:
-                raise ConfigError(
-                    f"mask of {parameter.name!r} in {path}: expected shape {whole}, found {tuple(found.get_shape())}; give "
-                    "masks of the same model"
-                )
-            rows = found[parameter.row : parameter.row + parameter.shape[0]]
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"sparsity: cannot read masks from {path}: {error}; give a safetensors file, or one of "
-            "random, magnitude, zeros"
-        ) from None
-    grid = Grid.of(parameter.shape, block, name=str(parameter))
-    return given_mask(grid, rows, parameter.shape, name=str(parameter))

@@ -12,13 +12,18 @@ from weightstream.blocks import Block
 from weightstream.errors import ConfigError
 from weightstream.masking import Masking
 from weightstream.sparse.choosing import DENSE, Curve, Piece, choose
+from weightstream.sparse.codec import decoding_steps
 from weightstream.sparse.driving import drivable
-from weightstream.sparse.kernels import KERNELS, Kernel, obstacle
+from weightstream.sparse.kernels import KERNELS, Kernel, obstacle, prepared_bytes
 from weightstream.sparse.native.products import as_elements, workspace_bytes
 from weightstream.sparse.settings import SparsityGroup
 from weightstream.worker.expanding import Driven
 
 _ENTRY_BYTES = 64  # eight indices
+_FINDING_BYTES = 24  # for each block that a mask says is there: its number, and what that is found by
+_STEPS_PER_ENTRY = (
+    4  # its row and column take 2.5 ns at a density of 0.1, a step through a mask 0.65 (benchmarks/LOG.md)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +66,17 @@ def driven(
         kernel = kernels[pattern]
         assert masking is not None
         nonzeros = masking.constant(name)
-        reason = _obstacle(kernel, modules.get(name), group, nonzeros, dtype, device)
-        if reason is not None:
-            raise ConfigError(f"kernels: parameter '{name}': {reason}; leave it out of kernels to have it expanded")
+        if (reason := _unfit(kernel, modules.get(name), group, nonzeros)) is not None:
+            raise ConfigError(
+                f"kernels: parameter '{name}', kernel '{kernel}': {reason}; leave it out of kernels to have it expanded"
+            )
+        if (reason := obstacle(kernel, group.block, dtype, device)) is not None:
+            raise ConfigError(
+                f"kernels: parameter '{name}', kernel '{kernel}': expected a product with {group.block[0]}×{group.block[1]} "
+                f"in {dtype} on this machine's {device.type}, found that {reason}; a store goes on with the kernels that it "
+                "was made with, on machines that have them; leave the parameter out of those of a new store to have it "
+                "expanded"
+            )
         assert nonzeros is not None
         found[name] = Driven(modules[name], kernel, group.block, nonzeros)
     for pattern in kernels.keys() - taken:
@@ -95,7 +108,10 @@ def chosen(
         assert masking is not None
         nonzeros = masking.constant(name)
         possible = [
-            one for one in curves if _obstacle(one.kernel, modules.get(name), group, nonzeros, dtype, device) is None
+            one
+            for one in curves
+            if _unfit(one.kernel, modules.get(name), group, nonzeros) is None
+            and obstacle(one.kernel, group.block, dtype, device) is None
         ]
         if nonzeros is None or not possible or auto.unlike(name):
             continue
@@ -120,48 +136,73 @@ def _products(model: nn.Module, blocks: Sequence[Block]) -> dict[str, nn.Linear]
     return {name: module for name, module in drivable(model).items() if name.rpartition(".")[0] not in called}
 
 
-def _obstacle(
-    kernel: str,
-    module: nn.Linear | None,
-    group: SparsityGroup,
-    nonzeros: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> str | None:
-    """Why a kernel cannot multiply by a parameter; None if it can."""
+def _unfit(kernel: str, module: nn.Linear | None, group: SparsityGroup, nonzeros: int | None) -> str | None:
+    """Why no machine's kernel can multiply by a parameter; None if one could."""
     if kernel not in KERNELS:
         return f"expected one of {', '.join(KERNELS)}, found {kernel!r}"
     if module is None:
-        return "it is no weight of an nn.Linear within a block, used there alone"
+        return "expected the weight of an nn.Linear within a block, used there alone, found that it is none"
     if nonzeros is None:
-        return "the number of its non-zeros changes, or all of a panel of it exists"
+        return (
+            "expected as many non-zeros in every version, found that the number of its non-zeros changes, or all of a panel "
+            "of it exists"
+        )
     if group.algorithm == "rigl":
-        return "rigl needs its dense gradient"
-    return obstacle(next(one for one in KERNELS if one == kernel), group.block, dtype, device)
+        return "expected gradients at non-zeros only, found that rigl needs its dense gradient"
+    return None
 
 
-def structure_bytes(blocks: Sequence[Block], driven: Mapping[str, Driven], threads: int) -> dict[int, int]:
-    """By block, what kernels need beside its weights while it is in a slab: of each weight which cells there are; row, column,
-    and the orders in which products go through what they multiply by, be it its own blocks or single elements; and what
-    one product at a time packs."""
-    found: dict[int, int] = {}
+@dataclass(frozen=True, slots=True)
+class Structures:
+    """What kernels need to know of the weights of a block that they multiply by.
+
+    `nbytes` are needed while it is in a slab, with what one product at a time packs. `kept_bytes` may be kept from one fetch
+    to the next, of kernels for which it is known beforehand what that takes; `steps` is how long it takes to find those anew,
+    in steps through the bits or gaps of masks.
+    """
+
+    nbytes: int = 0
+    kept_bytes: int = 0
+    steps: int = 0
+
+
+def structures(blocks: Sequence[Block], driven: Mapping[str, Driven], threads: int) -> dict[int, Structures]:
+    """By block, what kernels need beside its weights: of each weight which blocks there are, and the orders in which products
+    go through what they multiply by, be it these blocks or single elements."""
+    found: dict[int, Structures] = {}
     for block in blocks:
         own = [driven[parameter.name] for parameter in block.parameters if parameter.name in driven]
         packed = [
             workspace_bytes(_shape(each), each.block, each.nonzeros, threads) for each in own if each.kernel == "native"
         ]
-        found[block.index] = sum(_structure_bytes(each) for each in own) + max(packed, default=0)
+        kept = [(each, nbytes) for each in own if (nbytes := kept_structure_bytes(each)) is not None]
+        found[block.index] = Structures(
+            sum(_structure_bytes(each) for each in own) + max(packed, default=0),
+            sum(nbytes for _, nbytes in kept), sum(_finding_steps(each) for each, _ in kept),
+        )  # fmt: skip
     return found
+
+
+def kept_structure_bytes(each: Driven) -> int | None:
+    """What is kept from one fetch to the next of a parameter that a kernel multiplies by; None if nothing is."""
+    return prepared_bytes(_shape(each), each.block, each.nonzeros, each.kernel)
 
 
 def _structure_bytes(each: Driven) -> int:
     elements, cell = prod(_shape(each)), prod(each.block)
-    cells, entries = elements // cell, each.nonzeros // cell
+    blocks = each.nonzeros // cell
+    kept = kept_structure_bytes(each)
+    if kept is not None:
+        return kept + _FINDING_BYTES * blocks
     if each.kernel == "csr":
-        cells, entries = cells + elements, each.nonzeros
-    elif each.kernel == "native" and as_elements(each.block):
-        entries = each.nonzeros
-    return cells + _ENTRY_BYTES * entries
+        return elements // cell + elements + _ENTRY_BYTES * each.nonzeros
+    return elements // cell + _ENTRY_BYTES * blocks
+
+
+def _finding_steps(each: Driven) -> int:
+    cell = prod(each.block)
+    decoding = decoding_steps(prod(_shape(each)) // cell, each.nonzeros // cell)
+    return decoding + _STEPS_PER_ENTRY * (each.nonzeros if as_elements(each.block) else each.nonzeros // cell)
 
 
 def _shape(each: Driven) -> tuple[int, int]:

@@ -14,14 +14,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weightstream.apportioning import FirstMasks
 from weightstream.blocks import PANEL_ELEMENTS, Block, Rule, Unit, cut
 from weightstream.errors import StoreMismatchError
 from weightstream.fabric.ranks import Ranks
-from weightstream.masking import Masking, counts_now, given_counts, require_said
+from weightstream.first_masks import FirstMasks, counts_now, given_counts, require_said
+from weightstream.masking import Masking
 from weightstream.planning import Budgets, check_blocks, check_disk, split_within
 from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.settings import Sparsity
+from weightstream.store.block_bytes import NEVER_SPARSE, Largest, bytes_of_blocks
 from weightstream.store.directory import WORKERS
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
 from weightstream.store.families import Family
@@ -31,7 +32,6 @@ from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision
 from weightstream.store.members import Members
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.owned import NEVER_SPARSE, Largest, bytes_of_blocks
 from weightstream.store.sparsity import Sparsity as StoredSparsity
 from weightstream.store.sparsity import sparsity_from_json, sparsity_to_json
 from weightstream.store.store import Store

@@ -11,14 +11,15 @@ from weightstream.blocks import call_order
 from weightstream.cluster import Cluster
 from weightstream.fabric.ranks import Ranks
 from weightstream.masking import Masking
-from weightstream.multiplying import structure_bytes
+from weightstream.multiplying import structures
 from weightstream.planning import Budgets, Division, Measured, divide, facts_of, owners_of
 from weightstream.runtime import StepOutcome
+from weightstream.schedule.allotment import Allotment, Facts, allot
 from weightstream.schedule.cost import BlockFacts, StepBytes
 from weightstream.schedule.flows import disk_bound
 from weightstream.schedule.operations import Visit
-from weightstream.schedule.planner import Allotment, Facts, allot
-from weightstream.store.owned import NEVER_SPARSE, Holding, Largest
+from weightstream.store.block_bytes import NEVER_SPARSE, Largest
+from weightstream.store.owned import Holding
 from weightstream.store.sparsity import Sparsity
 from weightstream.worker.expanding import Driven
 from weightstream.worker.worker import Worker
@@ -158,5 +159,5 @@ class Outlook:
         return facts_of(
             blocks, division.records, self._budgets, visits=self.visits, uses=self._worker.uses(self.visits),
             micro_batches=micro_batches, measured=self.measured, division=division,
-            structures=structure_bytes(blocks, self._driven, self._threads),
+            structures=structures(blocks, self._driven, self._threads),
         )  # fmt: skip

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from weightstream.cluster import Cluster
 from weightstream.planning import Reach, disk_bytes, reach
 from weightstream.reaching import ExpertBytes
+from weightstream.schedule.allotment import buffers_text
 from weightstream.schedule.flows import Flow, Flows, flows_of
-from weightstream.schedule.planner import buffers_text
-from weightstream.store.owned import bytes_of_blocks
+from weightstream.store.block_bytes import bytes_of_blocks
 from weightstream.store.shared import FILE_BYTES
 from weightstream.units import format_bytes, format_count, format_seconds
 

@@ -12,13 +12,14 @@ from weightstream.cluster import Cluster, owners
 from weightstream.errors import PlanError, StoreMismatchError
 from weightstream.fabric.together import SUMS_TRAVELLING, fabric_bytes
 from weightstream.masking import Masking
+from weightstream.multiplying import Structures
+from weightstream.schedule.allotment import Activations, Allotment, Facts, allot
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Visit
-from weightstream.schedule.planner import Activations, Allotment, Facts, allot
 from weightstream.schedule.reduction import subtrees
+from weightstream.store.block_bytes import NEVER_SPARSE, BlockBytes, Largest, block_bytes, largest
 from weightstream.store.images import gradient_image
 from weightstream.store.layout import RecordLayout
-from weightstream.store.owned import NEVER_SPARSE, BlockBytes, Largest, block_bytes, largest
 from weightstream.store.sparsity import Sparsity
 from weightstream.store.store import Store
 from weightstream.units import format_bytes
@@ -132,7 +133,7 @@ def facts_of(
     measured: Measured | None = None,
     division: Division | None = None,
     masks: Sequence[int] = (),
-    structures: Mapping[int, int] | None = None,
+    structures: Mapping[int, Structures] | None = None,
 ) -> Facts:
     """The facts of a step; before the calls of the model are known every block is visited once, in order.
 
@@ -147,15 +148,16 @@ def facts_of(
     gradients = division.gradients if division else [record.gradients for record in records]
 
     masks = (division.masks if division else masks) or (0,) * len(records)
+    known = [(structures or {}).get(block.index, Structures()) for block in blocks]
     block_facts = tuple(
         BlockFacts(
             block.index, block.name, record.streamed, record.loaded, record.written, whole,
             block.trainable, block.resident,
             sum(4 * p.numel * counts[p.name] for p in block.parameters if p.trainable and counts.get(p.name, 0) > 1),
             record.gradients, record.fetched if record.sparse else 0,
-            record.places + (structures or {}).get(block.index, 0), changes, record.places, record.decoding,
+            record.places + own.nbytes, changes, record.places + own.kept_bytes, record.decoding + own.steps,
         )
-        for block, record, whole, changes in zip(blocks, records, gradients, masks, strict=True)
+        for block, record, whole, changes, own in zip(blocks, records, gradients, masks, known, strict=True)
     )  # fmt: skip
     if not visits:
         visits = tuple(Visit(block.index, block.name) for block in blocks if not block.resident)
@@ -168,7 +170,7 @@ def facts_of(
         activations=budgets.activations, prefetch=budgets.prefetch, ram_tier=budgets.ram_tier,
         host_is_device=budgets.host_is_device,
         boundary_bytes=measured.boundary_bytes if measured else None,
-        kept_bytes=_kept_bytes(measured, visits, structures or {}, share.get("share", micro_batches)) if measured else None,
+        kept_bytes=_kept_bytes(measured, visits, known, share.get("share", micro_batches)) if measured else None,
         lasting_bytes=measured.lasting_bytes if measured else 0,
         workspace_bytes=measured.workspace_bytes if measured else 0,
         **share,
@@ -176,12 +178,12 @@ def facts_of(
 
 
 def _kept_bytes(
-    measured: Measured, visits: Sequence[Visit], structures: Mapping[int, int], micro_batches: int
+    measured: Measured, visits: Sequence[Visit], structures: Sequence[Structures], micro_batches: int
 ) -> tuple[int, ...]:
     """What a visit keeps of one micro-batch, with its part of what a product's way back needs to know of its weights: all
     micro-batches present share that, and it stays where activations do, after the weights themselves have gone."""
     return tuple(
-        kept + -(-structures.get(visit.block, 0) // max(1, micro_batches))
+        kept + -(-structures[visit.block].nbytes // max(1, micro_batches))
         for kept, visit in zip(measured.kept_bytes, visits, strict=True)
     )
 

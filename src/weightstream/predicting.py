@@ -18,14 +18,16 @@ from weightstream.cluster import Cluster
 from weightstream.costing import Costs, Product, Sparse, hardware_of, slowdown_of
 from weightstream.engine import DTYPES, Engine
 from weightstream.machine.profile import Profile
+from weightstream.multiplying import kept_structure_bytes
 from weightstream.reaching import ExpertBytes, Reached
+from weightstream.schedule.allotment import Allotment, Facts, buffers_bytes
 from weightstream.schedule.flows import disk_bound
-from weightstream.schedule.planner import Allotment, Facts, buffers_bytes
 from weightstream.simulator.durations import Durations, ExpertWork
 from weightstream.simulator.hardware import Hardware
 from weightstream.simulator.simulator import Simulation, simulate
 from weightstream.sparse.choosing import Curve, Piece, speedup_of
 from weightstream.sparse.codec import decoding_steps
+from weightstream.sparse.native.products import as_elements
 from weightstream.steps import default_loss
 from weightstream.units import MIB, format_bytes, format_count, format_seconds
 from weightstream.worker.expanding import Driven
@@ -87,7 +89,8 @@ def sparse_of(
     """By block what is sparse of an engine's model in a step, and how it is multiplied.
 
     Args:
-        kept_places: blocks of which it is known where their non-zeros are, so that masks are not gone through.
+        kept_places: blocks of which it is known where their non-zeros are, so that masks are not gone through, nor is anything
+            found that kernels ask of them.
         tokens: of one micro-batch.
     """
     blocks: dict[int, _Counted] = {}
@@ -96,12 +99,15 @@ def sparse_of(
         own = blocks.setdefault(block, _Counted())
         shapes = {p.name: p.numel for p in engine.store.units[unit].parameters}
         for piece in pieces:
-            if piece.name in engine.multiplied:
+            cells, searched = shapes[piece.name] // prod(piece.block), block not in kept_places
+            if (driven := engine.multiplied.get(piece.name)) is not None:
+                if searched and kept_structure_bytes(driven) is not None:  # of others a product's own figure has it
+                    own.steps += decoding_steps(cells, piece.ones)
+                    own.prepared += piece.nonzeros if as_elements(piece.block) else piece.ones
                 continue
-            cells = shapes[piece.name] // prod(piece.block)
             own.nonzeros[piece.block[1]] += piece.nonzeros
             own.elements += shapes[piece.name]
-            own.steps += 0 if block in kept_places else decoding_steps(cells, piece.ones)
+            own.steps += decoding_steps(cells, piece.ones) if searched else 0
     found = {}
     for index, own in blocks.items():
         parameters = [p for p in engine.store.blocks[index].parameters if p.trainable]
@@ -115,7 +121,7 @@ def sparse_of(
                 products.append(_product(parameter.shape, driven, seen, profile.sparse))
         found[index] = Sparse(
             nonzeros=dict(own.nonzeros), elements=own.elements, decoding_steps=own.steps,
-            parameters=sum(p.numel for p in parameters), products=products,
+            parameters=sum(p.numel for p in parameters), products=products, prepared=own.prepared,
         )  # fmt: skip
     return found
 
@@ -125,6 +131,7 @@ class _Counted:
     nonzeros: Counter[int] = field(default_factory=Counter)
     elements: int = 0
     steps: int = 0
+    prepared: int = 0
 
 
 def _product(shape: tuple[int, ...], driven: Driven, piece: Piece, curves: Sequence[Curve]) -> Product:

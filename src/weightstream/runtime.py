@@ -14,12 +14,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, assert_never
 
+from weightstream.arriving import Arrivals
 from weightstream.errors import AuditError
-from weightstream.fabric.peers import Arrival, Peers
+from weightstream.fabric.peers import Peers
 from weightstream.fabric.reduction import Squares
 from weightstream.fabric.together import SUMS_TRAVELLING
 from weightstream.improvising import DivergedError, improvise
 from weightstream.keeping import Keeper
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import (
     Backward,
@@ -38,14 +40,12 @@ from weightstream.schedule.operations import (
     Visit,
     Write,
 )
-from weightstream.schedule.planner import Allotment, Facts
-from weightstream.store.futures import chain, done
 from weightstream.trace.recorder import Recorder
 from weightstream.worker.activations import Activations, Scratch
 from weightstream.worker.allocator import Ceiling
 from weightstream.worker.expanding import Driven, Expansion
 from weightstream.worker.places import KeptPlaces
-from weightstream.worker.slabs import Parameters, Slab, Slabs
+from weightstream.worker.slabs import Parameters, Slabs
 from weightstream.worker.worker import LossFunction, Worker
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class Runtime:
         recorder: Recorder | None = None,
         driven: Mapping[str, Driven] | None = None,
     ) -> None:
-        self.keeper, self.holding, self.worker, self.parameters = keeper, keeper.holding, worker, parameters
+        self.keeper, self.holding, self.worker = keeper, keeper.holding, worker
         self.facts, self.allotment, self.peers = facts, allotment, peers
         self.blocks: tuple[BlockFacts, ...] = facts.blocks
         self.residents = tuple(block.index for block in facts.blocks if block.resident)
@@ -115,6 +115,7 @@ class Runtime:
         )
         self.places = KeptPlaces(allotment.kept_places)
         self.expansion = Expansion(keeper.holding, driven, worker.device, self.places)
+        self.arrivals = Arrivals(keeper.holding, peers, parameters, self.slabs, self.expansion, self.wait)
         self.activations = Activations(scratch, worker.device, self.wait)
         worker.slabs, worker.activations = self.slabs, self.activations
         self.outcome = StepOutcome()
@@ -125,7 +126,6 @@ class Runtime:
         self._recorded: frozenset[int | None] = frozenset((None,))  # micro-batches, or none, of what happens here
         self._ceiling, self._computing = ceiling, computing
         self.recorder = recorder or Recorder(peers.rank)
-        self._arrivals: dict[int, Arrival] = {}
         self._reducing: dict[int, Future[Any]] = {}  # in order of issue
         self._rehearsal = False
         self._step = 0
@@ -182,7 +182,7 @@ class Runtime:
             raise
         finally:
             self.worker.end()
-            self._leave_slabs()
+            self.arrivals.evict_all()
 
     def _carry_out(self, schedule: Schedule | None) -> None:
         if schedule is None:
@@ -251,9 +251,9 @@ class Runtime:
             case Write(block):
                 self.keeper.write(block)
             case Fetch(block, slab):
-                self._fetch(block, slab)
+                self.arrivals.fetch(block, slab, self.keeper.updated(block))
             case Evict(block, _):
-                self._evict(block)
+                self.arrivals.evict(block)
             case Commit():
                 self._publish()
             case Reduce(block):
@@ -289,7 +289,7 @@ class Runtime:
                 with self._computing():
                     self.outcome.losses[micro_batch] = self.worker.turn(micro_batch)
             case Backward(visit, block, micro_batch):
-                self._need(block)
+                self.arrivals.need(block)
                 self._make_room_for_sums()
                 with self._computing():
                     self.worker.backward(visit, micro_batch)
@@ -332,47 +332,6 @@ class Runtime:
         self.keeper.due.clear()
         self.keeper.commit(self._step, self._progress(self.outcome.finite))
 
-    # blocks come and go
-
-    def _fetch(self, block: int, slab: int) -> None:
-        target = self.slabs[slab]
-        self.slabs.hold(block, slab)
-        landing = self.expansion.landing(block, target)
-        updated = self.keeper.updated(block)
-        if updated is not None:
-            local = self.holding.serve(block, updated, landing)
-        else:
-            local = self.holding.fetch(block, landing)
-        arrival = self.peers.fetch(block, landing, local)
-        self.expansion.begin(block, target, arrival.here)
-        if target.device.type != "cpu" and landing is target.landing:
-            uploaded = chain([arrival.here], lambda: _uploaded(arrival.here, target))
-            arrival = Arrival(uploaded, arrival.passed)
-        self._arrivals[block] = arrival
-
-    def _evict(self, block: int) -> None:
-        """A block leaves its slab, also where its bytes never came; nobody writes to the slab or sends from it any more."""
-        arrival = self._arrivals.pop(block, None)
-        try:
-            if arrival is not None:
-                try:
-                    self.wait(arrival.here)
-                finally:
-                    self.wait(arrival.passed)
-        finally:
-            self.parameters.unbind(block)
-            self.expansion.forget(block)
-            self.slabs.release(block)
-
-    def _need(self, block: int) -> None:
-        """Makes sure that a block is present: waits for its bytes and binds its parameters to them."""
-        if not self.parameters.present(block):
-            self.wait(self._arrivals[block].here)
-            slab = self.slabs.slab_of(block)
-            assert slab is not None, f"block {block} is in no slab"
-            self.expansion.finish(block, self.wait)
-            self.parameters.bind(block, self.slabs[slab], self.holding.slabs[block])
-
     # the worker's side
 
     def _forward(self, visit: int, block: int, micro_batch: int) -> None:
@@ -408,8 +367,8 @@ class Runtime:
         if micro_batch not in self.own:
             return
         for resident in self.residents:
-            self._need(resident)
-        self._need(block)
+            self.arrivals.need(resident)
+        self.arrivals.need(block)
         with self._computing():
             self.worker.forward(visit, micro_batch, keep=last or visit in self.allotment.keep)
 
@@ -482,18 +441,6 @@ class Runtime:
         self.peers.abort()
         self.keeper.abort()
 
-    def _leave_slabs(self) -> None:
-        """Raises the first error of those blocks that did not come, once all have left."""
-        failed: BaseException | None = None
-        for block in range(len(self.blocks)):
-            if self.slabs.slab_of(block) is not None:
-                try:
-                    self._evict(block)
-                except BaseException as error:
-                    failed = failed or error
-        if failed is not None:
-            raise failed
-
     def close(self) -> None:
         """Drains, and gives all buffers back. What an interrupted update left is not committed."""
         self.keeper.close(self.run)
@@ -501,9 +448,3 @@ class Runtime:
         self.expansion.close()
         self.activations.close()
         self.slabs.close()
-
-
-def _uploaded(arrived: "Future[Any]", slab: Slab) -> "Future[None]":
-    arrived.result()
-    slab.upload()
-    return done(None)

@@ -12,9 +12,9 @@ import torch
 from weightstream.blocks import Parameter, Unit
 from weightstream.config import RunConfig
 from weightstream.errors import ConfigError
+from weightstream.first_masks import given_counts
 from weightstream.machine.as_cluster import cluster_of
 from weightstream.machine.profile import load_profile
-from weightstream.masking import given_counts
 from weightstream.report.figures import Line, Section, page, preformatted, timeline, utilisation
 from weightstream.report.figures import curve as figure_of
 from weightstream.simulator.clusters import CLUSTERS, THIS_MACHINE, ClusterPreset, cluster_named

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from weightstream.arriving import Arrivals
 from weightstream.errors import AuditError
 from weightstream.fabric.peers import Arrival, Peers
 from weightstream.store.owned import Holding
@@ -37,11 +38,10 @@ class StreamedModel:
         places: KeptPlaces | None = None,
         touching: Touching | None = None,
     ) -> None:
-        self._holding, self._peers, self._touching = holding, peers, touching or Touching()
+        self._peers, self._worker, self._slabs, self._touching = peers, worker, slabs, touching or Touching()
         self._expansion = Expansion(holding, driven, worker.device, places)
-        self._worker, self._parameters, self._slabs = worker, parameters, slabs
+        self._arrivals = Arrivals(holding, peers, parameters, slabs, self._expansion)
         self._free = list(range(streaming))
-        self._arrivals: dict[int, Arrival] = {}
         self._followed_by: dict[int, int] = {}
         self._recent: list[int] = []  # blocks in slabs, least recently used first
         self._last: int | None = None
@@ -49,25 +49,12 @@ class StreamedModel:
         residents = [block.index for block in holding.blocks if block.resident]
         for position, block in enumerate(residents):
             self._fetch(block, streaming + position)
-            self._present(block)
+            self._arrivals.need(block)
         self._residents = residents
 
     def _fetch(self, block: int, slab: int) -> None:
         _announce(self._peers, [block, slab])
-        target = self._slabs[slab]
-        self._slabs.hold(block, slab)
-        landing = self._expansion.landing(block, target)
-        arrival = self._arrivals[block] = self._peers.fetch(block, landing, self._holding.fetch(block, landing))
-        self._expansion.begin(block, target, arrival.here)
-
-    def _present(self, block: int) -> None:
-        if not self._parameters.present(block):
-            self._arrivals[block].here.result()
-            slab = self._slabs.slab_of(block)
-            assert slab is not None
-            if not self._expansion.finish(block):
-                self._slabs[slab].upload()
-            self._parameters.bind(block, self._slabs[slab], self._holding.slabs[block])
+        self._arrivals.fetch(block, slab)
 
     def _claim(self, block: int, keep: int) -> bool:
         """Gives `block` a slab, evicting the least recently used one but `keep`."""
@@ -86,14 +73,9 @@ class StreamedModel:
         return True
 
     def _evict(self, block: int) -> None:
-        arrival = self._arrivals.pop(block)
-        arrival.here.result()
-        arrival.passed.result()
         if block in self._recent:
             self._recent.remove(block)
-        self._parameters.unbind(block)
-        self._expansion.forget(block)
-        self._slabs.release(block)
+        self._arrivals.evict(block)
 
     def call(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one module's own forward with its block in a slab."""
@@ -101,7 +83,7 @@ class StreamedModel:
         self._claim(block, keep=block)
         self._recent.remove(block)
         self._recent.append(block)
-        self._present(block)
+        self._arrivals.need(block)
         if self._last is not None:
             self._followed_by[self._last] = block
         self._last = block

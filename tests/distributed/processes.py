@@ -3,6 +3,7 @@
 They are forked from a server that has imported everything. Where the ranks meet outlives them, as under torchrun.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -104,6 +105,7 @@ class Processes:
 
 def _rank(pipe: Connection, environment: dict[str, str], cluster: Cluster, facts: Any, timeout_s: float) -> None:
     os.environ |= environment
+    gc.freeze()  # what was imported is never garbage: collections need not look through it
     torch.set_num_threads(1)
     try:
         links = connect(timeout_s=timeout_s)

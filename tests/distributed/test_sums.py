@@ -12,6 +12,7 @@ from torch import Tensor
 import weightstream.fabric.reduce as reduce_module
 from weightstream.blocks import Block, Parameter, cut
 from weightstream.cluster import Cluster
+from weightstream.fabric import coming
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
 from weightstream.fabric.reduction import BlockSum
@@ -105,7 +106,7 @@ def over_ranks(
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduce_module, "CHUNK", 320)
     monkeypatch.setattr(reduce_module, "AHEAD_ELEMENTS", 640)
-    monkeypatch.setattr(reduce_module, "POSTED", 3)
+    monkeypatch.setattr(coming, "POSTED", 3)
     monkeypatch.setattr(reduce_module, "BEGUN", 2)  # so that a block's units are begun in several turns
 
 

@@ -28,7 +28,7 @@ from unittest import mock
 
 from tests.store.cases import Wrapped
 
-from weightstream.store.tiers import Device
+from weightstream.store.device import Device
 
 SECTOR_BYTES = 512
 PAGE_BYTES = 4096

@@ -85,7 +85,7 @@ def test_one_name_at_any_call(
     say(f"power losses, one name {'lost' if lost else 'kept'}: {len(images)} with files of their own")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_whatever_survives(
     moments: list[Moment], overlapping_moments: list[Moment], digests: dict[int, str], data: st.DataObject

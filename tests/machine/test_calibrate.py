@@ -39,6 +39,8 @@ def test_everything_is_measured_and_nothing_stays(tmp_path: Path) -> None:
     assert profile.link is not None
     assert profile.codec is not None
     assert set(profile.codec.expand_s) == set(profile.codec.gather_s) == {1, 32}
+    assert (profile.codec.prepare_s is not None) == supports("native", (1, 1), torch.float32, torch.device("cpu"))
+    assert all(bool(one.prepared_speedups) == (one.kernel == "native") for one in profile.sparse)
     assert set(profile.contention.ranks) == {"2x1", "4x1"}
     assert {"forward", "backward", "turn", "update", "reduce", "load", "write", "begin"} <= set(
         profile.executor.operation_s

@@ -1,22 +1,26 @@
-"""What is measured while a machine was not at its best is measured again, for as long as there is patience."""
+"""What was measured while a machine was not at its best is measured again, for as long as there is patience."""
 
 from collections.abc import Iterator
 from itertools import count
 from unittest import mock
 
 import pytest
+import torch
 
 from weightstream.machine import steady
 from weightstream.machine.kernels import seconds
-from weightstream.machine.steady import Steadiness, steadily, watched
+from weightstream.machine.steady import Steadiness, watched
 
 FAST, SLOW = 1.0, 1.4
 
 
 @pytest.fixture(autouse=True)
-def no_pauses() -> Iterator[None]:
+def two_threads_and_no_pauses() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     with mock.patch.object(steady, "_PAUSE_S", 0.0):
         yield
+    torch.set_num_threads(before)
 
 
 def of(states: list[float], patience_s: float = 10.0) -> Steadiness:
@@ -24,18 +28,37 @@ def of(states: list[float], patience_s: float = 10.0) -> Steadiness:
     return Steadiness(patience_s, reference=iter(states).__next__)
 
 
-def test_what_was_disturbed_in_the_end_is_measured_again() -> None:
-    found = of([FAST, SLOW, SLOW, FAST, FAST])
-    measured = iter(["at first", "again"])
-    assert found.measured(lambda: next(measured)) == "again"
-    assert (found.looks, found.disturbed, found.times) == (5, 2, pytest.approx(SLOW))
-    assert found.share == pytest.approx(0.4)
+def looking(found: Steadiness, results: Iterator[str], looks: int) -> str:
+    for _ in range(looks):
+        found.look()
+    return next(results)
 
 
-def test_it_is_not_begun_before_the_machine_is_at_its_best() -> None:
-    found = of([FAST, FAST, SLOW, SLOW, FAST, FAST])
-    assert found.measured(lambda: found.looks) == 1
-    assert found.measured(lambda: found.looks) == 5
+def test_what_was_disturbed_is_measured_again() -> None:
+    found = of([FAST, SLOW, SLOW, SLOW, FAST, SLOW, FAST, FAST, FAST, FAST])
+    results = iter(["disturbed", "half", "quiet", "never"])
+    assert found.at_best(lambda: looking(found, results, 3)) == "quiet"
+    assert (found.looks, found.disturbed, found.times) == (9, 4, pytest.approx(SLOW))
+    assert found.share == pytest.approx(4 / 9)
+
+
+def test_without_patience_the_least_disturbed_counts() -> None:
+    found = of([FAST, SLOW, SLOW, FAST, FAST, SLOW, SLOW, SLOW, FAST], patience_s=1.5)
+    results = iter(["first", "best", "last"])
+    with mock.patch.object(steady.time, "perf_counter", side_effect=count(0.0, 1.0)):
+        assert found.at_best(lambda: looking(found, results, 3)) == "best"
+    assert found.patience_s == -0.5
+    with mock.patch.object(steady.time, "perf_counter", side_effect=count(0.0, 1.0)):
+        impatient = of([FAST, SLOW, SLOW], patience_s=0.0)
+        assert impatient.at_best(lambda: looking(impatient, iter(["as it is"]), 3)) == "as it is"
+
+
+def test_one_thread_meets_nobody() -> None:
+    torch.set_num_threads(1)
+    try:
+        assert of([]).look()
+    finally:
+        torch.set_num_threads(2)
 
 
 def test_what_is_best_is_learned() -> None:
@@ -43,31 +66,23 @@ def test_what_is_best_is_learned() -> None:
     assert [found.look() for _ in range(4)] == [True, True, True, False]
 
 
-def test_patience_ends() -> None:
-    found = of([FAST, *[SLOW] * 50], patience_s=0.05)
+def test_waiting_ends_with_the_disturbance_or_with_patience() -> None:
+    found = of([FAST, SLOW, SLOW, FAST])
     assert found.look()
+    assert found.wait()
+    assert found.looks == 4
+    found = of([FAST, *[SLOW] * 50], patience_s=0.05)
     with mock.patch.object(steady, "_PAUSE_S", 0.02):
-        assert found.measured(lambda: "as it is") == "as it is"
+        assert found.look()
+        assert not found.wait()
     assert found.patience_s <= 0
-    looks = found.looks
-    assert found.measured(lambda: "as it is") == "as it is"
-    assert found.looks == looks + 1, "nothing is waited for any more"
+    assert 3 <= found.looks < 10
 
 
-def test_measuring_in_vain_is_waiting() -> None:
-    found = of([FAST, SLOW, FAST, SLOW, FAST, SLOW, FAST], patience_s=10.5)
-    with mock.patch.object(steady.time, "perf_counter", side_effect=count(0.0, 5.0)):
-        found.measured(lambda: None)
-    assert found.patience_s <= 0
-    assert found.looks == 7
-
-
-def test_kernels_are_measured_so_where_somebody_watches() -> None:
-    found = of([FAST, FAST] * 3)
+def test_kernels_look_where_somebody_watches() -> None:
+    found = of([FAST])
     assert seconds(lambda: None) > 0
     assert found.looks == 0
     with watched(found):
         assert seconds(lambda: None) > 0
-    assert found.looks == 2
-    assert steadily(lambda: "nobody") == "nobody"
-    assert found.looks == 2
+    assert found.looks == 1

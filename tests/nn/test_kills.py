@@ -6,6 +6,7 @@ ends itself with SIGKILL before or after a call that was drawn beforehand, and s
 
 import ctypes
 import functools
+import gc
 import mmap
 import multiprocessing as mp
 import os
@@ -24,9 +25,9 @@ import torch.fx.experimental.symbolic_shapes  # which autograd imports in its fi
 from tests.nn.test_experts import engine, loss_fn, text
 
 from weightstream.keeping import Keeper
+from weightstream.store.device import Device
 from weightstream.store.manifest import Manifest
 from weightstream.store.store import Store
-from weightstream.store.tiers import Device
 from weightstream.touching import Touched
 
 STEPS = 24  # a process that is killed comes two steps further at most
@@ -112,6 +113,7 @@ def between(inner: Callable[..., Any], point: Callable[[int], None], number: int
 def killed_and_not(pipe: Connection, folder: Path, clip_norm: float | None, seed: int) -> None:
     """In a process of its own: one run, and one that is killed; what came of both."""
     torch.set_num_threads(1)
+    gc.freeze()  # forks open engines, which need not look through all that was imported, nor copy it
     code, whole = fork(lambda seen: train(folder / "whole", clip_norm, None, seen))
     assert code == 0
     drawn, kills = random.Random(seed), []

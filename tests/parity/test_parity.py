@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import weightstream as ws
 from weightstream.errors import PlanError
-from weightstream.schedule.planner import Facts, allot
+from weightstream.schedule.allotment import Facts, allot
 
 STEPS = 10
 AMPLE = 4 << 30

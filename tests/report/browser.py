@@ -1,4 +1,4 @@
-"""A page in a headless Chromium, spoken to over its DevTools pipe: what it logs, what it asks for, what it shows."""
+"""Pages in a headless Chromium, spoken to over its DevTools pipe: what they log, what they ask for, what they show."""
 
 import base64
 import json
@@ -34,7 +34,7 @@ def chromium() -> str:
 
 @dataclass
 class Browser:
-    """One page, and what came of it: errors and warnings of its console, and addresses that it asked for."""
+    """A browser, and what came of its present page: errors and warnings of the console, addresses that it asked for."""
 
     read: int
     write: int
@@ -55,7 +55,8 @@ class Browser:
             if found.get("id") == self._number:
                 assert "error" not in found, found
                 return found["result"]
-            self._note(found)
+            if found.get("sessionId") == self.session:
+                self._note(found)
 
     def _receive(self) -> Any:
         end = time.monotonic() + PATIENCE_S
@@ -100,8 +101,8 @@ class Browser:
 
 
 @contextmanager
-def opened(page: Path, folder: Path) -> Iterator[Browser]:
-    """A page in a new browser, whose own files go to a folder."""
+def started(folder: Path) -> Iterator[Browser]:
+    """A new browser for one page after another; its own files go to a folder."""
     program = chromium()
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
@@ -113,15 +114,8 @@ def opened(page: Path, folder: Path) -> Iterator[Browser]:
     )  # fmt: skip
     os.close(to_read)
     os.close(from_write)
-    browser = Browser(from_read, to_write)
     try:
-        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        browser.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            browser.call(f"{domain}.enable")
-        browser.call("Page.navigate", url=page.resolve().as_uri())
-        browser.until("document.readyState === 'complete' && location.protocol === 'file:'")
-        yield browser
+        yield Browser(from_read, to_write)
     finally:
         os.close(to_write)
         os.close(from_read)
@@ -131,3 +125,21 @@ def opened(page: Path, folder: Path) -> Iterator[Browser]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def opened(page: Path, browser: Browser) -> Iterator[None]:
+    """A page in a context of its own, which knows nothing of the pages before it; the browser speaks of it alone."""
+    context = browser.call("Target.createBrowserContext")["browserContextId"]
+    target = browser.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+    browser.errors, browser.asked = [], []
+    browser.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    try:
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            browser.call(f"{domain}.enable")
+        browser.call("Page.navigate", url=page.resolve().as_uri())
+        browser.until("document.readyState === 'complete' && location.protocol === 'file:'")
+        yield
+    finally:
+        browser.session = ""
+    browser.call("Target.disposeBrowserContext", browserContextId=context)

@@ -2,11 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.report.browser import opened
+from tests.report.browser import Browser, opened, started
 
 from weightstream.errors import ConfigError
 from weightstream.report.figures import Line, Section, Table, curve, page, timeline, utilisation
@@ -21,6 +21,12 @@ training: {steps: 40, micro_batches: 4, micro_batch_size: 2, sequence_length: 64
 engine: {device: cpu, device_memory: 256MiB, host_memory: 1073741824, precision: bf16}
 cluster: {workers: 1, memory: colocated}
 """
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with started(tmp_path_factory.mktemp("browser")) as found:
+        yield found
 
 
 def train_line(step: int, loss: float = 3.0, *, skipped: bool = False) -> str:
@@ -86,13 +92,15 @@ def skipped_steps(run: Path) -> None:
     [(whole, 9), (killed, 7), (one_step, 5), (before_its_first_step, 5), (skipped_steps, 5)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_page_draws_every_figure_without_an_error(made: Callable[[Path], None], figures: int, tmp_path: Path) -> None:
+def test_a_page_draws_every_figure_without_an_error(
+    made: Callable[[Path], None], figures: int, tmp_path: Path, browser: Browser
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     made(run)
     out = tmp_path / "page.html"
     write_report(run, out)
-    with opened(out, tmp_path) as browser:
+    with opened(out, browser):
         browser.until(DRAWN)
         assert browser.evaluate("document.querySelectorAll('.figure .main-svg').length") >= figures
         assert browser.evaluate("document.querySelectorAll('.figure').length") == figures
@@ -107,11 +115,11 @@ def test_a_page_draws_every_figure_without_an_error(made: Callable[[Path], None]
         assert browser.asked == [out.resolve().as_uri()]
 
 
-def test_the_browser_hears_what_goes_wrong(tmp_path: Path) -> None:
+def test_the_browser_hears_what_goes_wrong(tmp_path: Path, browser: Browser) -> None:
     """Else the test above could not fail."""
     out = tmp_path / "page.html"
     out.write_text("<html><script>console.error('one'); fetch('http://127.0.0.1:9/two'); none.three()</script></html>")
-    with opened(out, tmp_path) as browser:
+    with opened(out, browser):
         heard = {"error: ['one']": False, "none is not defined": False, "http://127.0.0.1:9/two": False}
         deadline = time.monotonic() + 20  # its events come when they come, in any order
         while not all(heard.values()) and time.monotonic() < deadline:
@@ -121,7 +129,7 @@ def test_the_browser_hears_what_goes_wrong(tmp_path: Path) -> None:
         assert heard == dict.fromkeys(heard, True), browser.errors
 
 
-def test_a_page_of_any_figures_is_drawn(tmp_path: Path) -> None:
+def test_a_page_of_any_figures_is_drawn(tmp_path: Path, browser: Browser) -> None:
     """As the pages of simulations are made."""
     lines = [Line("ideal", [1, 2, 4, 192], [1.0, 2.0, 4.0, 192.0], dash="dot"), Line("<b>", [1, 2], [1.0, None])]
     sections = [
@@ -134,7 +142,7 @@ def test_a_page_of_any_figures_is_drawn(tmp_path: Path) -> None:
     ]
     out = tmp_path / "page.html"
     out.write_text(page("Simulated </title>", sections, subtitle="& more"), encoding="utf-8")
-    with opened(out, tmp_path) as browser:
+    with opened(out, browser):
         browser.until(DRAWN)
         assert browser.evaluate("document.title") == "Simulated </title>"
         assert browser.evaluate("document.querySelectorAll('.figure').length") == 6

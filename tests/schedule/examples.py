@@ -5,9 +5,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from weightstream.schedule.allotment import Allotment, Facts, allot
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Schedule, Visit
-from weightstream.schedule.planner import Allotment, Facts, allot, build
+from weightstream.schedule.planner import build
 from weightstream.units import MIB
 
 KIB = 1 << 10

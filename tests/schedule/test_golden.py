@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tests.schedule.examples import block, chain, plan
 
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.operations import Visit
-from weightstream.schedule.planner import Allotment, Facts
 from weightstream.schedule.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.schedule.examples import KIB, block, chain, facts, smallest, tight_facts
 
 from weightstream.errors import PlanError
+from weightstream.schedule.allotment import Facts, allot, records_room
 from weightstream.schedule.cost import StepBytes, lower_bound
-from weightstream.schedule.planner import Facts, allot, records_room
 from weightstream.units import MIB, parse_bytes
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.schedule.examples import chain as chain_of
 
+from weightstream.schedule.allotment import Facts, allot, records_room
 from weightstream.schedule.cost import BlockFacts, lower_bound
-from weightstream.schedule.planner import Facts, allot, records_room
 from weightstream.schedule.residency import Candidate, most_saved
 
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 13])

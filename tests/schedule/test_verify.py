@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.schedule.examples import chain, plan, tight_facts
 
+from weightstream.schedule.allotment import Facts, allot
 from weightstream.schedule.operations import (
     Backward,
     Commit,
@@ -28,7 +29,7 @@ from weightstream.schedule.operations import (
     Write,
     describe,
 )
-from weightstream.schedule.planner import Facts, allot, build
+from weightstream.schedule.planner import build
 from weightstream.schedule.verify import IllegalScheduleError, verify
 
 

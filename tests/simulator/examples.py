@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.schedule.examples import facts, smallest
 
 from weightstream.cluster import Cluster
-from weightstream.schedule.planner import Allotment, Facts, allot
+from weightstream.schedule.allotment import Allotment, Facts, allot
 from weightstream.schedule.reduction import subtrees
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Disk, Hardware, Link

@@ -137,6 +137,7 @@ def test_this_machine_is_a_cluster_of_its_cores(command: Any, tmp_path: Path) ->
     assert "1 to 2 cores" in command(str(config), "--workers", "3", *told)[2]
 
 
+@pytest.mark.xdist_group("published figures")
 def test_published_figures_are_printed_though_one_is_not_met(command: Any) -> None:
     code, out, _ = command("--validate", "--json")
     rows = json.loads(out)["rows"]

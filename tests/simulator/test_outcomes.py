@@ -15,6 +15,7 @@ from weightstream.simulator.outcomes import Failures, curve, least_batch, one_fo
 from weightstream.simulator.published import FIGURES, GPT_J_ONE
 from weightstream.simulator.validation import calibrate_efficiency, validate
 
+PUBLISHED = pytest.mark.xdist_group("published figures")  # which a process computes once
 CLAIMS = Path(__file__).resolve().parents[2] / "docs" / "claims.md"
 
 
@@ -96,6 +97,7 @@ def test_the_efficiency_is_calibrated_on_one_row_alone() -> None:
     assert calibrate_efficiency() == pytest.approx(GPT_J_EFFICIENCY, rel=1e-3)
 
 
+@PUBLISHED
 def test_which_published_figures_are_met() -> None:
     rows = {row.figure.name: row for row in validate()}
     assert len(rows) == len(FIGURES)
@@ -134,6 +136,7 @@ def test_192_systems_and_a_thousand_blocks_are_as_many_operations_as_they_need()
 
 
 @pytest.mark.slow
+@PUBLISHED
 def test_the_page_of_claims_is_what_the_command_writes() -> None:
     assert CLAIMS.read_text(encoding="utf-8") == page(), (
         "write it anew: weightstream simulate --claims > docs/claims.md"

@@ -27,7 +27,7 @@ from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Disk, Hardware
 from weightstream.simulator.simulator import Simulation, _Run, _schedules, simulate
 
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NEARLY = 1 + 1e-9  # what rounding adds up to
 
 

@@ -11,8 +11,8 @@ from tests.simulator.examples import among, durations
 from weightstream.cluster import Cluster
 from weightstream.errors import PlanError
 from weightstream.fabric.together import SUMS_TRAVELLING
+from weightstream.schedule.allotment import Facts, allot
 from weightstream.schedule.cost import StepBytes, lower_bound
-from weightstream.schedule.planner import Facts, allot
 from weightstream.simulator.hardware import Disk, Hardware, Link
 from weightstream.simulator.simulator import Simulation, simulate
 from weightstream.store.tiers import URGENT_DEPTH

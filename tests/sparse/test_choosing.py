@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from weightstream.sparse.choosing import Curve, Piece, choose, crossover
+from weightstream.sparse.choosing import Curve, Piece, choose, crossover, speedup_of
 from weightstream.sparse.kernels import Kernel
 
 
@@ -32,6 +32,11 @@ def test_speedups_between_measured_densities() -> None:
     assert one.speedup(10**-1.5) == pytest.approx(10**1.5)
     assert one.speedup(0.0) == 100.0
     assert curve("gathered", 8.0, 4.0, densities=(0.01, 0.1)).speedup(0.2) == 0.0
+    assert one.prepared_speedup(10**-1.5) == one.speedup(10**-1.5)
+    apart = curve("native", 8.0, 4.0, densities=(0.01, 0.1), prepared_speedups=(20.0, 10.0))
+    assert apart.speedup(0.1) == 4.0
+    assert [apart.prepared_speedup(density) for density in (0.001, 0.1, 0.2)] == [20.0, 10.0, 10.0]
+    assert speedup_of([apart], "native", piece(0.2)) == 10.0
 
 
 @pytest.mark.parametrize(
@@ -68,3 +73,5 @@ def test_curves_that_are_none() -> None:
         curve("csr", 1.0, 1.0, 1.0, densities=(0.1, 0.01, 1.0))
     with pytest.raises(ValidationError, match="expected 3 speedups"):
         curve("csr", 1.0)
+    with pytest.raises(ValidationError, match="expected 3 speedups, one per density, found 2"):
+        curve("native", 3.0, 2.0, 1.0, prepared_speedups=(3.0, 2.0))

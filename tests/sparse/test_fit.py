@@ -1,12 +1,12 @@
 """`weightstream fit` on sparse layers, killed between two mask updates."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from tests.forks import Command
 
 import weightstream as ws
 from weightstream.cli import main
@@ -73,8 +73,9 @@ def test_killed_in_the_middle_of_schedules_it_ends_equal(
         )
     Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
     fit("whole", monkeypatch, capsys)
-    arguments = [sys.executable, "-c", KILLED, "fit", "config.yaml", "out=pieces"]
-    assert subprocess.run(arguments, capture_output=True, timeout=240, check=False).returncode == -9
+    killed = Command([sys.executable, "-c", KILLED, "fit", "config.yaml", "out=pieces"], tmp_path)
+    said = killed.communicate(timeout=240)
+    assert killed.returncode == -9, said
     assert "going on from step 3 of 6" in fit("pieces", monkeypatch, capsys)
     digests, kept = [], {}
     for name in ("whole", "pieces"):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from weightstream.blocks import Block, Parameter
+from weightstream.store.device import Device
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout
 from weightstream.store.optimizers import AdamW
@@ -25,7 +27,7 @@ from weightstream.store.recipes import Step
 from weightstream.store.segments import AlignedBuffer, RecordBuffer, part_tensors
 from weightstream.store.sparsity import SparsePiece, Sparsity
 from weightstream.store.store import Store
-from weightstream.store.tiers import Device, Disk
+from weightstream.store.tiers import Disk
 
 CHUNK_BYTES = 4096  # several chunks per part, even of these small records
 CONTRACT = {"seed": 3, "reduction_groups": 8, "shape": [1, 2]}
@@ -371,8 +373,18 @@ def abandon(store: Store) -> None:
     if isinstance(device, Mortal):
         device.writes_left = 0
     store.disk.close()
-    store.versions._committer.shutdown(wait=True)
+    store.versions.commits.close()
     store.memory.close()
     store.manifest.close()
     assert store._lock_handle is not None
     os.close(store._lock_handle)
+
+
+def trains_on(path: Path, said: Connection) -> None:
+    """A process that trains until it is killed, and says which steps are committed."""
+    store = reopen(path)
+    for value in range(store.step + 1, 100_000):
+        for index in TRAINED:
+            store.write(index, filled(store.layout(index), value + index), value, value)
+        store.commit(value, {"step": value}).result()
+        said.send(value)

@@ -177,7 +177,7 @@ class StoreContract:
     def test_whatever_overlaps_reads_see_the_version_of_their_time(self, tmp_path: Path) -> None:
         """Writes, reads, commits, undos and pins issued without ever waiting, on a device of uneven speed."""
         random = Random(7)
-        with make(tmp_path / "jittery", self.precision, Jittery(5, 0.004)) as jittery:
+        with make(tmp_path / "jittery", self.precision, Jittery(5, 0.001)) as jittery:
             self.pin(jittery)
             value = committed = 0
             reads = []

@@ -14,7 +14,7 @@ from weightstream.errors import WeightstreamError
 from weightstream.store.sparsity import InitialMask
 from weightstream.store.store import Store
 
-ANYTHING = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+ANYTHING = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 TABLES = ["meta", "blocks", "families", "records", "shared", "commits", "snapshots", "life"]
 PIECES = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=300)), min_size=1, max_size=6)
 

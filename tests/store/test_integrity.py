@@ -10,8 +10,8 @@ from tests.store.cases import assert_holds, filled, make, reopen, segment, step
 from tests.store.test_families import FEW
 
 from weightstream.errors import DamagedRecordError, StoreError
-from weightstream.store.manifest import _COLUMNS
 from weightstream.store.store import Store
+from weightstream.store.tables import COLUMNS
 
 
 def trained(path: Path) -> Store:
@@ -80,7 +80,7 @@ def test_a_thousand_flipped_bits_are_found(tmp_path: Path) -> None:
     assert any(file.parent.name == "000000" for file, _, _ in live)
     cells = [
         (table, column, key)
-        for table, columns in _COLUMNS.items()
+        for table, columns in COLUMNS.items()
         for key in manifest.execute(
             f"SELECT {columns[0]}, {'born' if table == 'records' else 0} FROM {table}"
         ).fetchall()
@@ -107,7 +107,7 @@ def _changed_cell_is_found(
     manifest: sqlite3.Connection, path: Path, draw: random.Random, table: str, column: str, key: tuple[object, int]
 ) -> bool | None:
     """Flips one bit of one value, as SQLite stores it, and puts it back; None where the table has no room for it."""
-    first = _COLUMNS[table][0]
+    first = COLUMNS[table][0]
     where = f"{first} = ?" + (" AND born = ?" if table == "records" else "")
     keys = list(key) if table == "records" else [key[0]]
     ((before,),) = manifest.execute(f"SELECT {column} FROM {table} WHERE {where}", keys).fetchall()

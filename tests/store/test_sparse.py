@@ -28,6 +28,7 @@ from tests.store.sparse_cases import (
 from weightstream.blocks import Parameter, Unit
 from weightstream.cluster import LASTING_VARIABLE
 from weightstream.errors import StoreError
+from weightstream.store.block_bytes import Largest
 from weightstream.store.difference import difference
 from weightstream.store.given import fill, masks_by_magnitude, masks_given, masks_of_zeros
 from weightstream.store.images import slab_image
@@ -35,7 +36,7 @@ from weightstream.store.initial import generate
 from weightstream.store.layout import record_layout
 from weightstream.store.masks import bits_from, bits_of, dense_of, put_bits
 from weightstream.store.optimizers import AdamW
-from weightstream.store.owned import Holding, Largest, WorkingBuffer
+from weightstream.store.owned import Holding, WorkingBuffer
 from weightstream.store.pull import pull
 from weightstream.store.push import push
 from weightstream.store.segments import RecordBuffer

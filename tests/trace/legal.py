@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf
 
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.operations import (
     Backward,
     Commit,
@@ -28,7 +29,6 @@ from weightstream.schedule.operations import (
     Write,
     describe,
 )
-from weightstream.schedule.planner import Allotment, Facts
 from weightstream.schedule.verify import verify
 
 OF_ONE_MICRO_BATCH = (Forward, Backward, Turn, Spill, Restore)

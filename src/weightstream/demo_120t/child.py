@@ -3,6 +3,7 @@
 It is forked from a server that has imported all it needs, since that takes longer than some steps of training.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -71,6 +72,7 @@ def _serve(pipe: Connection, function: str, arguments: tuple[Any, ...], settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     work = getattr(import_module(_TRAINING), function)
+    gc.freeze()  # what was imported is never garbage: collections, of which each engine does one, need not look through it
     try:
         pipe.send(("done", work(lambda kind, facts: pipe.send((kind, facts)), *arguments, **settings)))
     except Exception as error:

@@ -12,10 +12,11 @@ from weightstream.fabric.broadcast import Broadcast, Span
 from weightstream.fabric.heads import Head, layer_of
 from weightstream.fabric.links import Links
 from weightstream.fabric.peers import Arrival, Reduced
-from weightstream.fabric.reduce import CHUNK, Reduction, Sums, Total, UnitGradient, chunks_ahead
+from weightstream.fabric.reduce import CHUNK, Reduction, Total, chunks_ahead
 from weightstream.fabric.reduction import BlockSum
 from weightstream.fabric.staging import Staging
 from weightstream.fabric.trees import Node
+from weightstream.fabric.unit_sums import Sums, UnitGradient
 from weightstream.schedule.reduction import subtrees
 from weightstream.store.images import Image
 from weightstream.store.owned import Holding

@@ -2,13 +2,16 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 
 from weightstream.machine.kernels import Call, in_turn, seconds, significant
 from weightstream.machine.profile import CodecRates
 from weightstream.sparse.codec import Places, decoding_steps, encode_mask, expand, gather
 from weightstream.sparse.grid import Grid
+from weightstream.sparse.kernels import prepare, supports
 from weightstream.sparse.masks import Mask
+from weightstream.sparse.structure import Structure
 
 WIDTHS = (1, 32)
 _DENSITY = 0.1
@@ -38,8 +41,18 @@ def codec_rates(elements: int) -> CodecRates:
     found = seconds(lambda: Places.decoded(mask.grid, mask.count, data))
     return CodecRates(
         clear_bytes_per_s=significant(2 * rows * _COLUMNS / clear_s), expand_s=expanding, gather_s=gathering,
-        decode_s=significant(found / decoding_steps(mask.grid.cells, mask.count)),
+        decode_s=significant(found / decoding_steps(mask.grid.cells, mask.count)), prepare_s=_prepare_s(mask),
     )  # fmt: skip
+
+
+def _prepare_s(mask: Mask) -> float | None:
+    """Seconds of finding what the compiled kernel asks, for each non-zero."""
+    if not supports("native", mask.grid.block, torch.float32, torch.device("cpu")):
+        return None
+    positions = torch.from_numpy(np.flatnonzero(mask.cells).astype(np.int32))
+    shape = mask.grid.rows, mask.grid.columns
+    taken_s = seconds(lambda: prepare(Structure.at(positions, shape, mask.grid.block), "native"))
+    return significant(taken_s / mask.nonzeros)
 
 
 def _mask(rows: int, width: int, seed: int) -> Mask:

@@ -22,9 +22,8 @@ from weightstream.engine import Engine
 from weightstream.errors import ConfigError
 from weightstream.machine.kernels import significant
 from weightstream.machine.profile import Executor
-from weightstream.machine.steady import steadily
+from weightstream.machine.steady import look
 from weightstream.schedule.cost import BlockFacts
-from weightstream.steps import StepResult
 from weightstream.store.optimizers import AdamW
 from weightstream.training.memory import peak_rss_bytes, rss_bytes
 
@@ -120,14 +119,11 @@ def _measure(
     found: dict[str, list[float]] = {}
     begins, betweens = [], []
     with _engine(layer, folder, threads, width, in_memory=in_memory) as engine:
-
-        def stepped() -> StepResult:
-            return engine.step(micro_batches, _loss)
-
-        for _ in range(3):
-            stepped()
-        for _ in range(steps):
-            result = steadily(stepped)
+        for number in range(steps + 3):
+            look()
+            result = engine.step(micro_batches, _loss)
+            if number < 3:
+                continue
             counts = engine.runtime.outcome.counts
             for kind, taken in result.seconds.items():
                 if counts[kind]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightstream.machine.steady import steadily
+from weightstream.machine.steady import look
 
 aten = torch.ops.aten
 Call = Callable[[], Any]
@@ -36,12 +36,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def seconds(call: Call, *, repeats: int = 5, least_s: float = 1e-3) -> float:
-    """The median over `repeats` rounds of calls that last at least `least_s`, after one that does not count; of a machine at
-    its best, where that is watched."""
-    return steadily(lambda: _seconds(call, repeats, least_s))
-
-
-def _seconds(call: Call, repeats: int, least_s: float) -> float:
+    """The median over `repeats` rounds of calls that last at least `least_s`, after one that does not count."""
+    look()
     started = time.perf_counter()
     call()
     first = time.perf_counter() - started

@@ -81,6 +81,8 @@ class CodecRates(Section):
     """The same of a gradient, from its place."""
     decode_s: Positive
     """Per bit or gap of a mask, to find the places of what exists."""
+    prepare_s: Positive | None = None
+    """Per non-zero, to find from these places the rows and columns that the compiled kernel multiplies by; None without it."""
 
 
 class DiskRates(Section):

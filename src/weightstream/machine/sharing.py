@@ -17,7 +17,8 @@ from weightstream.errors import ConfigError
 from weightstream.fabric.broadcast import Broadcast, Span
 from weightstream.fabric.distributed import connect
 from weightstream.fabric.heads import Head
-from weightstream.fabric.reduce import Reduction, UnitGradient
+from weightstream.fabric.reduce import Reduction
+from weightstream.fabric.unit_sums import UnitGradient
 from weightstream.machine.kernels import KERNEL_ELEMENTS, product, significant
 from weightstream.machine.profile import LinkRates
 from weightstream.schedule.reduction import subtrees

@@ -22,8 +22,9 @@ _ELEMENTS, _CALLS, _ROUNDS = 100_000, 40, 5
 """The reference: kernels of ten microseconds, one after another, each shared by all threads; two milliseconds of them."""
 NOTICED = 1.15
 """So many times the least that the reference ever took, and it is not the same machine."""
+FEW = 0.2
+"""The part of many measurements that may be disturbed: their medians hardly notice."""
 _PAUSE_S = 0.3
-"""Without work for so long, a host finds other places."""
 
 
 @dataclass(slots=True)
@@ -53,8 +54,10 @@ class Steadiness:
         return self._most
 
     def look(self) -> bool:
-        """Whether the machine is at its best now, as far as that is known."""
+        """Whether the machine is at its best now, as far as that is known; one thread meets nobody."""
         threads = torch.get_num_threads()
+        if threads == 1:
+            return True
         taken_s = (self.reference or _reference_s)()
         least_s = self._least_s[threads] = min(taken_s, self._least_s.get(threads, taken_s))
         self.looks += 1
@@ -75,18 +78,19 @@ class Steadiness:
             started = time.perf_counter()
         return True
 
-    def measured(self, measure: Callable[[], T]) -> T:
-        """What comes of a measurement with the machine at its best from beginning to end.
-
-        Where patience is used up, of the last one. What is measured in vain counts as waiting.
-        """
+    def at_best(self, measure: Callable[[], T]) -> T:
+        """What comes of many measurements that look, each, before they begin (`look`): all of them again, while patience
+        lasts, where more than a few found the machine disturbed; of those the least disturbed."""
+        found: list[tuple[float, T]] = []
         while True:
-            steady = self.wait()
-            started = time.perf_counter()
-            found = measure()
-            if not steady or self.patience_s <= 0 or self.look():
-                return found
-            self.patience_s -= time.perf_counter() - started
+            looks, disturbed, started = self.looks, self.disturbed, time.perf_counter()
+            result = measure()
+            share = (self.disturbed - disturbed) / max(1, self.looks - looks)
+            found.append((share, result))
+            if found[1:]:  # the first time is no waiting
+                self.patience_s -= time.perf_counter() - started
+            if share <= FEW or self.patience_s <= 0:
+                return min(found, key=lambda each: each[0])[1]
 
 
 def _reference_s() -> float:
@@ -104,7 +108,7 @@ _NOW: ContextVar[Steadiness | None] = ContextVar("steadiness", default=None)
 
 @contextmanager
 def watched(steadiness: Steadiness) -> Iterator[None]:
-    """What is measured within waits for the machine."""
+    """What is measured within looks first."""
     token = _NOW.set(steadiness)
     try:
         yield
@@ -112,7 +116,8 @@ def watched(steadiness: Steadiness) -> Iterator[None]:
         _NOW.reset(token)
 
 
-def steadily(measure: Callable[[], T]) -> T:
-    """`Steadiness.measured`, where somebody watches."""
+def look() -> None:
+    """Before something is measured: `Steadiness.look`, where somebody watches."""
     steadiness = _NOW.get()
-    return measure() if steadiness is None else steadiness.measured(measure)
+    if steadiness is not None:
+        steadiness.look()

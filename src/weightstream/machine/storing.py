@@ -14,9 +14,10 @@ from weightstream.fabric.reduction import BlockSum, add_squares
 from weightstream.machine.kernels import DTYPES, Call, in_turn, name_of, product, seconds, significant
 from weightstream.machine.profile import DiskRates
 from weightstream.store.checksums import checksums
+from weightstream.store.device import Device
 from weightstream.store.optimizers import SGD, Adafactor, AdamW, Lion, Optimizer
 from weightstream.store.segments import AlignedBuffer
-from weightstream.store.tiers import CHUNK_BYTES, Device, Disk
+from weightstream.store.tiers import CHUNK_BYTES, Disk
 
 OPTIMIZERS: tuple[Optimizer, ...] = (AdamW(), SGD(), Lion(), Adafactor())
 _ROWS = 1024

@@ -20,8 +20,8 @@ class BlockFacts:
     Of a block with sparse parameters `compressed_bytes` are what moves on links and from disk, lands beside its slab and is
     kept in RAM, and `places_bytes` say where its non-zeros are while it is in a slab; `kept_places_bytes` are those of them
     that may be kept from one fetch to the next, `decoding_steps` how many bits or gaps of its masks are gone through to find
-    them anew; `masks_bytes` are what a change of its masks needs. A dense one has none of these: what moves is what lies in
-    the slab.
+    them anew, with as many as take as long as finding what kernels ask of them; `masks_bytes` are what a change of its masks
+    needs. A dense one has none of these: what moves is what lies in the slab.
     """
 
     index: int

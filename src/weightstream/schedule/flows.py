@@ -5,9 +5,10 @@ Counted once more, from the operations themselves: neither executor is asked, an
 
 from dataclasses import dataclass, field
 
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.cost import BlockFacts, StepBytes, lower_bound
 from weightstream.schedule.operations import Fetch, Load, Reduce, Restore, Schedule, Spill, Update, Write
-from weightstream.schedule.planner import Allotment, Facts, build
+from weightstream.schedule.planner import build
 
 _SETTLED = 3
 

@@ -8,6 +8,7 @@ does not hold is named together with what it needed.
 from collections import Counter
 from typing import assert_never
 
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.operations import (
     Backward,
     Commit,
@@ -25,7 +26,6 @@ from weightstream.schedule.operations import (
     Write,
     describe,
 )
-from weightstream.schedule.planner import Allotment, Facts
 
 
 class IllegalScheduleError(Exception):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from weightstream.cluster import Cluster
 from weightstream.errors import PlanError
-from weightstream.schedule.planner import Activations
+from weightstream.schedule.allotment import Activations
 from weightstream.simulator.hardware import Disk, Hardware, Link
 from weightstream.simulator.models import known
 from weightstream.units import format_bytes

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from weightstream.errors import PlanError
+from weightstream.schedule.allotment import RESTORE_AHEAD, Allotment, Facts, Tier, allot
 from weightstream.schedule.cost import BlockFacts
 from weightstream.schedule.operations import Visit
-from weightstream.schedule.planner import RESTORE_AHEAD, Allotment, Facts, Tier, allot
 from weightstream.simulator.clusters import ClusterPreset
 from weightstream.simulator.durations import Durations
 from weightstream.simulator.hardware import Hardware

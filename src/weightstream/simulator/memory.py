@@ -1,6 +1,6 @@
 """What one rank holds in memory while it works, counted as the plan counts it."""
 
-from weightstream.schedule.planner import Allotment, Facts, buffers_bytes
+from weightstream.schedule.allotment import Allotment, Facts, buffers_bytes
 
 
 class Memory:

@@ -10,6 +10,7 @@ from typing import assert_never
 
 import simpy
 
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.operations import (
     Backward,
     Commit,
@@ -26,7 +27,6 @@ from weightstream.schedule.operations import (
     Update,
     Write,
 )
-from weightstream.schedule.planner import Allotment, Facts
 from weightstream.simulator.durations import Durations, ExpertWork
 from weightstream.simulator.hardware import Hardware
 from weightstream.simulator.machine import RECORDS, URGENT, WRITES, Fabric, Host, Work, until

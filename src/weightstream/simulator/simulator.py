@@ -15,8 +15,9 @@ from operator import attrgetter
 import simpy
 
 from weightstream.errors import PlanError
+from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.operations import Commit, Fetch, Load, Operation, Reduce, Schedule, Update, Write, describe
-from weightstream.schedule.planner import Allotment, Facts, build
+from weightstream.schedule.planner import build
 from weightstream.schedule.reduction import subtrees
 from weightstream.schedule.verify import verify
 from weightstream.simulator.durations import Durations

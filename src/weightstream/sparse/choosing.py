@@ -34,13 +34,17 @@ class Curve(Section):
     densities: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(min_length=1)
     """Ascending."""
     speedups: tuple[Positive, ...]
+    """Where it finds out at each fetch where the non-zeros are, one after the other with the product."""
+    prepared_speedups: tuple[Positive, ...] = ()
+    """Where that is known, or found beside what is computed; none for kernels that find it out as they multiply."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if any(one >= other for one, other in pairwise(self.densities)):
             raise ValueError(f"expected densities in ascending order, found {list(self.densities)}")
-        if len(self.speedups) != len(self.densities):
-            raise ValueError(f"expected {len(self.densities)} speedups, one per density, found {len(self.speedups)}")
+        for each in (self.speedups, self.prepared_speedups or self.speedups):
+            if len(each) != len(self.densities):
+                raise ValueError(f"expected {len(self.densities)} speedups, one per density, found {len(each)}")
         return self
 
     @property
@@ -50,14 +54,20 @@ class Curve(Section):
 
     def speedup(self, density: float) -> float:
         """Between measured densities on logarithmic scales; thinner than measured counts as the thinnest, denser as lost."""
-        if density > self.densities[-1]:
-            return 0.0
-        if density <= self.densities[0]:
-            return self.speedups[0]
-        points = pairwise(zip(self.densities, self.speedups, strict=True))
-        (d0, s0), (d1, s1) = next((one, other) for one, other in points if density <= other[0])
-        part = math.log(density / d0) / math.log(d1 / d0)
-        return s0 * (s1 / s0) ** part
+        return 0.0 if density > self.densities[-1] else _between(self.densities, self.speedups, density)
+
+    def prepared_speedup(self, density: float) -> float:
+        """The same of what was prepared, where that was measured; denser than measured counts as the densest."""
+        return _between(self.densities, self.prepared_speedups or self.speedups, density)
+
+
+def _between(densities: Sequence[float], speedups: Sequence[float], density: float) -> float:
+    points = list(zip(densities, speedups, strict=True))
+    if density <= densities[0] or density >= densities[-1]:
+        return points[0 if density <= densities[0] else -1][1]
+    (d0, s0), (d1, s1) = next((one, other) for one, other in pairwise(points) if density <= other[0])
+    part = math.log(density / d0) / math.log(d1 / d0)
+    return s0 * (s1 / s0) ** part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,12 +112,12 @@ def choose(curves: Sequence[Curve], piece: Piece) -> Kernel | Literal["dense"]:
 
 
 def speedup_of(curves: Sequence[Curve], kernel: Kernel, piece: Piece) -> float | None:
-    """How many times faster than the dense product one kernel is, by the nearest of its curves; None if none is like it."""
+    """How many times faster than the dense product one kernel is that was prepared, by the nearest of its curves; None if none
+    is like it."""
     fitting = [curve for curve in curves if curve.kernel == kernel and _fits(curve, piece)]
     if not fitting:
         return None
-    nearest = min(fitting, key=lambda curve: _distance(curve, piece))
-    return nearest.speedup(piece.density) or nearest.speedups[-1]
+    return min(fitting, key=lambda curve: _distance(curve, piece)).prepared_speedup(piece.density)
 
 
 def _fits(curve: Curve, piece: Piece) -> bool:

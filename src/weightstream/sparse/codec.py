@@ -88,6 +88,18 @@ def decode_mask(grid: Grid, count: int, data: NDArray[np.uint8]) -> Mask:
     return mask
 
 
+def decode_cells(grid: Grid, count: int, data: NDArray[np.uint8]) -> Indices:
+    """The numbers of the cells that exist in the mask that `encode_mask` wrote, in order.
+
+    Raises:
+        DamagedRecordError: bytes that are no mask of `count` cells.
+    """
+    form, nbytes = mask_form(grid.cells, count)
+    if form == "full" or data.nbytes != nbytes:
+        return np.flatnonzero(decode_mask(grid, count, data).cells).astype(index_type(grid.cells), copy=False)
+    return _existing(data, form, grid.cells, count)
+
+
 def decoding_steps(cells: int, count: int) -> int:
     """What finding the existing cells of a mask takes, in steps through its bits or gaps."""
     form, nbytes = mask_form(cells, count)
@@ -185,10 +197,9 @@ class Places:
         Raises:
             DamagedRecordError: bytes that are no mask of `count` cells.
         """
-        form, nbytes = mask_form(grid.cells, count)
-        if form == "full" or grid.block[0] > 1 or data.nbytes != nbytes:
+        if grid.block[0] > 1:
             return Places.of(decode_mask(grid, count, data))
-        return _places(_existing(data, form, grid.cells, count), grid)
+        return _places(decode_cells(grid, count, data), grid)
 
     @staticmethod
     def nbytes_of(grid: Grid, count: int) -> int:

@@ -99,6 +99,24 @@ def multiply(x: Tensor, values: Tensor, bias: Tensor | None, structure: Structur
     return y.view(*x.shape[:-1], rows)
 
 
+def prepare(structure: Structure, kernel: Kernel) -> None:
+    """Finds now what products by a kernel ask of a structure, as far as one thread of the CPU can: that of `native`. Of others
+    the first product finds it."""
+    if kernel == "native":
+        native.prepare(structure)
+
+
+def prepared_bytes(shape: tuple[int, int], block: tuple[int, int], nonzeros: int, kernel: Kernel) -> int | None:
+    """What a structure of so many non-zeros takes that is prepared for a kernel, exactly; None where that depends on where they
+    are."""
+    return native.lines_bytes(shape, block, nonzeros) if kernel == "native" else None
+
+
+def held_bytes(structure: Structure) -> int:
+    """What a structure takes that was prepared; 0 if it was not."""
+    return native.held_bytes(structure)
+
+
 class _Product(torch.autograd.Function):
     """x (tokens × columns) times the transposed W; both are saved as they are, so that weights in slabs stay there."""
 
@@ -289,4 +307,4 @@ _WEIGHT_GRADIENT: dict[Kernel, _Call] = {
     "csr": _csr_weight_gradient,
 }
 
-__all__ = ["KERNELS", "Kernel", "multiply", "obstacle", "supports"]
+__all__ = ["KERNELS", "Kernel", "held_bytes", "multiply", "obstacle", "prepare", "prepared_bytes", "supports"]

@@ -10,10 +10,12 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from weightstream.errors import ConfigError
+from weightstream.sparse.codec import Indices, index_type
 
 Block = tuple[int, int]
 
@@ -44,10 +46,11 @@ class Compressed:
 class Structure:
     """The blocks of a (rows × columns) matrix that are there; elements are blocks of 1×1.
 
-    `prepared` is for what a kernel finds out about it once.
+    It is known by its blocks row by row: `row_starts` (rows / a + 1,), and `columns` (count,), the block columns, ascending
+    within each row. `prepared` is for what a kernel finds out about it once.
 
     Args:
-        kept: which blocks are there, bool, (rows / a) × (columns / b); nobody changes it.
+        kept: which blocks are there, bool, (rows / a) × (columns / b).
         block: a×b.
         device: where products are computed.
 
@@ -61,12 +64,7 @@ class Structure:
                 f"mask of blocks {block[0]}×{block[1]}: expected one bool per block in two dimensions, found {kept.dtype} "
                 f"of shape {tuple(kept.shape)}; give `mask.view(rows // {block[0]}, -1)` as bool"
             )
-        self.block, self.device = block, torch.device(device)
-        self.shape = (kept.shape[0] * block[0], kept.shape[1] * block[1])
-        self._grid = (kept.shape[0], kept.shape[1])
-        self.kept = kept.cpu().contiguous()
-        self.count = int(torch.count_nonzero(self.kept))
-        self.prepared: dict[str, Any] = {}
+        self._found_at(np.flatnonzero(kept.cpu().numpy()), (kept.shape[0], kept.shape[1]), block, device)
 
     @classmethod
     def at(cls, positions: Tensor, shape: tuple[int, int], block: Block, device: torch.device | str = "cpu") -> Self:
@@ -79,12 +77,26 @@ class Structure:
         if (grid[0] * block[0], grid[1] * block[1]) != shape:
             raise ConfigError(f"blocks of {block[0]}×{block[1]} do not divide a matrix of {shape[0]}×{shape[1]}")
         total = grid[0] * grid[1]
-        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < total:
-            found = f"{int(positions.min())} to {int(positions.max())}"
+        numbers = positions.cpu().numpy()
+        if numbers.size and not 0 <= numbers[0] <= numbers[-1] < total:
+            found = f"{numbers[0]} to {numbers[-1]}"
             raise ConfigError(f"mask of {total} blocks: expected numbers of 0 to {total - 1}, found {found}")
-        kept = torch.zeros(total, dtype=torch.bool)
-        kept[positions.to("cpu", torch.long)] = True
-        return cls(kept.view(grid), block, device)
+        one = cls.__new__(cls)
+        one._found_at(numbers, grid, block, device)
+        return one
+
+    def _found_at(self, numbers: Indices, grid: tuple[int, int], block: Block, device: torch.device | str) -> None:
+        """From ascending numbers of blocks; by one thread, whatever thread that is."""
+        self.block, self.device = block, torch.device(device)
+        self.shape = (grid[0] * block[0], grid[1] * block[1])
+        self._grid, self.count = grid, numbers.size
+        numbers = numbers.astype(index_type(grid[0] * grid[1]), copy=False)
+        firsts = np.arange(grid[0] + 1, dtype=numbers.dtype) * grid[1]
+        starts = np.searchsorted(numbers, firsts)
+        columns = numbers - np.repeat(firsts[:-1], np.diff(starts))
+        self.row_starts = torch.from_numpy(starts.astype(index_type(self.count), copy=False))
+        self.columns = torch.from_numpy(columns.astype(index_type(grid[1]), copy=False))
+        self.prepared: dict[str, Any] = {}
 
     def __str__(self) -> str:
         (rows, columns), (a, b) = self.shape, self.block
@@ -93,8 +105,8 @@ class Structure:
     @cached_property
     def _where(self) -> tuple[Tensor, Tensor]:
         """Rows and columns of the blocks, row-major, each (count,)."""
-        row, column = self.kept.nonzero(as_tuple=True)
-        return row, column
+        counts = self.row_starts.diff()
+        return torch.arange(self._grid[0]).repeat_interleave(counts), self.columns.long()
 
     @property
     def _row(self) -> Tensor:
@@ -195,9 +207,15 @@ class Structure:
             return self
         return Structure(self.mask(), (1, 1), self.device)
 
+    def kept(self) -> Tensor:
+        """One bool per block, in two dimensions, on the CPU."""
+        kept = torch.zeros(self._grid, dtype=torch.bool)
+        kept[self._where] = True
+        return kept
+
     def mask(self) -> Tensor:
         """One bool per element, of the dense shape, on the CPU."""
-        return self.kept.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
+        return self.kept().repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
 
 
 def portions(total: int, at_once: int) -> Sequence[slice]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from weightstream.store.arena import Arena
 from weightstream.store.families import Family
 from weightstream.store.layout import DTYPE_NAMES, MASK, RecordLayout
-from weightstream.store.manifest import RecordRow
 from weightstream.store.many import read_entries
 from weightstream.store.masks import bits_of, dense_of, expanded
 from weightstream.store.records import Entry, Record
+from weightstream.store.rows import RecordRow
 from weightstream.store.segments import RecordBuffer, bytes_of
 from weightstream.store.whole import Reader
 

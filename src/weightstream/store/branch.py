@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from weightstream.errors import StoreError
 from weightstream.store import directory
+from weightstream.store.directory import SHARED
 from weightstream.store.manifest import Manifest
-from weightstream.store.shared import SHARED
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from weightstream.errors import ConfigError, DamagedRecordError, StoreError
 from weightstream.store.layout import Part
-from weightstream.store.manifest import Move, RecordRow, SharedRow
 from weightstream.store.records import Entry
+from weightstream.store.rows import Move, RecordRow, SharedRow
 from weightstream.store.segments import AlignedBuffer
 from weightstream.store.shared import Batch
 from weightstream.store.tiers import Extent

@@ -15,13 +15,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
+from weightstream.store.device import Device
 from weightstream.store.families import Layouts
-from weightstream.store.manifest import RecordRow
 from weightstream.store.records import FILES_PER_RECORD, Record, slot_of
-from weightstream.store.shared import SHARED
+from weightstream.store.rows import RecordRow
 
 MANIFEST = "manifest.sqlite"
 SEGMENTS = "segments"
+SHARED = "shared"
 SCRATCH = "scratch"
 LOCK = "lock"
 WORKERS = "workers"
@@ -101,6 +102,31 @@ def make_place(path: Path, place: Path, folder: str) -> None:
         raise StoreError(
             f"store '{path}' cannot be written on this host: {error.strerror}; see to the path and its permissions"
         ) from error
+
+
+def sync_place(path: Path, device: Device) -> None:
+    """The names of a memory rank's own directories are on the medium, before anything in them matters."""
+    try:
+        for folder in (path, path / SEGMENTS):
+            device.sync_directory(folder)
+        _sync_names_above(path, device)
+    except OSError as error:
+        raise StoreError(
+            f"store '{path}' cannot be written on this host: {error.strerror}; make room, or see to the path and its "
+            "permissions"
+        ) from error
+
+
+def _sync_names_above(path: Path, device: Device) -> None:
+    """The name of a new store is on the medium, and those of directories above that may be as new as the store: a power
+    loss could else take it whole, commits and all."""
+    for parent in path.absolute().parents:
+        try:
+            device.sync_directory(parent)
+        except OSError:  # not ours to open, or of a file system without this: nobody made it just now
+            if parent == path.absolute().parent:
+                raise
+            return
 
 
 def lock(path: Path) -> int:

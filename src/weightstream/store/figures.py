@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.store import directory
-from weightstream.store.manifest import LifeRow
-from weightstream.store.shared import SHARED
+from weightstream.store.directory import SHARED
+from weightstream.store.rows import LifeRow
 from weightstream.store.tiers import Traffic
 from weightstream.units import format_bytes, format_count, format_seconds
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
 from weightstream.store import directory
-from weightstream.store.manifest import CommitRow, RecordRow
 from weightstream.store.many import extents_of
 from weightstream.store.records import Entry
+from weightstream.store.rows import CommitRow, RecordRow
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.store import Store
 

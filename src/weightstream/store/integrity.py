@@ -16,9 +16,9 @@ from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store.audit import largest_record
 from weightstream.store.directory import SEGMENTS
 from weightstream.store.layout import MASK
-from weightstream.store.manifest import RecordRow, SharedRow
 from weightstream.store.masks import bits_of
 from weightstream.store.records import Entry, slot_of
+from weightstream.store.rows import RecordRow, SharedRow
 from weightstream.store.segments import AlignedBuffer, RecordBuffer
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from weightstream.errors import StoreError
 from weightstream.store.futures import gather, new_future, settle
 from weightstream.store.layout import Part, RecordLayout
-from weightstream.store.manifest import RecordRow
 from weightstream.store.records import Entry, Record
+from weightstream.store.rows import RecordRow
 from weightstream.store.segments import RecordBuffer
 from weightstream.store.tiers import Extent
 
@@ -41,7 +41,7 @@ def write_many(versions: "Versions", records: Sequence[Writing]) -> "Future[None
     written: dict[str, list[tuple[Entry, RecordLayout, RecordBuffer]]] = defaultdict(list)
     latest: dict[int, int] = {}
     with versions.shared.lock:
-        versions.check_usable()
+        versions.commits.check_usable()
         states = _states(versions, [index for index, _, _, _, _ in records])
         entries = []
         for index, record, version, steps, sums in records:

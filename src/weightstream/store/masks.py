@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weightstream.sparse.codec import Places, decode_mask, encode_mask
+from weightstream.sparse.codec import Indices, Places, decode_cells, decode_mask, encode_mask
 from weightstream.sparse.grid import Grid
 from weightstream.sparse.masks import Bools, Mask, random_mask, some_and_every
 from weightstream.store.layout import TensorSpec
@@ -50,6 +50,15 @@ def places_of(spec: TensorSpec, mask: Tensor) -> Places:
         DamagedRecordError: it is no mask with the number of ones that its version has.
     """
     return Places.decoded(grid_of(spec), spec.sparse[0].ones, mask.numpy())
+
+
+def cells_of(spec: TensorSpec, mask: Tensor) -> Indices:
+    """The numbers of the cells of a sparse piece that exist, in order, from the mask's tensor in its record.
+
+    Raises:
+        DamagedRecordError: it is no mask with the number of ones that its version has.
+    """
+    return decode_cells(grid_of(spec), spec.sparse[0].ones, mask.numpy())
 
 
 def put_bits(spec: TensorSpec, bits: Bools, mask: Tensor) -> None:

@@ -11,14 +11,16 @@ steps, or is new) takes a copy of it. So a store opens with any number of ranks;
 
 import base64
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weightstream.errors import StoreError
 from weightstream.store import directory
-from weightstream.store.manifest import CommitRow, Manifest
+from weightstream.store.device import Device
+from weightstream.store.manifest import Manifest
+from weightstream.store.rows import CommitRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,16 @@ class Members:
                 raise StoreError(f"memory rank {rank}: {reason}")
         return [told for _, told in found]
 
+    def check(self, reasons: Sequence[str | None]) -> None:
+        """Refuses for all what one of the ranks could not do.
+
+        Raises:
+            StoreError: what the first such rank met.
+        """
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise StoreError(f"memory rank {rank}: {reason}" if rank != self.rank else reason)
+
     @property
     def folder(self) -> str:
         """Where its segments are, below those of rank 0."""
@@ -55,6 +67,21 @@ class Members:
 
 
 ALONE = Members()
+
+
+class Noted:
+    """Notes a refusal instead of raising it: the other ranks must hear of it first."""
+
+    reason: str | None = None
+
+    def __enter__(self) -> "Noted":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, StoreError):
+            self.reason = str(error)
+            return True
+        return False
 
 
 def folder_of(rank: int) -> str:
@@ -65,6 +92,38 @@ def folder_of(rank: int) -> str:
 def place_of(path: Path, rank: int) -> Path:
     """The directory of a rank's manifest, lock and scratch."""
     return path / f"memory-{rank}" if rank else path
+
+
+def first_look(path: Path, place: Path, members: Members, *, writable: bool) -> tuple[int | None, Manifest | None]:
+    """The lock, and the manifest if this rank has one; where one of several ranks is refused, all of them are."""
+    handle: int | None = None
+    manifest: Manifest | None = None
+    refused: StoreError | None = None
+    try:
+        if members.rank == 0:
+            directory.require_store(path)
+        else:
+            directory.make_place(path, place, members.folder)
+            directory.sync_place(path, Device())
+        handle = directory.lock(place) if writable else None
+        file = place / directory.MANIFEST
+        manifest = Manifest.open(file, writable=writable) if members.rank == 0 or file.is_file() else None
+    except StoreError as error:
+        refused = error
+    reasons = [None if refused is None else str(refused)] if members.count == 1 else None
+    try:
+        if reasons is None:
+            reasons = members.exchange(None if refused is None else str(refused))
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is not None:
+            raise refused if refused is not None else StoreError(reason)
+    except BaseException:
+        if manifest is not None:
+            manifest.close()
+        if handle is not None:
+            directory.unlock(handle)
+        raise
+    return handle, manifest
 
 
 def common_commit(path: Path, manifest: Manifest | None, members: Members) -> CommitRow:

@@ -16,15 +16,17 @@ import xxhash
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store import directory
 from weightstream.store.checksums import checksums
+from weightstream.store.directory import SHARED
 from weightstream.store.facts import masks_of, units_of
 from weightstream.store.families import Family, Layouts
-from weightstream.store.manifest import Manifest, RecordRow, SharedRow
+from weightstream.store.manifest import Manifest
 from weightstream.store.many import extents_of
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.pushed import FILES, Index, PushedFile, PushedRecord, newest
 from weightstream.store.records import Entry, file_name
+from weightstream.store.rows import RecordRow, SharedRow
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.shared import SHARED, WholeFile, whole_files
+from weightstream.store.shared import WholeFile, whole_files
 from weightstream.store.target import Counted, MissingObjectError, Place, Say, Target
 from weightstream.store.tiers import Disk
 from weightstream.units import format_bytes

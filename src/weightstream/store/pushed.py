@@ -20,7 +20,7 @@ import xxhash
 
 from weightstream.errors import DamagedRecordError, StoreError
 from weightstream.store.facts import SPARSE
-from weightstream.store.manifest import CommitRow, RecordRow
+from weightstream.store.rows import CommitRow, RecordRow
 from weightstream.store.sparsity import DENSE, Sparsity, sparsity_from_json, sparsity_to_json
 from weightstream.store.target import PARTIAL, MissingObjectError, Target
 

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from weightstream.store.futures import NOW
-from weightstream.store.manifest import RecordRow
+from weightstream.store.rows import RecordRow
 from weightstream.store.segments import AlignedBuffer
 from weightstream.store.sparsity import DENSE, Sparsity
 

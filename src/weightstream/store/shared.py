@@ -26,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 from weightstream.errors import StoreError
+from weightstream.store.directory import SHARED
 from weightstream.store.futures import chain, done, gather, new_future
 from weightstream.store.layout import ALIGN_PART, RecordLayout, shared_header
-from weightstream.store.manifest import Manifest, SharedRow
+from weightstream.store.manifest import Manifest
 from weightstream.store.members import ALONE, Members, folder_of
 from weightstream.store.records import Entry
+from weightstream.store.rows import SharedRow
 from weightstream.store.segments import AlignedBuffer
 from weightstream.store.tiers import Disk
 from weightstream.units import align
 
 log = logging.getLogger("weightstream.store")
 
-SHARED = "shared"
 FILES_PER_FOLDER = 1024
 FILE_BYTES = 256 << 20
 """A file that is as long is followed by another one: what is freed as a whole should not be too much at a time."""

@@ -29,15 +29,15 @@ from weightstream.store.facts import block_rows, blocks_of, masks_of, units_of
 from weightstream.store.families import Family, Layouts, Recipes
 from weightstream.store.initial import Recipe
 from weightstream.store.layout import Precision, RecordLayout
-from weightstream.store.manifest import CommitRow, Manifest, RecordRow
-from weightstream.store.members import ALONE, Members, common_commit, folder_of, level, place_of
+from weightstream.store.manifest import Manifest
+from weightstream.store.members import ALONE, Members, common_commit, first_look, folder_of, level, place_of
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.records import Record, Records
+from weightstream.store.rows import CommitRow, RecordRow
 from weightstream.store.scratch import Scratch
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.shared import SHARED
 from weightstream.store.sparsity import InitialMask, Sparsity
-from weightstream.store.tiers import Device, Disk, Memory
+from weightstream.store.tiers import Disk, Memory
 from weightstream.store.transaction import Tensors, Transaction, tensors_of
 from weightstream.store.versions import Versions
 from weightstream.trace.recorder import Log
@@ -172,8 +172,8 @@ class Store:
                 "record_bytes": sum(layout.image_nbytes for layout in layouts.units),
             }
             if families:
-                (store_path / directory.SEGMENTS / SHARED).mkdir()
-            _sync_place(store_path, disk.device)
+                (store_path / directory.SEGMENTS / directory.SHARED).mkdir()
+            directory.sync_place(store_path, disk.device)
             Manifest.create(store_path / directory.MANIFEST, meta=meta, blocks=facts, families=layouts.family_rows())
             manifest = Manifest.open(store_path / directory.MANIFEST, writable=True)
             store = cls(store_path, manifest, disk, lock_handle)
@@ -216,7 +216,7 @@ class Store:
         place = place_of(store_path, members.rank)
         lock_handle: int | None = None
         try:
-            lock_handle, manifest = _first_look(store_path, place, members, writable=writable)
+            lock_handle, manifest = first_look(store_path, place, members, writable=writable)
             try:
                 common = None
                 if members.count > 1 or (manifest is not None and manifest.last_commit().ranks > 1):
@@ -259,12 +259,12 @@ class Store:
     @property
     def step(self) -> int:
         """The training step of the last commit; 0 in a new store."""
-        return self.versions.step
+        return self.versions.commits.step
 
     @property
     def progress(self) -> dict[str, Any]:
         """What the caller kept with the last commit."""
-        return self.versions.progress
+        return self.versions.commits.progress
 
     @property
     def compaction_share(self) -> float:
@@ -520,7 +520,7 @@ class Store:
             StoreError: a write failed; the last commit is whole, `discard` goes back to it.
         """
         self._require_writable()
-        return self.versions.commit(step, _as_json("progress", progress))
+        return self.versions.commits.ask(step, _as_json("progress", progress))
 
     def accept(self) -> None:
         """Keep every version written so far, without a commit: from now on `discard` goes back to these."""
@@ -657,7 +657,7 @@ class Store:
 
     def watch(self, log: Log) -> None:
         """From now on what is moved and committed is noted there, by unit or key."""
-        self.disk.traffic.log = self.memory.traffic.log = self.versions.log = log
+        self.disk.traffic.log = self.memory.traffic.log = self.versions.commits.log = log
 
     @property
     def counters(self) -> dict[tuple[str, str], dict[str, int]]:
@@ -723,63 +723,6 @@ class Store:
             raise StoreError(f"store '{self.path}' was opened for reading; open it with writable=True")
         if self._closed:
             raise StoreError(f"store '{self.path}' is closed; open it again")
-
-
-def _first_look(path: Path, place: Path, members: Members, *, writable: bool) -> tuple[int | None, Manifest | None]:
-    """The lock, and the manifest if this rank has one; where one of several ranks is refused, all of them are."""
-    handle: int | None = None
-    manifest: Manifest | None = None
-    refused: StoreError | None = None
-    try:
-        if members.rank == 0:
-            directory.require_store(path)
-        else:
-            directory.make_place(path, place, members.folder)
-            _sync_place(path, Device())
-        handle = directory.lock(place) if writable else None
-        file = place / directory.MANIFEST
-        manifest = Manifest.open(file, writable=writable) if members.rank == 0 or file.is_file() else None
-    except StoreError as error:
-        refused = error
-    reasons = [None if refused is None else str(refused)] if members.count == 1 else None
-    try:
-        if reasons is None:
-            reasons = members.exchange(None if refused is None else str(refused))
-        reason = next((reason for reason in reasons if reason is not None), None)
-        if reason is not None:
-            raise refused if refused is not None else StoreError(reason)
-    except BaseException:
-        if manifest is not None:
-            manifest.close()
-        if handle is not None:
-            directory.unlock(handle)
-        raise
-    return handle, manifest
-
-
-def _sync_place(path: Path, device: Device) -> None:
-    """The names of a memory rank's own directories are on the medium, before anything in them matters."""
-    try:
-        for folder in (path, path / directory.SEGMENTS):
-            device.sync_directory(folder)
-        _sync_names_above(path, device)
-    except OSError as error:
-        raise StoreError(
-            f"store '{path}' cannot be written on this host: {error.strerror}; make room, or see to the path and its "
-            "permissions"
-        ) from error
-
-
-def _sync_names_above(path: Path, device: Device) -> None:
-    """The name of a new store is on the medium, and those of directories above that may be as new as the store: a power
-    loss could else take it whole, commits and all."""
-    for parent in path.absolute().parents:
-        try:
-            device.sync_directory(parent)
-        except OSError:  # not ours to open, or of a file system without this: nobody made it just now
-            if parent == path.absolute().parent:
-                raise
-            return
 
 
 def _ranges(blocks: Sequence[Block], units: Sequence[Unit]) -> list[range]:

@@ -1,31 +1,26 @@
-"""Records in motion: which version is served, which file it is written to, and what a commit publishes.
+"""Records in motion: which version is served, and which file it is written to.
 
-Every rule that keeps published bytes safe is here. A version is written to a file that nothing points to
+The rules that keep published bytes safe are here and in `committing.py`. A version is written to a file that nothing points to
 (`Record.claim`), after whatever still reads that file has ended. A version may be read only after it is written; who
-asks earlier waits, without a thread. A commit waits for its writes and for the commit before it. Records of families
-share files (`shared.py`), which are closed and synced by the commit.
+asks earlier waits, without a thread. Records of families share files (`shared.py`), which are closed and synced by the commit.
 
 Nothing waits for what was issued later, which is why nothing waits for ever. In particular the versions of a record
 take their files in order: an earlier one would else wait for the file of a later one, whose pins may wait for its
 readers.
 """
 
-import sqlite3
 import threading
-import time
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import astuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightstream.errors import DamagedRecordError, StoreError
-from weightstream.store import directory
+from weightstream.store import directory, snapshots
 from weightstream.store.checksums import checksums
-from weightstream.store.compaction import Copied, Pace, compact
+from weightstream.store.committing import Commits
+from weightstream.store.compaction import Pace
 from weightstream.store.families import Layouts
 from weightstream.store.figures import Session
 from weightstream.store.futures import NOW, chain, forward, gather, new_future, settle
@@ -33,24 +28,22 @@ from weightstream.store.generator import generation_tasks
 from weightstream.store.initial import Recipe
 from weightstream.store.lasting import LastingBuffer, LastingMemory
 from weightstream.store.layout import MASK, Part, RecordLayout
-from weightstream.store.manifest import CommitRow, Manifest, Move, RecordRow, SharedRow
+from weightstream.store.manifest import Manifest
 from weightstream.store.many import Writing, extents_of, read_many, write_many
-from weightstream.store.members import ALONE, Members, folder_of
+from weightstream.store.members import ALONE, Members
 from weightstream.store.records import (
     Entry,
     PinnedPart,
     Record,
     Records,
     file_name,
-    is_elsewhere,
     pin_parts,
-    slot_of,
     unpin_parts,
 )
+from weightstream.store.rows import CommitRow
 from weightstream.store.segments import RecordBuffer
-from weightstream.store.shared import SHARED, Batch, SharedFiles
+from weightstream.store.shared import Batch, SharedFiles
 from weightstream.store.tiers import Disk, Extent, Memory
-from weightstream.trace.recorder import NO_LOG, Log
 
 Targets = Mapping[str, memoryview]
 """Which parts of a record are wanted, and the memory that each goes to."""
@@ -76,30 +69,28 @@ class Versions:
         members: Members = ALONE,
     ) -> None:
         self.path = path
-        self._members = members
+        self.members = members
         self.layouts = layouts
         self.records = records
-        self.step, self.progress = last.step, last.progress
         self.writable = writable
-        self._manifest = manifest
         self._disk = disk
         self._memory = memory
         self._recipes = recipes
         self._seed = seed
         self._lasting = LastingMemory(manifest.meta()["id"])
         self._lock = threading.RLock()
-        self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
-        self._commits: list[Future[None]] = []  # under way, in order
-        self._doomed: set[Future[None]] = set()  # those of them that followed one that failed
         self.changed: set[int] = set()  # records with versions that no commit was asked to publish
         self._in_flight: set[Future[Any]] = set()
-        self._failure: BaseException | None = None
-        self.log: Log = NO_LOG
-        self._names_synced = False  # a process that was killed may have left names that are not on the medium yet
         life = manifest.life()
         self.pace = Pace.after(life.session)
         self.session = Session(life, {"disk": disk.traffic, "ram": memory.traffic}, first_step=last.step)
         self.shared = SharedFiles(path / directory.SEGMENTS, disk, manifest, self._lock, members)
+        self.commits = Commits(self, members, last)
+
+    @property
+    def step(self) -> int:
+        """The training step of the last commit."""
+        return self.commits.step
 
     def write(
         self,
@@ -115,7 +106,7 @@ class Versions:
             return write_many(self, [(block_index, record, version, optimizer_steps, sums)])
         out: Future[None] = new_future()
         with self._lock:
-            self.check_usable()
+            self.commits.check_usable()
             state = self.records[block_index]
             self.check_write(block_index, record, version, state.newest.version)
             layout = record.layout
@@ -181,28 +172,22 @@ class Versions:
             if entry.offset and not state.has(entry):
                 self.shared.let_go(entry)
 
-    def commit(self, step: int, progress: dict[str, Any]) -> "Future[None]":
-        """Publish the newest version of every record; later writes belong to the next commit."""
-        out: Future[None] = new_future()
-        with self._lock:
-            self.check_usable()
-            published = {index: self.records[index].newest for index in sorted(self.changed)}
-            self.changed.clear()
-            for index, entry in published.items():
-                state = self.records[index]
-                state.committing.append(entry)
-                before, state.accepted = state.accepted, entry
-                self._let_go(state, before)
-            batch = self.shared.take(published.values())
-            waits = [entry.ready for entry in published.values()] + self._commits[-1:]
-            self._commits.append(out)
-            self.track(out)
-        return chain(waits, lambda: self._committer.submit(self._commit, out, step, progress, published, batch), out)
+    def take_changed(self) -> tuple[dict[int, Entry], Batch]:
+        """The versions that no commit was asked to publish, for one that is being asked for, and the files that records of
+        families among them share."""
+        published = {index: self.records[index].newest for index in sorted(self.changed)}
+        self.changed.clear()
+        for index, entry in published.items():
+            state = self.records[index]
+            state.committing.append(entry)
+            before, state.accepted = state.accepted, entry
+            self._let_go(state, before)
+        return published, self.shared.take(published.values())
 
     def accept(self) -> None:
         """`discard` goes back to what is newest now, though it is not published yet."""
         with self._lock:
-            self.check_usable()
+            self.commits.check_usable()
             for index in self.changed:
                 state = self.records[index]
                 before, state.accepted = state.accepted, state.newest
@@ -214,11 +199,7 @@ class Versions:
         A commit that was asked for after one that failed fails, too, and is discarded like it. With several ranks a failed
         commit cannot be discarded: the store must be opened anew."""
         with self._lock:
-            failed = self._failure is not None
-            if failed:
-                self._doomed.update(self._commits)  # what they were to publish builds on the one that failed
-            if self._members.count == 1:  # several ranks may hold different commits: only an opening levels them
-                self._failure = None
+            failed = self.commits.forgive()
             for index in self.changed:
                 state = self.records[index]
                 before = state.newest, state.accepted
@@ -261,11 +242,11 @@ class Versions:
 
     def add_snapshot(self, name: str) -> None:
         """Between two commits, in their thread: hold the files of the last one."""
-        self._committer.submit(self._add_snapshot, name).result()
+        self.commits.between(partial(snapshots.add, self, name))
 
     def remove_snapshot(self, name: str) -> int:
         """Between two commits, in their thread: remove the files that nothing else holds; gives their bytes."""
-        return self._committer.submit(self._remove_snapshot, name).result()
+        return self.commits.between(partial(snapshots.remove, self, name))
 
     def restore(self, name: str) -> None:
         """In the commit thread: make what a snapshot holds the newest version of every record.
@@ -274,12 +255,12 @@ class Versions:
             StoreError: there are versions that were not committed.
         """
         with self._lock:
-            self.check_usable()
-            if self._commits or self.changed:
+            self.commits.check_usable()
+            if self.commits.under_way or self.changed:
                 raise StoreError(
                     f"store '{self.path}' has changes that are not committed; commit or discard them first"
                 )
-        self._committer.submit(self._restore, name).result()
+        self.commits.between(partial(snapshots.restore, self, name))
 
     def track(self, future: "Future[Any]") -> None:
         """`close` waits for it."""
@@ -290,7 +271,7 @@ class Versions:
         """Wait for everything under way."""
         while waiting := [future for future in list(self._in_flight) if not future.done()]:
             gather(waiting).exception()
-        self._committer.shutdown(wait=True)
+        self.commits.close()
         if self.writable:
             with self._lock:
                 self.shared.close()
@@ -459,16 +440,17 @@ class Versions:
     def segment_path(self, block_index: int, entry: Entry) -> Path:
         """The file that holds this version."""
         assert entry.slot is not None
-        return self._slot_path(block_index, entry.slot)
+        return self.slot_path(block_index, entry.slot)
 
-    def _slot_path(self, block_index: int, slot: str) -> Path:
+    def slot_path(self, block_index: int, slot: str) -> Path:
+        """The same by its slot."""
         return self.path / directory.SEGMENTS / self.file_name(block_index, slot)
 
     def file_name(self, block_index: int, slot: str) -> str:
         """The name of a segment, from the folder of segments."""
         if self.layouts.is_member(block_index):
             return slot
-        return file_name(block_index, slot, self._members.folder)
+        return file_name(block_index, slot, self.members.folder)
 
     def compare(self, block_index: int, entry: Entry, parts: Sequence[Part], found: Sequence[int]) -> None:
         for part, checksum in zip(parts, found, strict=True):
@@ -519,8 +501,9 @@ class Versions:
             known = set(state.slots)
             waits = state.claim(entry)
             if waits is None:
-                assert self._commits, "only a commit under way can keep three files of a record live"
-                return chain(self._commits[:1], lambda: self._write_entry(block_index, entry, record))
+                earlier = self.commits.under_way[:1]
+                assert earlier, "only a commit under way can keep three files of a record live"
+                return chain(earlier, lambda: self._write_entry(block_index, entry, record))
             if entry.slot is not None and entry.slot not in known:
                 state.unsynced.add(entry.slot)
         entry.claimed.set_result(None)
@@ -566,302 +549,3 @@ class Versions:
                 "whole, make room on the disk and run again"
             ) from error
         finished.result()
-
-    # Committing: what follows runs in the commit thread, one at a time.
-
-    def _commit(
-        self,
-        out: "Future[None]",
-        step: int,
-        progress: dict[str, Any],
-        published: Mapping[int, Entry],
-        batch: Batch,
-    ) -> None:
-        began_s = time.perf_counter()
-        try:
-            copied, shared, gone = self._publish(out, step, progress, published, batch)
-        except BaseException as error:
-            with self._lock:
-                self._failure = error
-                self.changed.update(published)
-                self.shared.failed(batch)
-                self._end_commit(out, published)
-            raise
-        with self._lock:
-            self._move(copied)
-            for index, entry in published.items():
-                self.records[index].committed = entry
-            for _, state in self.records.in_memory():
-                state.doubtful.clear()
-            self.step, self.progress = step, progress
-            self.shared.committed(batch, shared, gone)
-            self._end_commit(out, published)
-        self.log.note("commit", step, "manifest", began_s, time.perf_counter(), 0)
-
-    def _end_commit(self, out: "Future[None]", published: Mapping[int, Entry]) -> None:
-        self._commits.remove(out)
-        self._doomed.discard(out)
-        for index, entry in published.items():
-            self.records[index].committing.remove(entry)
-
-    def _publish(
-        self,
-        out: "Future[None]",
-        step: int,
-        progress: dict[str, Any],
-        published: Mapping[int, Entry],
-        batch: Batch,
-    ) -> tuple[Copied, list[SharedRow], list[str]]:
-        """Everything that the transaction will point to is on the medium before it begins."""
-        if self._failure is not None or out in self._doomed:
-            raise StoreError(f"store '{self.path}': step {step} follows a commit that failed") from self._failure
-        if self._members.count > 1:
-            return self._publish_together(step, progress, published, batch)
-        for entry in published.values():
-            entry.ready.result()
-        with self._committing(step):
-            copied = compact(self, batch, published)
-            shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
-            rows = [self._row(index, entry) for index, entry in published.items()]
-            gone = self._sync_names(published, batch)
-            life = self.session.row(self.pinned_bytes, step, self.pace.to_json())
-            batch.asked = True
-            with self._doubting(published):
-                self._manifest.publish(step, progress, rows, shared=shared, moves=copied.moves, gone=gone, life=life)
-        return copied, shared, gone
-
-    def _publish_together(
-        self, step: int, progress: dict[str, Any], published: Mapping[int, Entry], batch: Batch
-    ) -> tuple[Copied, list[SharedRow], list[str]]:
-        """With other memory ranks: each publishes the rows of all, and keeps the commit before until all have done so."""
-        together, name = self._members, uuid.uuid4().hex
-        copied, shared, rows, gone = Copied(), list[SharedRow](), list[RecordRow](), list[str]()
-        with _Noted() as ready:
-            for entry in published.values():
-                entry.ready.result()
-            with self._committing(step):
-                copied = compact(self, batch, published)
-                shared = self.shared.seal(batch, [*published.values(), *copied.entries]).result()
-                rows = [self._row(index, entry) for index, entry in published.items()]
-                gone = self._sync_names(published, batch)
-        own = [
-            [row.to_json() for row in rows],
-            [astuple(row) for row in shared],
-            [astuple(m) for m in copied.moves],
-            gone,
-        ]
-        told = together.exchange([ready.reason, name, own])
-        self._check_all(step, [reason for reason, _, _ in told])
-        every: list[list[Any]] = [[each for *_, own in told for each in own[kind]] for kind in range(len(own))]
-        rows, shared, gone = (
-            [RecordRow.from_json(row) for row in every[0]],
-            [SharedRow(*row) for row in every[1]],
-            every[3],
-        )
-        moves = [Move(block, tuple(old), tuple(new)) for block, old, new in every[2]]
-        batch.asked = True
-        with _Noted() as done_here, self._committing(step), self._doubting(published):
-            life = self.session.row(self.pinned_bytes, step, self.pace.to_json())
-            self._manifest.publish(
-                step, progress, rows, ranks=together.count, name=told[0][1], keep_before=True, shared=shared,
-                moves=moves, gone=gone, life=life,
-            )  # fmt: skip
-            self._hear_of_others(rows, moves, published)
-        # until all have it, the files of the commit before are left alone
-        self._check_all(step, together.exchange(done_here.reason))
-        return Copied(moves, copied.entries), shared, gone
-
-    def _hear_of_others(self, rows: Sequence[RecordRow], moves: Sequence[Move], published: Mapping[int, Entry]) -> None:
-        """Records of families are as other ranks say, and nobody here reads any more where they have copied some away: they
-        will use those files again."""
-        with self._lock:
-            for row in rows:
-                if row.offset and row.block not in published and (state := self.records.known(row.block)) is not None:
-                    state.go_to(state.entry_of(row))
-            self._move(Copied(list(moves)))
-            left = {move.old[0] for move in moves if not self.shared.is_ours(move.old[0])}
-            reading = [self.shared.readers_gone(file) for file in left]
-        gather(reading).exception()
-
-    def _check_all(self, step: int, reasons: Sequence[str | None]) -> None:
-        """Refuses a commit that a rank could not make."""
-        for rank, reason in enumerate(reasons):
-            if reason is not None:
-                raise StoreError(f"memory rank {rank}: {reason}" if rank != self._members.rank else reason)
-
-    @contextmanager
-    def _doubting(self, published: Mapping[int, Entry]) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._doubt(published)
-            raise
-
-    @contextmanager
-    def _committing(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise StoreError(
-                f"store '{self.path}': the commit of step {step} failed: {error}; the commit of step {self.step} is "
-                "whole, make room on the disk and run again"
-            ) from error
-
-    def _row(self, index: int, entry: Entry) -> RecordRow:
-        assert entry.slot is not None
-        name = self.file_name(index, entry.slot)
-        nbytes = self.layouts.parts_nbytes(index) if entry.offset else 0
-        return RecordRow(
-            index, entry.version, name, entry.checksums, entry.optimizer_steps, offset=entry.offset, nbytes=nbytes,
-            sparsity=entry.sparsity,
-        )  # fmt: skip
-
-    def _move(self, copied: Copied) -> None:
-        """Versions in memory are where the manifest now says; who reads one there holds its file."""
-        for move in copied.moves:
-            state = self.records.known(move.block)
-            for entry in (state.committed, state.newest, state.accepted, *state.committing) if state else ():
-                if (entry.slot, entry.offset) == move.old:
-                    entry.slot, entry.offset = move.new
-                    for reader in entry.users():
-                        self.shared.reading(move.new[0], reader)
-
-    def _doubt(self, published: Mapping[int, Entry]) -> None:
-        """SQLite may have written a commit that it reports as failed, and find it after a crash: until one succeeds, its
-        files are left alone."""
-        with self._lock:
-            for index, entry in published.items():
-                if entry.slot is not None and not entry.offset:
-                    self.records[index].doubtful.add(entry.slot)
-
-    def _sync_names(self, published: Mapping[int, Entry], batch: Batch | None = None) -> list[str]:
-        """Names of these versions' files are on the medium, also of a file that an undone version was the first in.
-        Gives the dead files whose names are off it for good."""
-        with self._lock:
-            folders, gone = self.shared.pending(batch or Batch())
-            unsynced = [(index, e.slot) for index, e in published.items() if e.slot in self.records[index].unsynced]
-        names = {self._slot_path(index, slot).parent for index, slot in unsynced if slot is not None}
-        if not self._names_synced:
-            names |= {self.path / directory.SEGMENTS, self.path / directory.SEGMENTS / self._members.folder}
-            shared = self.path / directory.SEGMENTS / self._members.folder / SHARED
-            names |= {shared} if shared.is_dir() else set()
-        try:
-            for folder in sorted(folders | names):
-                self._disk.device.sync_directory(folder)
-        except BaseException:
-            with self._lock:
-                self.shared.again(folders)
-            raise
-        self._names_synced = True
-        with self._lock:
-            for index, slot in unsynced:
-                self.records[index].unsynced -= {slot}
-        return gone
-
-    @contextmanager
-    def _changing(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(
-                f"store '{self.path}': {what} failed: {error}; the commit of step {self.step} is whole, make room on the "
-                "disk and try again"
-            ) from error
-
-    def _add_snapshot(self, name: str) -> None:
-        with self._changing(f"snapshot {name!r}"):
-            self._manifest.add_snapshot(name)
-        with self._lock:
-            for _, state in self.records.in_memory():
-                if state.committed.slot is not None and not state.committed.offset:
-                    state.held.add(state.committed.slot)
-
-    def _remove_snapshot(self, name: str) -> int:
-        nbytes, folders = 0, set[Path]()
-        rows = list[RecordRow]()
-        with _Noted() as removed, self._changing(f"deleting snapshot {name!r}"):
-            rows = self._manifest.remove_snapshot(name)
-        # no file goes before all ranks have forgotten it: whoever opens the store next may take any rank's word
-        self._check_all(self.step, self._members.exchange(removed.reason))
-        for row in rows:
-            if row.offset:
-                nbytes += row.nbytes
-                continue
-            path = self.path / directory.SEGMENTS / row.file
-            if not self._is_ours(row.file) or not path.exists():
-                continue
-            nbytes += path.stat().st_size
-            folders.add(path.parent)
-            while (users := self._unlink(row.block, slot_of(row.file, self._members.folder), path)) is not None:
-                users.exception()  # a reader that began before still has its file
-        for folder in folders:
-            self._disk.device.sync_directory(folder)
-        self._hold(set(self._manifest.snapshots().values()))
-        with self._lock:
-            self.shared.collect()
-        return nbytes
-
-    def _is_ours(self, file: str) -> bool:
-        """Whether this rank removes a file that nothing points to: its own, and the first one those of ranks that are no
-        more."""
-        slot = slot_of(file, self._members.folder)
-        active = {folder_of(rank) for rank in range(self._members.count)}
-        return not is_elsewhere(slot) or (self._members.rank == 0 and file.rpartition("/")[0] not in active)
-
-    def _unlink(self, index: int, slot: str, path: Path) -> "Future[Any] | None":
-        """Removes a file that nothing points to; gives what still uses it instead, if anything does."""
-        with self._lock:  # no version may take the name meanwhile
-            state = self.records[index]
-            users = state.users(slot)
-            if users:
-                return gather(users)
-            self._disk.device.unlink(path)
-            state.forget(slot)
-        return None
-
-    def _hold(self, numbers: Collection[int]) -> None:
-        """Notes which files of the records in memory the snapshots of these commits hold."""
-        with self._lock:
-            for index, state in self.records.in_memory():
-                if state.held:
-                    rows = self._manifest.records(index, index + 1)
-                    state.held = {
-                        slot_of(row.file, self._members.folder) for row in rows if any(row.lives_at(n) for n in numbers)
-                    }
-
-    def _restore(self, name: str) -> None:
-        with self._changing(f"going back to snapshot {name!r}"):
-            commit = self._manifest.restore(name)
-        with self._lock:
-            for index, state in self.records.in_memory():
-                rows = [row for row in self._manifest.records(index, index + 1) if row.died is None]
-                state.go_to(state.entry_of(rows[0] if rows else None))
-                for pin in state.pinned.values():
-                    if pin.entry is not state.newest:
-                        pin.forget()
-            self.step, self.progress = commit.step, commit.progress
-            self.shared.collect()
-
-    def check_usable(self) -> None:
-        if self._failure is not None:
-            remedy = f"discard() goes back to step {self.step}"
-            if self._members.count > 1:
-                remedy = (
-                    "close the store on all ranks and open it anew, which goes back to the last commit that all have"
-                )
-            raise StoreError(f"store '{self.path}': a commit failed ({self._failure}); {remedy}") from self._failure
-
-
-class _Noted:
-    """Notes a refusal instead of raising it: the other ranks must hear of it first."""
-
-    reason: str | None = None
-
-    def __enter__(self) -> "_Noted":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, StoreError):
-            self.reason = str(error)
-            return True
-        return False

@@ -1,7 +1,8 @@
 """Sparse blocks between the link and the slab: non-zeros and masks land beside it, and are expanded as soon as they are there.
 
 A block without sparse parameters lands in its slab. Of another one the places of its non-zeros are kept as long as it is
-in a slab, so that gradients, which autograd forms densely, are gathered there before they are summed.
+in a slab, so that gradients, which autograd forms densely, are gathered there before they are summed. Where kernels
+multiply by non-zeros, these are copied as they are, and what the kernels ask of the mask is found at the same time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +18,10 @@ from torch import Tensor, nn
 from weightstream.sparse.codec import Places, expand, gather
 from weightstream.sparse.driving import drive
 from weightstream.sparse.kernels import Kernel
-from weightstream.sparse.masks import Mask
 from weightstream.sparse.structure import Structure
 from weightstream.store.futures import chain, done
 from weightstream.store.futures import gather as gather_all
 from weightstream.store.layout import MASK, RecordLayout, TensorSpec
-from weightstream.store.masks import mask_of
 from weightstream.store.owned import Holding
 from weightstream.store.segments import part_tensors
 from weightstream.worker.places import KeptPlaces
@@ -56,19 +55,29 @@ class Driven:
     nonzeros: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Nonzeros:
+    """A panel of a parameter that is not expanded, as it has landed, and its place in the slab."""
+
+    spec: TensorSpec
+    offset: int
+    values: Tensor
+    mask: Tensor
+
+
 @dataclass(slots=True)
 class _Landing:
     """A sparse block on its way: what its bytes are, and whether they are expanded; with what each piece came to."""
 
     layouts: tuple[RecordLayout, ...]
-    expanded: "Future[list[tuple[str, _Panel | Mask]]] | None" = None
+    expanded: "Future[list[tuple[str, _Panel | Structure]]] | None" = None
 
 
 class Expansion:
     """Where blocks land, and where their non-zeros are while they are in slabs.
 
-    A block is expanded as soon as its bytes are there, beside whatever is computed meanwhile: piece by piece, by as many
-    threads as torch computes with.
+    A block is expanded as soon as its bytes are there, beside whatever is computed meanwhile: piece by piece, or matrix by
+    matrix where kernels multiply, by as many threads as torch computes with.
 
     Args:
         driven: by name the parameters that kernels multiply by: of these a slab has the non-zeros.
@@ -104,7 +113,7 @@ class Expansion:
         if landing is None:
             return
 
-        def start() -> "Future[list[tuple[str, _Panel | Mask]]]":
+        def start() -> "Future[list[tuple[str, _Panel | Structure]]]":
             arrived.result()
             return gather_all([self._threads.submit(piece) for piece in self._pieces(block, slab, landing.layouts)])
 
@@ -125,23 +134,27 @@ class Expansion:
         pieces = wait(landing.expanded)
         del self._landings[block]
         panels: dict[str, list[_Panel]] = {}
-        masks: dict[str, list[Mask]] = {}
+        structures: dict[str, Structure] = {}
         for name, piece in pieces:
-            if isinstance(piece, Mask):
-                masks.setdefault(name, []).append(piece)
+            if isinstance(piece, Structure):
+                structures[name] = piece
             else:
                 panels.setdefault(name, []).append(piece)
         self._panels[block] = {
             name: found for name, found in panels.items() if any(panel.places is not None for panel in found)
         }
-        self._undo[block] = [self._drive(self._driven[name], found) for name, found in masks.items()]
+        self._undo[block] = [
+            drive(self._driven[name].module, structure, self._driven[name].kernel)
+            for name, structure in structures.items()
+        ]
         return True
 
     def _pieces(
         self, block: int, slab: Slab, layouts: Sequence[RecordLayout]
-    ) -> Iterator[Callable[[], tuple[str, _Panel | Mask]]]:
+    ) -> Iterator[Callable[[], tuple[str, _Panel | Structure]]]:
         """What fills a slab with what has landed beside it: piece by piece, in any order."""
         targets = iter(self._holding.slabs[block].pieces)
+        driven: dict[str, list[_Nonzeros]] = {}
         start = 0
         for layout in layouts:
             view = slab.compressed[start : start + layout.fetched_nbytes]
@@ -156,9 +169,11 @@ class Expansion:
                 own, mask = values[spec.name], masks.get(spec.name)
                 if spec.name in self._driven:
                     assert mask is not None
-                    yield partial(_copy_nonzeros, slab, spec, target.offset, own, mask)
+                    driven.setdefault(spec.name, []).append(_Nonzeros(spec, target.offset, own, mask))
                 else:
                     yield partial(self._fill, block, slab, spec, target, own, mask)
+        for name, panels in driven.items():
+            yield partial(self._take, block, slab, name, panels)
 
     def _fill(
         self, block: int, slab: Slab, spec: TensorSpec, target: TensorSpec, values: Tensor, mask: Tensor | None
@@ -174,10 +189,12 @@ class Expansion:
         expand(values, places, dense)
         return spec.name, _Panel(spec.row, first, first + count, places)
 
-    def _drive(self, driven: Driven, masks: Sequence[Mask]) -> Callable[[], None]:
-        """The module of a parameter multiplies by what its slab has, until this is undone."""
-        kept = torch.from_numpy(np.concatenate([mask.cells.reshape(-1, mask.grid.across) for mask in masks]))
-        return drive(driven.module, Structure(kept, driven.block, self._device), driven.kernel)
+    def _take(self, block: int, slab: Slab, name: str, panels: Sequence[_Nonzeros]) -> tuple[str, Structure]:
+        """Writes non-zeros as they are to their places in a slab's host memory; and where they are in their matrix."""
+        for panel in panels:
+            _copy(slab, panel.offset, panel.values)
+        masks = [(panel.spec, panel.mask) for panel in panels]
+        return name, self._places.structure(block, masks, self._driven[name].kernel, self._device)
 
     def forget(self, block: int) -> None:
         """The block leaves its slab."""
@@ -217,12 +234,6 @@ class Expansion:
 
 def _whole(panel: _Panel) -> _Panel:
     return _Panel(panel.row, panel.start, panel.stop, None)
-
-
-def _copy_nonzeros(slab: Slab, spec: TensorSpec, offset: int, values: Tensor, mask: Tensor) -> tuple[str, Mask]:
-    """Writes non-zeros as they are to a place in a slab's host memory."""
-    _copy(slab, offset, values)
-    return spec.name, mask_of(spec, mask)
 
 
 def _copy(slab: Slab, offset: int, values: Tensor) -> None:

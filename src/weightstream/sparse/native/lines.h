@@ -5,35 +5,31 @@
 #include <omp.h>
 #endif
 
-/* W by rows (starts, columns) and by columns (starts, rows, numbers) from which blocks of its grid there are: one byte for
- * each, 0 if there is none. Blocks of height x width, larger than 1 x 1, become the single elements that they consist of.
- *
- * Returns 0, or 1 if there was no memory. */
-int ws_lines(
-    const uint8_t *kept, int64_t grid_rows, int64_t grid_columns, int64_t height, int64_t width, int32_t *row_starts,
-    int32_t *columns, int32_t *column_starts, int32_t *rows, int32_t *numbers
+/* The single elements of W by rows (starts, columns) from its blocks of height x width by rows. */
+void ws_elements(
+    const int32_t *block_starts, const int32_t *block_columns, int64_t grid_rows, int64_t height, int64_t width,
+    int32_t *row_starts, int32_t *columns
 ) {
-    int64_t all_columns = grid_columns * width;
-    int32_t *found = malloc(sizeof *found * (size_t)(grid_columns + 1));
-    int32_t *next = calloc((size_t)(all_columns + 1), sizeof *next); /* of a column: at first how many, then where */
-    if (!found || !next) {
-        free(found), free(next);
-        return 1;
-    }
     int64_t entry = 0;
     row_starts[0] = 0;
-    for (int64_t i = 0; i < grid_rows; i++) {
-        int64_t count = 0;
-        for (int64_t j = 0; j < grid_columns; j++) { /* without a branch that is guessed wrong */
-            found[count] = (int32_t)j;
-            count += kept[i * grid_columns + j] != 0;
-        }
+    for (int64_t i = 0; i < grid_rows; i++)
         for (int64_t r = 0; r < height; r++) {
-            for (int64_t one = 0; one < count; one++)
-                for (int64_t c = found[one] * width; c < (found[one] + 1) * width; c++) columns[entry++] = (int32_t)c, next[c]++;
+            for (int32_t at = block_starts[i]; at < block_starts[i + 1]; at++)
+                for (int64_t c = 0; c < width; c++) columns[entry++] = (int32_t)(block_columns[at] * width + c);
             row_starts[i * height + r + 1] = (int32_t)entry;
         }
-    }
+}
+
+/* W by columns (starts, rows, numbers) from W by rows (starts, columns).
+ *
+ * Returns 0, or 1 if there was no memory. */
+int ws_turned(
+    const int32_t *row_starts, const int32_t *columns, int64_t all_rows, int64_t all_columns, int32_t *column_starts,
+    int32_t *rows, int32_t *numbers
+) {
+    int32_t *next = calloc((size_t)(all_columns + 1), sizeof *next); /* of a column: at first how many, then where */
+    if (!next) return 1;
+    for (int32_t at = 0; at < row_starts[all_rows]; at++) next[columns[at]]++;
     int32_t start = 0;
     for (int64_t column = 0; column < all_columns; column++) {
         int32_t count = next[column];
@@ -41,13 +37,13 @@ int ws_lines(
         start += count;
     }
     column_starts[all_columns] = start;
-    for (int64_t row = 0; row < grid_rows * height; row++)
+    for (int64_t row = 0; row < all_rows; row++)
         for (int32_t at = row_starts[row]; at < row_starts[row + 1]; at++) {
             int32_t to = next[columns[at]]++;
             rows[to] = (int32_t)row;
             numbers[to] = at;
         }
-    free(found), free(next);
+    free(next);
     return 0;
 }
 

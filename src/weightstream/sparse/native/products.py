@@ -17,7 +17,8 @@ _WIDEST = 4 * 4 * _LANES  # bytes of a panel of tokens for each column
 
 _FLAG, _SIZE, _PLACE = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS = {
-    "ws_lines": (_PLACE, _SIZE, _SIZE, _SIZE, _SIZE, _PLACE, _PLACE, _PLACE, _PLACE, _PLACE),
+    "ws_elements": (_PLACE, _PLACE, _SIZE, _SIZE, _SIZE, _PLACE, _PLACE),
+    "ws_turned": (_PLACE, _PLACE, _SIZE, _SIZE, _PLACE, _PLACE, _PLACE),
     "ws_blocks_product": (
         _FLAG, _FLAG, _SIZE, _PLACE, _SIZE, _PLACE, _PLACE, _SIZE, _SIZE, _SIZE, _SIZE, _PLACE, _PLACE, _PLACE, _PLACE, _FLAG,
     ),
@@ -114,7 +115,7 @@ def _product(tokens: Tensor, values: Tensor, structure: Structure, *, forward: b
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lines:
-    """W by rows and by columns, as `ws_lines` finds it: of its blocks, or of the elements that these consist of."""
+    """W by rows and by columns: of its blocks, or of the elements that these consist of."""
 
     row_starts: Tensor
     columns: Tensor
@@ -133,6 +134,34 @@ class _Lines:
         return self.column_starts.data_ptr(), self.rows.data_ptr(), self.numbers.data_ptr()
 
 
+def prepare(structure: Structure) -> None:
+    """Finds now, by one thread, all that products ask of a structure; else the first of them does."""
+    _lines(structure)
+
+
+def lines_bytes(shape: tuple[int, int], block: tuple[int, int], nonzeros: int) -> int:
+    """What a structure takes that is prepared, exactly."""
+    (rows, columns), (a, b) = shape, block
+    count = nonzeros // (a * b)
+    own = 4 * (rows // a + 1 + count)
+    if not as_elements(block):
+        return own + 4 * (columns // b + 1 + 2 * count)
+    spread = 0 if block == (1, 1) else 4 * (rows + 1 + nonzeros)
+    return own + spread + 4 * (columns + 1 + 2 * nonzeros)
+
+
+def held_bytes(structure: Structure) -> int:
+    """What a structure takes that is prepared, by what it holds; 0 if it is not."""
+    lines: _Lines | None = structure.prepared.get("native")
+    if lines is None:
+        return 0
+    found = (
+        structure.row_starts, structure.columns, lines.row_starts, lines.columns, lines.column_starts, lines.rows,
+        lines.numbers,
+    )  # fmt: skip
+    return sum({each.data_ptr(): each.nbytes for each in found if each.numel()}.values())
+
+
 def _lines(structure: Structure) -> _Lines:
     lines: _Lines | None = structure.prepared.get("native")
     if lines is None:
@@ -141,19 +170,32 @@ def _lines(structure: Structure) -> _Lines:
 
 
 def _found_lines(structure: Structure) -> _Lines:
-    grid = structure.kept.shape
-    (height, width), count = (
-        (structure.block, structure.nnz) if as_elements(structure.block) else ((1, 1), structure.count)
-    )
+    spread = as_elements(structure.block) and structure.block != (1, 1)
+    count = structure.nnz if spread else structure.count
     if count >= 1 << 31:
         raise ConfigError(
             f"kernel 'native' on {structure}: expected less than 2³¹ of them; cut the matrix, or choose another"
         )
-    sizes = (grid[0] * height + 1, count, grid[1] * width + 1, count, count)
-    lines = _Lines(*(torch.empty(size, dtype=torch.int32, device="cpu") for size in sizes))
-    places = (lines.row_starts, lines.columns, lines.column_starts, lines.rows, lines.numbers)
-    _done(_library().ws_lines(structure.kept.data_ptr(), *grid, height, width, *(one.data_ptr() for one in places)))
-    return lines
+    (all_rows, all_columns), (height, width) = structure.shape, structure.block
+    row_starts, columns = structure.row_starts, structure.columns
+    if spread:
+        row_starts, columns = _empty(all_rows + 1), _empty(count)
+        _library().ws_elements(
+            structure.row_starts.data_ptr(), structure.columns.data_ptr(), all_rows // height, height, width,
+            row_starts.data_ptr(), columns.data_ptr(),
+        )  # fmt: skip
+    else:
+        all_rows, all_columns = all_rows // height, all_columns // width
+    column_starts, rows, numbers = _empty(all_columns + 1), _empty(count), _empty(count)
+    _done(_library().ws_turned(
+        row_starts.data_ptr(), columns.data_ptr(), all_rows, all_columns,
+        column_starts.data_ptr(), rows.data_ptr(), numbers.data_ptr(),
+    ))  # fmt: skip
+    return _Lines(row_starts, columns, column_starts, rows, numbers)
+
+
+def _empty(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int32, device="cpu")
 
 
 def _place(tensor: Tensor) -> int:
@@ -182,4 +224,7 @@ def _done(code: int) -> None:
         )
 
 
-__all__ = ["as_elements", "forward", "input_gradient", "obstacle", "weight_gradient", "workspace_bytes"]
+__all__ = [
+    "as_elements", "forward", "held_bytes", "input_gradient", "lines_bytes", "obstacle", "prepare", "weight_gradient",
+    "workspace_bytes",
+]  # fmt: skip
