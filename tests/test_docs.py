@@ -92,6 +92,7 @@ def test_every_key_of_the_configuration_is_described_and_no_other() -> None:
     leaves = {key for key in fields if not any(other.startswith(f"{key}.") for other in fields)}
     either = {
         "optimizer.groups",
+        "engine.experts_pool",
         "sparsity.groups.sparsity",
         "sparsity.groups.drop_fraction",
     }  # described as a whole, too

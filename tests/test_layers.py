@@ -24,6 +24,7 @@ LAYERS = (
         "apportioning",
         "first_masks",
         "remasking",
+        "tallying",
         "touching",
         "lending",
         "past",
@@ -42,6 +43,7 @@ LAYERS = (
         "opening",
         "existence",
         "growing",
+        "reaching",
         "outlook",
         "experts",
         "engine",
@@ -49,7 +51,7 @@ LAYERS = (
         "plan_text",
     ),
     ("data", "hub", "training", "report", "census", "costing", "hosts", "machine", "predicting", "bytewise"),
-    ("config", "architectures", "presets", "board", "folders", "processes", "launcher", "agent", "ranks"),
+    ("config", "factories", "architectures", "presets", "board", "folders", "processes", "launcher", "agent", "ranks"),
     ("preflight", "sizing", "run", "commands", "simulating", "transfer", "demo", "demo_workers", "demo_120t", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

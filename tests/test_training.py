@@ -98,7 +98,7 @@ class FakeEngine:
         self.after_step(self.step_count)
         return SimpleNamespace(
             step=self.step_count, loss=loss.item(), grad_norm=None, lr=5.0, stalled_s=0.0, skipped=False,
-            bytes=SimpleNamespace(read=10, written=20, bound=30), masks={},
+            bytes=SimpleNamespace(read=10, written=20, bound=30), masks={}, experts={},
         )  # fmt: skip
 
     def commit(self) -> None:

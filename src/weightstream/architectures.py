@@ -1,4 +1,4 @@
-"""From the `model` section to a transformers configuration, and from that to a function that builds it."""
+"""From the `model` section to a transformers configuration, or a factory, and from that to a function that builds it."""
 
 import difflib
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from torch import nn
 
 from weightstream.config import ModelConfig
 from weightstream.errors import ConfigError
+from weightstream.factories import FactoryModel, from_factory
 
 # Accepted by transformers, though the configuration classes do not list them.
 _ALSO_KNOWN = {"rope_theta", "rope_scaling", "attn_implementation", "dtype"}
@@ -17,14 +18,17 @@ _ALSO_KNOWN = {"rope_theta", "rope_scaling", "attn_implementation", "dtype"}
 def architecture(
     config: ModelConfig, *, vocabulary: int, end_of_text: int | None
 ) -> tuple[Any, Callable[[], nn.Module]]:
-    """The transformers configuration and a function that builds the model, for the engine to call on the meta device.
+    """The transformers configuration and a function that builds the model, for the engine to call on the meta device; of a
+    model with a factory, a `FactoryModel` in its place.
 
     `vocabulary` and `end_of_text` are the tokenizer's; they hold where the section does not say otherwise.
 
     Raises:
         ConfigError: an unknown model type, architecture or key, a value that the configuration refuses, an unreadable
-            folder, or a model that is no causal language model.
+            folder, a model that is no causal language model, or a factory that is none.
     """
+    if config.factory is not None:
+        return from_factory(config, vocabulary=vocabulary)
     import transformers
 
     model_class = None
@@ -55,6 +59,8 @@ def architecture(
 
 def vocabulary_of(found: Any) -> int:
     """Rows of the embedding."""
+    if isinstance(found, FactoryModel):
+        return found.vocab_size
     return int(found.get_text_config().vocab_size)
 
 

@@ -7,7 +7,7 @@ experts) runs for real once, on random numbers. Blocks that are alike are counte
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -161,6 +161,7 @@ def take(
     forwards: Mapping[str, Callable[..., Any]] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     share_like: bool = True,
+    by_values: Collection[str] = (),
 ) -> Census:
     """Counts what one micro-batch runs.
 
@@ -171,11 +172,12 @@ def take(
         forwards: the modules' own forward, where the model's was replaced.
         shapes: of parameters, by name, that have another one than the model's code expects.
         share_like: count blocks that are alike once.
+        by_values: modules whose kernels are known to depend on values.
 
     Raises:
         PlanError: the model makes other calls.
     """
-    return _Taking(model, visits, dtype, forwards or {}, shapes or {}, share_like).take(loss_fn, micro_batch)
+    return _Taking(model, visits, dtype, forwards or {}, shapes or {}, share_like, by_values).take(loss_fn, micro_batch)
 
 
 @dataclass(slots=True)
@@ -199,11 +201,12 @@ class _Taking:
         forwards: Mapping[str, Callable[..., Any]],
         shapes: Mapping[str, Sequence[int]],
         share_like: bool,
+        by_values: Collection[str],
     ) -> None:
         self.model, self.names, self.dtype = model, list(visits), dtype
         self.modules = {name: model.get_submodule(name) for name in dict.fromkeys(visits)}
         self.forwards = {name: forwards.get(name, module.forward) for name, module in self.modules.items()}
-        self.share_like = share_like
+        self.share_like, self.by_values = share_like, frozenset(by_values)
         self.shapes = {id(model.get_parameter(name)): tuple(shape) for name, shape in shapes.items()}
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self.counting = _Counting()
@@ -336,9 +339,12 @@ class _Taking:
         """Runs a block forward and back by itself."""
         self.counting.paused = True  # what runs inside is counted inside
         try:
-            with self.fakes:
-                return self._run(name, inputs, spec, fake=True)
+            if name not in self.by_values:
+                with self.fakes:
+                    return self._run(name, inputs, spec, fake=True)
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+            pass
+        try:
             with self._random_parameters(self.modules[name]):
                 return self._run(name, inputs, spec, fake=False)
         finally:

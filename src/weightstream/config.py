@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from weightstream.cluster import Cluster
 from weightstream.data.dataset import DataConfig
@@ -21,15 +21,17 @@ from weightstream.errors import ConfigError
 from weightstream.section import Bytes, Section
 from weightstream.sparse.section import SparsityConfig
 from weightstream.training.settings import TrainingConfig
+from weightstream.units import parse_bytes
 
 
 class ModelConfig(Section):
-    """`model`: a folder with a transformers `config.json`, or `model_type` or `architecture` and that config's keys.
+    """`model`: a folder with a transformers `config.json`; `model_type` or `architecture` and that config's keys; or
+    `factory` and that function's arguments.
 
     `model: some/folder` is short for `model: {path: some/folder}`.
     """
 
-    model_config = ConfigDict(extra="allow")  # the keys of the transformers configuration; checked when it is made
+    model_config = ConfigDict(extra="allow")  # keys of the transformers configuration, or arguments; checked when used
 
     path: Path | None = None
     """A folder with config.json; weights in it are where training starts, unless `weights` is false."""
@@ -39,6 +41,9 @@ class ModelConfig(Section):
     """A class of transformers, such as LlamaForCausalLM; by default the causal language model of `model_type`."""
     model_type: str | None = None
     """A transformers model type, such as llama, gpt2 or mixtral."""
+    factory: str | None = None
+    """A function or class of one's own that builds the model: `module:name` or `file.py:name`; other keys are its
+    arguments."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,13 +52,19 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _says_which(self) -> "ModelConfig":
-        if self.path is None and self.architecture is None and self.model_type is None:
-            raise ValueError("expected path, model_type or architecture, found none of them; give for example 'llama'")
+        named = {"path": self.path, "architecture": self.architecture, "model_type": self.model_type}
+        given = [key for key, value in named.items() if value is not None]
+        if self.factory is None and not given:
+            raise ValueError(
+                "expected path, model_type or architecture, or a factory, found none of them; give for example 'llama'"
+            )
+        if self.factory is not None and given:
+            raise ValueError(f"expected factory alone, found {', '.join(given)} besides; leave one of them out")
         return self
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keys meant for the transformers configuration."""
+        """The keys meant for the transformers configuration, or the factory."""
         return dict(self.model_extra or {})
 
 
@@ -107,6 +118,40 @@ class OptimizerConfig(Section):
         return {"class": known[self.name.lower()], **self.settings, **common}
 
 
+def _limit(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value >= 1:
+            return value
+    elif isinstance(value, str) and parse_bytes(value) >= 1:
+        return value
+    raise ValueError(f"expected a number of experts, or bytes as text such as '20GiB', at least 1; found {value!r}")
+
+
+class PoolConfig(Section):
+    """One entry of `engine.experts_pool`: how many experts may come to exist; see `weightstream.nn.Pool`."""
+
+    pattern: str = Field(default="*", min_length=1)
+    """Shell-style, of names of layers; those of one pattern share the pool."""
+    limit: Annotated[int | str, BeforeValidator(_limit)]
+    """A number of experts, or bytes of their records as text."""
+    when_full: Literal["refuse", "existing"] = "refuse"
+
+
+def _pools(value: Any) -> Any:
+    """One pool for all layers may be written as itself, or as its limit."""
+    if value is None or isinstance(value, list | tuple):
+        return value or ()
+    return [value if isinstance(value, Mapping | PoolConfig) else {"limit": value}]
+
+
+def _different(value: tuple[PoolConfig, ...]) -> tuple[PoolConfig, ...]:
+    patterns = [pool.pattern for pool in value]
+    twice = next((pattern for pattern in patterns if patterns.count(pattern) > 1), None)
+    if twice is not None:
+        raise ValueError(f"expected one pool for each pattern, found {twice!r} more than once; leave one of them out")
+    return value
+
+
 class EngineConfig(Section):
     """`engine`: budgets and how to compute; see `weightstream.Engine`."""
 
@@ -131,6 +176,12 @@ class EngineConfig(Section):
     commit_every: int | str = 1
     """Steps from one commit to the next, or a time such as `30s`."""
     allow_other_numerics: bool = False
+    experts_memory: Bytes = Field(default="1GiB")  # type: ignore[assignment]
+    """For the experts that one step reaches; of no effect on a model that has none."""
+    experts_pool: Annotated[tuple[PoolConfig, ...], BeforeValidator(_pools), AfterValidator(_different)] = ()
+    """How many experts may come to exist; the first entry whose pattern matches a layer counts."""
+    compaction_share: float = Field(default=0.25, gt=0, le=1)
+    """Bytes that compaction may write for each byte of experts that steps write."""
 
 
 def _memory(value: Any) -> Any:

@@ -311,6 +311,35 @@ class Costs:
                 own += count * (sums[f"copy {kind}"] + (present - 1) * sums[f"add {kind}"])
         return (own + self.executor.tensor_s.get("reduce", 0.0) * tensors) * self.slowdown
 
+    def experts_s(
+        self,
+        touched: float,
+        summed: float,
+        numel: int,
+        *,
+        load_bytes: int,
+        record_bytes: int,
+        clipped: bool,
+        dtype: str,
+    ) -> float:
+        """Seconds of one rank for experts at the end of a step: their gradients are added up, with their squares, and they
+        are updated. What one record costs besides its bytes is not in a profile.
+
+        Args:
+            touched: those that it updates.
+            summed: those of its micro-batches, each counted once for each of these.
+            numel: parameters of one.
+        """
+        tables, parameters = self.tables, round(touched * numel)
+        if not parameters:
+            return 0.0
+        block = BlockFacts(0, "experts", 0, load_bytes, record_bytes, 4 * parameters)
+        own = update_alone_s(
+            tables.compute, block, self.optimizer, dtype=dtype, clipped=clipped, memory_bytes_per_s=None
+        )
+        own *= self.executor.in_a_step.get("update", 1.0)
+        return own + numel * (tables.compute.sums["add float32"] * summed + tables.compute.sums["squares"] * touched)
+
     def _update(
         self, tables: Tables, block: BlockFacts, allotment: Allotment, tensors: int, clipped: bool, dtype: str
     ) -> float:

@@ -542,11 +542,12 @@ class Engine:
 
     def _moved(self) -> MovedBytes:
         read, written = self.recorder.end()
-        return MovedBytes(read, written, self.bytes_bound().total, self.recorder.moved("compaction"))
+        bound = self.bytes_bound().total + self.experts.touching.least_bytes
+        return MovedBytes(read, written, bound, self.recorder.moved("compaction"))
 
     def bytes_bound(self) -> StepBytes:
         """The least that a steady step must move between host and disk under the present allotment, and with what is sparse
-        as it is now."""
+        as it is now; without experts, of which each step tells its own."""
         return self.outlook.bytes_bound(self.runtime.facts, self.runtime.allotment)
 
     def nonzeros(self) -> tuple[int, int]:

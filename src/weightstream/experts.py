@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightstream.cluster import Cluster
 from weightstream.existence import Existence
 from weightstream.fabric.parcels import Direction, Parcels
 from weightstream.fabric.ranks import Ranks
@@ -18,10 +19,22 @@ from weightstream.nn.attaching import blocks_of, check_places, known_beforehand,
 from weightstream.nn.experts import StreamedExperts
 from weightstream.nn.pool import Pool
 from weightstream.past import Past
+from weightstream.reaching import (
+    GRADIENT_BYTES,
+    ExpertBytes,
+    ExpertSizes,
+    Reached,
+    StandIn,
+    bytes_of,
+    counted,
+    expected,
+    pool_of,
+)
 from weightstream.store.compaction import check_share
 from weightstream.store.families import Family
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
+from weightstream.tallying import TouchedFacts, Walking
 from weightstream.touching import Touched, Touching, Wait
 from weightstream.trace.recorder import Recorder
 from weightstream.units import parse_bytes
@@ -75,7 +88,7 @@ class Experts:
     call the same methods in the same order.
 
     Args:
-        calls: how often the last step called a layer for each micro-batch; before there was one, a guess.
+        calls: how many blocks that hold a layer the last step called for each micro-batch; before there was one, a guess.
         groups: the reduction groups of a step.
         kept: what `to_json` gave with the last commit.
         wait: for the store, as the runtime does it.
@@ -111,10 +124,12 @@ class Experts:
         self._past.goes_on(store.step + 1, optimizer)
         self._crowded: set[str] = set()
         self._parcels: Parcels | None = None  # in which experts go from rank to rank
-        self._following = False
+        self._following, self._micro_batches = False, 0
+        self._draws: dict[str, float] = {}  # by layer, assignments of a micro-batch of the last step
         self.touching = self._make_touching()
         self.growing = self._make_growing(settings.pools, kept.get("experts", {}), calls)
         self.touching.agree = self.growing.agree
+        self._share = settings.compaction_share
         if self._layers and ranks.owns:
             store.compaction_share = settings.compaction_share
 
@@ -172,9 +187,11 @@ class Experts:
             groups=self._groups, standing_still=self._standing_still,
         )  # fmt: skip
 
-    def _walking(self) -> tuple[int, int] | None:
-        """The use and micro-batch that is computed now; None outside of steps."""
-        return None if self._following or self._worker.outside is not None else self._worker.walking
+    def _walking(self) -> Walking | None:
+        """What is computed now; None outside of steps."""
+        if self._following or self._worker.outside is not None:
+            return None
+        return Walking(*self._worker.walking, self._worker.going_back)
 
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -192,9 +209,14 @@ class Experts:
             self._ranks.gather if self._layers else _alone, self._member,
         )  # fmt: skip
         return Growing(
-            self._layers, own if lent is None else lent.families, existence, pools, kept, calls, self._log,
-            several=lent is not None,
+            self._layers, own if lent is None else lent.families, existence, pools, kept,
+            lambda name: max(calls(name), self._calls_seen(name)), self._log, several=lent is not None,
         )  # fmt: skip
+
+    def _calls_seen(self, name: str) -> int:
+        """How often the last step called a layer for a micro-batch, as far as it had tokens; a block may do so repeatedly."""
+        found = self.touching.facts.get(name)
+        return 0 if found is None else found.calls
 
     # steps
 
@@ -208,7 +230,7 @@ class Experts:
         Raises:
             PlanError: there is no room for them.
         """
-        own = list(own)
+        own, self._micro_batches = list(own), micro_batches
         expected = self.growing.begin(known_beforehand(self._layers, own), tokens_in(own))
         self.touching.begin(micro_batches, count, expected)
 
@@ -231,12 +253,14 @@ class Experts:
         """A step has been taken; it counts unless its gradients were not finite."""
         if not finite:
             self._past.skipped.append(step)
-        self.growing.took(self._added(finite))
+        self.growing.took(self._added(finite), self._facts(finite))
         self.measured()
         self._warn_of_crowds()
 
     def measured(self, times: int = 1) -> None:
         """Steps may come to so many times the assignments of the one that was just seen."""
+        for name, found in self.touching.facts.items():
+            self._draws[name] = found.assignments / self._micro_batches
         self.growing.measured({name: times * found.assignments for name, found in self.touching.facts.items()})
 
     def to_json(self, step: int, *, finite: bool) -> dict[str, Any]:
@@ -245,12 +269,16 @@ class Experts:
         if any(layer.untouched == "dense" for layer in self._layers.values()):
             own["past"] = self._past.to_json(() if finite else (step,))
         if self._layers:
-            own["experts"] = self.growing.to_json(self._added(finite))
+            own["experts"] = self.growing.to_json(self._added(finite), self._facts(finite))
         return own
 
     def _added(self, finite: bool) -> Mapping[str, int]:
         """The experts that the step under way has brought into existence, if it counts."""
         return self.touching.added if finite else {}
+
+    def _facts(self, finite: bool) -> Mapping[str, TouchedFacts]:
+        """What it has reached, if it counts."""
+        return self.touching.facts if finite else {}
 
     def make_up(self, count: int) -> dict[str, Any]:
         """Brings all experts of layers with `untouched="dense"` to the present step, after so many optimizer steps; gives
@@ -261,6 +289,82 @@ class Experts:
             self._wait(writing)
         made = {name: family.first_written - before[name] for name, family in self.touching.families.items()}
         return {"experts": self.growing.made(made)}
+
+    # what steps come to
+
+    def expected(self, micro_batches: int, cluster: Cluster) -> dict[str, Reached]:
+        """What steps of so many micro-batches, like those of the last one, are expected to reach on a cluster, as the last
+        steps have shown it, or by even chance; of what that is not seen it is taken that all exist. Empty before there was
+        a step or a rehearsal."""
+        if len(self._draws) < len(self._layers):
+            return {}
+        found = {}
+        for name, layer in self._layers.items():
+            growth = self.growing.layers[name]
+            reached = growth.reached_per_step
+            found[name] = expected(
+                layer, self._draws[name], micro_batches, cluster, self._groups, pool=self._pool(name),
+                new_share=(growth.new_per_step or 0.0) / reached if reached else 0.0,
+            )  # fmt: skip
+        return found
+
+    def _pool(self, name: str) -> float:
+        """From how many experts of a layer tokens draw, if all of these are alike."""
+        layer, growth = self._layers[name], self.growing.layers[name]
+        if growth.reached_per_step is None:
+            return float(layer.experts)
+        return pool_of(growth.reached_per_step, growth.drawn_per_step, layer.top_k, layer.experts)
+
+    def numel(self, name: str) -> int:
+        """Parameters of one expert of a layer."""
+        return self._layers[name].numel
+
+    def held_bytes(self, reached: Mapping[str, Reached], owners: int, micro_batches: int, partial_sums: int) -> int:
+        """What a rank holds at most for a step that reaches these: records, with those of the step before while they are
+        written, within their memory; and gradients of its micro-batches, with so many partial sums at once."""
+        growth = self.growing.layers
+        records = sum(2 * each.touched / owners * growth[name].slot_bytes for name, each in reached.items())
+        gradients = sum(
+            growth[name].gradients_of(micro_batches * each.each, each.touched, partial_sums)
+            for name, each in reached.items()
+        )
+        return round(min(records, self.memory_bytes) + gradients)
+
+    @property
+    def blocks(self) -> dict[str, frozenset[int]]:
+        """The blocks that each layer lies in."""
+        return {name: blocks_of({name: places}, self._store.blocks) for name, places in self._places.items()}
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Meanwhile layers compute with zeros, and their tokens go to experts by even chance, as `expected` has it: no record
+        is read, and no gradient kept."""
+        before = {
+            name: layer.attach(StandIn(layer, self._pool(name), self._dtype)) for name, layer in self._layers.items()
+        }
+        try:
+            yield
+        finally:
+            for name, layer in self._layers.items():
+                layer.attach(before[name])
+
+    def counted(self, micro_batches: Sequence[Any], cluster: Cluster) -> dict[str, Reached]:
+        """What a step of these micro-batches reaches next, on a cluster, of layers of which it follows from their
+        `input_ids` and which no pool has closed. One rank alone can tell it."""
+        known = known_beforehand(self._layers, micro_batches)
+        written = {name: self.touching.families[name].written(numbers) for name, numbers in known.items()}
+        return counted(self._layers, micro_batches, written, cluster, self._groups)
+
+    def bytes_of(self, reached: Mapping[str, Reached]) -> ExpertBytes:
+        """What a step that reaches these moves."""
+        sizes = {
+            name: ExpertSizes(
+                own.record_bytes, own.loaded_bytes, self._layers[name].numel * self._dtype.itemsize,
+                self._layers[name].numel * GRADIENT_BYTES,
+            )
+            for name, own in self.growing.layers.items()
+        }  # fmt: skip
+        return bytes_of(reached, sizes, self._share)
 
     # what is told
 

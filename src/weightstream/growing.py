@@ -12,8 +12,10 @@ from typing import Any
 
 from weightstream.errors import ConfigError, PlanError
 from weightstream.existence import Existence, Numbers
+from weightstream.fabric.packed import gradient_bytes
 from weightstream.nn.experts import StreamedExperts
 from weightstream.nn.pool import Pool
+from weightstream.tallying import TouchedFacts
 from weightstream.touching import Door
 from weightstream.units import format_bytes
 
@@ -32,22 +34,28 @@ class Reach:
 @dataclass(frozen=True, slots=True)
 class Counted:
     """Of one layer: experts that exist, how many a step has added lately, the mean of so many steps, the limit at which its
-    pool closed, and how often the last step called the layer for each micro-batch; 0 before the first one."""
+    pool closed, how often the last step called the layer for each micro-batch, 0 before the first one; and how many
+    different ones a step has reached lately, and by how many assignments."""
 
     written: int
     rate: float = 0.0
     steps: int = 0
     closed: int | str | None = None
     calls: int = 0
+    reached: float = 0.0
+    drawn: float = 0.0
 
-    def after(self, added: int, calls: int) -> "Counted":
-        """After one more step; a plain mean at first, in which older steps then count less and less."""
+    def after(self, added: int, facts: TouchedFacts | None, calls: int) -> "Counted":
+        """After one more step; plain means at first, in which older steps then count less and less."""
         steps = min(self.steps + 1, RECENT_STEPS)
-        rate = self.rate + (added - self.rate) / steps
-        return replace(self, written=self.written + added, rate=rate, steps=steps, calls=calls)
+        reached, drawn = (facts.touched, facts.assignments) if facts is not None else (0, 0)
+        return replace(
+            self, written=self.written + added, rate=self.rate + (added - self.rate) / steps, steps=steps, calls=calls,
+            reached=self.reached + (reached - self.reached) / steps, drawn=self.drawn + (drawn - self.drawn) / steps,
+        )  # fmt: skip
 
     def to_json(self) -> list[Any]:
-        return [self.written, self.rate, self.steps, self.closed, self.calls]
+        return [self.written, self.rate, self.steps, self.closed, self.calls, self.reached, self.drawn]
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> "Counted":
@@ -60,7 +68,9 @@ class LayerGrowth:
 
     `most_per_step` are the experts that a step may reach, as far as its tokens are known (after a step or a rehearsal);
     `held` those that `experts_memory` has room for, each in `slot_bytes`; `new_per_step` is the mean of the last steps, 0
-    once its pool is closed.
+    once its pool is closed; `reached_per_step` and `drawn_per_step` the same of all that they reached, and of assignments.
+    `assignments` are the most of a step, as far as one was seen, `calls` how often a micro-batch calls the layer; the
+    gradient of one expert takes `gradient_bytes`.
     """
 
     experts: int
@@ -71,6 +81,22 @@ class LayerGrowth:
     most_per_step: int | None
     held: int
     new_per_step: float | None
+    reached_per_step: float | None
+    drawn_per_step: float
+    assignments: int | None
+    calls: int
+    gradient_bytes: int
+
+    def gradients_at_most(self, partial_sums: int) -> int | None:
+        """Bytes of gradients that a step holds at a time, where so many partial sums are alive at once: an expert has what one
+        micro-batch gives, these sums, and one for each other call; none that no assignment led to."""
+        if self.assignments is None:
+            return None
+        return round(self.gradients_of(self.assignments, self.experts, partial_sums))
+
+    def gradients_of(self, given: float, reached: float, partial_sums: int) -> float:
+        """The same of a step whose micro-batches give so many gradients, each apart, of so many different experts."""
+        return min(given, reached * (partial_sums + max(self.calls, 1))) * self.gradient_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,18 +211,18 @@ class Growing:
                 )
         return added
 
-    def took(self, added: Mapping[str, int]) -> None:
-        """The step counts, and has written so many new experts."""
-        self._counted = self._after(added)
+    def took(self, added: Mapping[str, int], facts: Mapping[str, TouchedFacts]) -> None:
+        """The step counts; it has written so many new experts, and reached these."""
+        self._counted = self._after(added, facts)
 
     def measured(self, assignments: Mapping[str, int]) -> None:
         """A step has been seen to make so many assignments in each layer."""
         for name, found in assignments.items():
             self._assignments[name] = max(found, self._assignments.get(name, 0))
 
-    def to_json(self, added: Mapping[str, int]) -> dict[str, Any]:
-        """What is committed with a step that has written so many new experts."""
-        return {name: found.to_json() for name, found in self._after(added).items()}
+    def to_json(self, added: Mapping[str, int], facts: Mapping[str, TouchedFacts]) -> dict[str, Any]:
+        """What is committed with a step that has written so many new experts, and reached these."""
+        return {name: found.to_json() for name, found in self._after(added, facts).items()}
 
     def made(self, added: Mapping[str, int]) -> dict[str, Any]:
         """What is committed after this rank has written so many new experts outside of steps."""
@@ -205,8 +231,11 @@ class Growing:
             self._counted[name] = replace(found, written=found.written + every.get(name, 0))
         return {name: found.to_json() for name, found in self._counted.items()}
 
-    def _after(self, added: Mapping[str, int]) -> dict[str, Counted]:
-        return {name: found.after(added.get(name, 0), self._calls(name)) for name, found in self._now.items()}
+    def _after(self, added: Mapping[str, int], facts: Mapping[str, TouchedFacts]) -> dict[str, Counted]:
+        return {
+            name: found.after(added.get(name, 0), facts.get(name), self._calls(name))
+            for name, found in self._now.items()
+        }
 
     def _hold(
         self, limit: _Limit, expected: Numbers, written: Mapping[str, Collection[int]], tokens: int | None
@@ -310,7 +339,8 @@ class Growing:
         rate = None if not counted.steps else 0.0 if counted.closed is not None else counted.rate
         return LayerGrowth(
             layer.experts, counted.written, sizes.record_bytes, sizes.loaded_bytes, sizes.slot_bytes,
-            None if most is None else min(most, layer.experts), sizes.capacity, rate,
+            None if most is None else min(most, layer.experts), sizes.capacity, rate, counted.reached or None, counted.drawn,
+            most, counted.calls or self._calls(name), gradient_bytes(layer.family(name).numel),
         )  # fmt: skip
 
     @property

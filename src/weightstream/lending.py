@@ -6,12 +6,13 @@ values are not here yet begins one, and so does a rank whose micro-batches are t
 wants anything any more. So a rank that waits for values finds all others in a round, or on their way to one.
 
 Gradients are added where they were made, down to the largest subtrees of the contract's tree, and at their owner in the
-order of that tree (`touching.over_groups`): the bits are those of one rank.
+order of that tree (`fabric/packed.py`): the bits are those of one rank.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,13 +20,37 @@ from torch import Tensor
 
 from weightstream.cluster import Cluster, owner_of
 from weightstream.errors import AuditError, PlanError
+from weightstream.fabric.packed import Gradients, Packed, Sums
 from weightstream.fabric.parcels import Parcels, Sizes
+from weightstream.store.arena import Arena
 from weightstream.store.families import Family
 from weightstream.store.layout import RecordLayout
-from weightstream.touching import Arena, Gradients, Packed, Sums, Touched, TouchedFacts, redirected
+from weightstream.store.segments import AlignedBuffer
+from weightstream.tallying import Gate, Tally, TouchedFacts, Walking
+from weightstream.touching import Touched
 from weightstream.units import format_bytes
 
 _NONE = torch.empty(0, dtype=torch.int64)
+
+
+class _ValueMemory:
+    """Memory for the values of so many records, a tensor (records, *shape) for each parameter: no more is ever taken, and
+    none is resident until it is used."""
+
+    def __init__(self, family: Family, records: int, dtype: torch.dtype) -> None:
+        self._memory = AlignedBuffer(records * family.numel * dtype.itemsize)
+        self.tensors: list[Tensor] = []
+        offset = 0
+        for parameter in family.parameters:
+            self.tensors.append(self._memory.tensor(dtype, offset, (records, *parameter.shape)))
+            offset += self.tensors[-1].nbytes
+
+    def rows(self, start: int, stop: int) -> list[Tensor]:
+        return [tensor[start:stop] for tensor in self.tensors]
+
+    def close(self) -> None:
+        self.tensors = []
+        self._memory.close()
 
 
 class Borrowed:
@@ -35,7 +60,7 @@ class Borrowed:
         own: the records that this rank owns; None if it owns none at all.
         nbytes: memory for values, whoever owns them.
         owners: how many ranks own the family's records.
-        walking: the use (visit) and micro-batch that is computed now; None outside of steps.
+        walking: what is computed now; None outside of steps.
     """
 
     def __init__(
@@ -48,15 +73,15 @@ class Borrowed:
         dtype: torch.dtype,
         device: torch.device,
         groups: int,
-        walking: Callable[[], tuple[int, int] | None],
+        walking: Callable[[], Walking | None],
     ) -> None:
         self.family, self.own, self.dtype, self.owners = family, own, dtype, owners
         self._device, self._walking = device, walking
         self._nbytes, self._capacity = nbytes, nbytes // (family.numel * dtype.itemsize)
+        self._values = _ValueMemory(family, min(family.count, self._capacity), dtype)
         self.gradients_here = Gradients(groups)
-        self.reached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._instead: Mapping[int, int] | None = None
-        self._redirected: dict[tuple[int, int], int] = {}
+        self.reached = Tally()
+        self._gate = Gate(self._not_known, 0)
         self.asked: dict[int, Tensor] = {}  # by owner: numbers that are to come when this rank needs them
         self.promised: dict[int, Tensor] = {}  # by rank that computes: the same of others
         self.fetch: Callable[[Borrowed, Tensor], None] = _refuse
@@ -64,17 +89,14 @@ class Borrowed:
         self._forget()
 
     def _forget(self) -> None:
-        self._numbers, self._values = _NONE, self._room(0)  # there may be more room than numbers
+        self._numbers = _NONE  # whose values lie one after another
         self._found, self._places = _NONE, _NONE  # numbers in order, and where each lies
-
-    def _room(self, records: int) -> list[Tensor]:
-        return [torch.empty(shape, dtype=dtype) for dtype, shape in self.sizes(records, self.dtype)]
 
     # for the layer
 
     def gate(self, instead: Mapping[int, int] | None) -> None:
         """From now on only records that exist are reached, of these numbers what they lead to; None: all are."""
-        self._instead = instead
+        self._gate.set(instead)
 
     def existing(self, numbers: Sequence[int]) -> list[int]:
         """The records that are reached for these.
@@ -82,24 +104,19 @@ class Borrowed:
         Raises:
             PlanError: it was not found out, when the step began, what exists for one of them.
         """
-        instead = self._instead
-        if instead is None:
-            return list(numbers)
-        unknown = next((number for number in numbers if number not in instead), None)
-        if unknown is not None:
-            raise PlanError(
-                f"family {self.family.name!r}: its pool is full, and on several ranks it must follow from a step's input_ids "
-                f"what it reaches, found record {unknown} that does not; run on one rank, or with a larger pool"
-            )
-        return [instead[number] for number in numbers]
+        return self._gate.existing(numbers)
+
+    def _not_known(self, numbers: Sequence[int]) -> dict[int, int]:
+        raise PlanError(
+            f"family {self.family.name!r}: its pool is full, and on several ranks it must follow from a step's input_ids "
+            f"what it reaches, found record {numbers[0]} that does not; run on one rank, or with a larger pool"
+        )
 
     def routed(self, numbers: Tensor) -> Tensor:
         """The records that these assignments of a micro-batch go to."""
-        if self._instead is None:
-            return numbers
-        result = redirected(numbers, self.existing)
-        if (walking := self._walking()) is not None:
-            self._redirected[walking] = int((result != numbers).sum())
+        result = self._gate.routed(numbers)
+        if result is not numbers:
+            self.reached.sent_elsewhere(self._walking(), int((result != numbers).sum()))
         return result
 
     def weights(self, numbers: Tensor, counts: Tensor) -> list[Tensor]:
@@ -110,15 +127,14 @@ class Borrowed:
                 self._forget()  # outside of steps nothing but these is wanted
                 missing = wanted
             self.fetch(self, missing)
-        if walking is not None:
-            self.reached[walking] = wanted, counts.cpu()
+        self.reached.called(walking, wanted, counts)
         places = self._places[torch.searchsorted(self._found, wanted)]
-        return [values.index_select(0, places).to(self._device) for values in self._values]
+        return [values.index_select(0, places).to(self._device) for values in self._values.tensors]
 
     def gradients(self, numbers: Tensor, gradients: list[Tensor]) -> None:
         walking = self._walking()
         assert walking is not None, "gradients are made in steps"
-        self.gradients_here.add(*walking, numbers, gradients)
+        self.gradients_here.add(walking.use, walking.micro_batch, numbers, gradients)
 
     def _here(self, numbers: Tensor) -> Tensor:
         """Which of these are here."""
@@ -126,11 +142,6 @@ class Borrowed:
             return torch.zeros(numbers.shape, dtype=torch.bool)
         place = torch.searchsorted(self._found, numbers).clamp_(max=self._found.numel() - 1)
         return self._found[place] == numbers
-
-    @property
-    def redirected(self) -> int:
-        """How often a record was meant in the step that may not come to exist."""
-        return sum(self._redirected.values())
 
     # for all ranks
 
@@ -152,22 +163,15 @@ class Borrowed:
                 f"tokens to a step"
             )
 
-    def arrive(self, numbers: Sequence[Tensor], values: Sequence[Sequence[Tensor]]) -> None:
-        """Takes in what came from one rank after another."""
-        end = self._numbers.numel()
-        every = torch.cat([self._numbers, *numbers])
-        if every.numel() > self._values[0].shape[0]:
-            # not much more than what is there each time, where a few come with every micro-batch
-            room = self._room(max(every.numel(), min(2 * end, self._capacity)))
-            for larger, old in zip(room, self._values, strict=True):
-                larger[:end] = old[:end]
-            self._values = room
-        for come in values:
-            start, end = end, end + come[0].shape[0]
-            for mine, new in zip(self._values, come, strict=True):
-                mine[start:end] = new
-        self._numbers = every
-        self._found, self._places = torch.sort(every)
+    def room(self, records: Sequence[int]) -> list[list[Tensor]]:
+        """Where the values of so many more records go, from one rank after another."""
+        ends = list(accumulate(records, initial=self._numbers.numel()))
+        return [self._values.rows(start, stop) for start, stop in pairwise(ends)]
+
+    def arrived(self, numbers: Sequence[Tensor]) -> None:
+        """The values of these records are there, in that order."""
+        self._numbers = torch.cat([self._numbers, *numbers])
+        self._found, self._places = torch.sort(self._numbers)
 
     def sizes(self, count: int, dtype: torch.dtype) -> Sizes:
         """Of so many records, packed."""
@@ -177,8 +181,11 @@ class Borrowed:
         self._forget()
         self.gradients_here.clear()
         self.reached.clear()
-        self._redirected.clear()
         self.asked, self.promised = {}, {}
+
+    def close(self) -> None:
+        self.drop()
+        self._values.close()
 
 
 def values_bytes(family: Family, layout: RecordLayout, dtype: torch.dtype, nbytes: int) -> int:
@@ -216,7 +223,7 @@ class AllLending:
         self.blocks = frozenset(blocks)
         self._share = cluster.groups_of(parcels.rank, groups)
         self._ranks, self._owners = range(cluster.size), range(len(cluster.memory_ranks))
-        self._standing_still, self._micro_batches = standing_still, 0
+        self._standing_still = standing_still
         self._open: Counter[int] = Counter()  # visits of blocks that were entered and not left
         for family in families.values():
             family.fetch = self._fetch
@@ -225,12 +232,12 @@ class AllLending:
 
     def begin(self, micro_batches: int, expected: Mapping[str, Sequence[int]]) -> None:
         """Asks the owners for what is expected here, and begins to read what others expect of this rank."""
-        self._micro_batches = micro_batches
         self._open.clear()
         given: dict[int, list[Tensor]] = defaultdict(list)
         counts: list[list[int]] = []  # by family and owner
         for name, family in self.families.items():
             family.drop()
+            family.gradients_here.begin(micro_batches, self._share)
             numbers = torch.tensor(expected.get(name, ()), dtype=torch.int64)
             family.require_room(numbers)
             family.asked = family.by_owner(numbers)
@@ -283,20 +290,20 @@ class AllLending:
 
     def _round(self, wants: Borrowed | None, numbers: Tensor) -> bool:
         """All ranks meet; who wants values gets them. Gives whether anyone wanted any."""
-        wanted, more, coming, expected = None, dict[int, Tensor](), dict[int, Tensor](), dict[int, Sizes]()
+        wanted, more, coming, room = None, dict[int, Tensor](), dict[int, Tensor](), dict[int, list[Tensor]]()
         if wants is not None:
             wants.require_room(torch.cat([numbers, *wants.asked.values()]))
             more = wants.by_owner(numbers)
             wanted = [self._names[id(wants)], [each.numel() for each in more.values()]]
             coming = {owner: torch.cat([wants.asked.get(owner, _NONE), each]) for owner, each in more.items()}
-            expected = {owner: wants.sizes(each.numel(), wants.dtype) for owner, each in coming.items()}
+            room = dict(zip(coming, wants.room([each.numel() for each in coming.values()]), strict=True))
         wanting = {rank: each for rank, each in enumerate(self.parcels.tell(wanted)) if each is not None}
         if not wanting:
             return False
-        received = self.parcels.hand(self._asked_for(wanting, more), expected, "down")
+        self.parcels.hand_into(room, self._asked_for(wanting, more), "down")
         if wants is not None:
             wants.asked = {}
-            wants.arrive([coming[owner] for owner in received], list(received.values()))
+            wants.arrived(list(coming.values()))
         return True
 
     def _asked_for(self, wanting: Mapping[int, Any], more: Mapping[int, Tensor]) -> dict[int, list[Tensor]]:
@@ -334,12 +341,12 @@ class AllLending:
         sums: dict[str, Sums] = {}
         for position, (name, family) in enumerate(self.families.items()):
             sums[name] = {}
+            if family.own is not None:
+                family.own.reached.clear()  # of a rehearsal sums are closed twice
             for rank, tensors in received.items():
                 own = told[rank][position][self.parcels.rank]
                 assert family.own is not None, "only owners are given gradients"
-                numbers, counts = next(tensors), next(tensors)
-                if numbers.numel():
-                    family.own.reached((rank, 0), numbers, counts)
+                family.own.reached.add(next(tensors), next(tensors))
                 for use, low, high, _ in own[1]:
                     packed = Packed(next(tensors), [next(tensors) for _ in family.family.parameters])
                     sums[name].setdefault(use, {})[low, high] = packed
@@ -347,25 +354,21 @@ class AllLending:
 
     def _pack(self, family: Borrowed, given: dict[int, list[Tensor]]) -> list[tuple[int, list[list[int]]]]:
         """Adds what goes to each owner to its parcel; gives what is in it."""
-        found = family.reached.values()
-        every = torch.cat([_NONE, *(numbers for numbers, _ in found)])
-        every_count = torch.cat([_NONE, *(counts for _, counts in found)])
-        numbers, place = torch.unique(every, return_inverse=True)
-        counts = torch.zeros(numbers.numel(), dtype=torch.int64).index_add_(0, place, every_count)
-        sums = family.gradients_here.partial_sums(self._micro_batches, self._share)
-        said = []
+        numbers, counts = family.reached.numbers, family.reached.counts
+        said: list[tuple[int, list[list[int]]]] = []
         for owner in self._owners:
             own = owner_of(numbers, family.owners) == owner
             given[owner] += [numbers[own], counts[own]]
-            parts = []
-            for use, nodes in sums.items():
-                for (low, high), packed in nodes.items():
+            said.append((int(own.sum()), []))
+        for use, nodes in family.gradients_here.partial_sums().items():
+            for low, high in list(nodes):
+                packed = nodes.pop((low, high))  # only one of them is there twice
+                for owner in self._owners:
                     mine = owner_of(packed.numbers, family.owners) == owner
                     part = packed if bool(mine.all()) else packed.of(mine)
                     if part.numbers.numel():
                         given[owner] += [part.numbers, *part.tensors]
-                        parts.append([use, low, high, part.numbers.numel()])
-            said.append((int(own.sum()), parts))
+                        said[owner][1].append([use, low, high, part.numbers.numel()])
         return said
 
     def _sizes_from(self, told: Sequence[Sequence[tuple[int, list[list[int]]]]]) -> Sizes:
@@ -380,20 +383,31 @@ class AllLending:
 
     def _facts(self) -> dict[str, TouchedFacts]:
         own = [family.own.facts if family.own is not None else None for family in self.families.values()]
-        elsewhere = [family.redirected for family in self.families.values()]
-        told = self.parcels.tell([[f and (f.touched, f.new, f.assignments, f.most) for f in own], elsewhere])
+        here = [(family.reached.redirected, family.reached.calls) for family in self.families.values()]
+        told = self.parcels.tell([[f and (f.touched, f.new, f.assignments, f.most) for f in own], here])
         found = {}
         for position, name in enumerate(self.families):
             parts = [facts[position] for facts, _ in told if facts[position] is not None]
             if parts:
                 touched, new, assignments, most = zip(*parts, strict=True)
-                redirected = sum(each[position] for _, each in told)
-                found[name] = TouchedFacts(sum(touched), sum(new), sum(assignments), max(most), redirected)
+                redirected, calls = zip(*(each[position] for _, each in told), strict=True)
+                found[name] = TouchedFacts(
+                    sum(touched), sum(new), sum(assignments), max(most), sum(redirected), max(calls)
+                )
         return found
+
+    def through(self, use: int, micro_batch: int) -> None:
+        """One of this rank's micro-batches is back through a visit."""
+        for family in self.families.values():
+            family.gradients_here.through(use, micro_batch)
 
     def drop(self) -> None:
         for family in self.families.values():
             family.drop()
+
+    def close(self) -> None:
+        for family in self.families.values():
+            family.close()
 
 
 def _expect(family: Borrowed, numbers: Iterable[Tensor]) -> None:

@@ -3,10 +3,12 @@ there is room for."""
 
 import shutil
 from collections import Counter
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from weightstream.cluster import Cluster
 from weightstream.planning import Reach, disk_bytes, reach
+from weightstream.reaching import ExpertBytes
 from weightstream.schedule.allotment import buffers_text
 from weightstream.schedule.flows import Flow, Flows, flows_of
 from weightstream.store.block_bytes import bytes_of_blocks
@@ -90,12 +92,12 @@ def plan_text(
             f"sparse blocks are, {format_bytes(sum(places))} of host memory; of others it is found at each fetch",
             "products          " + ", ".join([*products, f"{expanded} expanded"]),
         ]
-    lines += _experts(engine)
+    lines += _experts(engine, cluster or engine.cluster, micro_batches or facts.micro_batches)
     lines.append(_room(*reach_of(engine)))
     return "\n".join(lines)
 
 
-def _experts(engine: "Engine") -> list[str]:
+def _experts(engine: "Engine", cluster: Cluster, micro_batches: int) -> list[str]:
     """What layers of experts move, hold and grow by: by arithmetic before a run, and at the rate that was seen in it."""
     layers = engine.growing.layers
     if not layers or not engine.ranks.owns:
@@ -113,14 +115,59 @@ def _experts(engine: "Engine") -> list[str]:
         memory = len(layers) * max(most * layer.slot_bytes for most, layer in reached)  # it is divided alike
         read = sum(most * layer.loaded_bytes for most, layer in reached)
         written = sum(most * layer.record_bytes for most, layer in reached)
+        sums = engine.runtime.facts.sums_at_once
+        gradients = sum(layer.gradients_at_most(sums) or 0 for _, layer in reached)
         lines.append(
             f"experts per step  at most {sum(most for most, _ in reached):,}, which take {format_bytes(memory)} of "
             f"experts_memory; {format_bytes(engine.experts.memory_bytes)} are given, for {held} of each layer; read up to "
-            f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}"
+            f"{format_bytes(read)}, written and grown by up to {format_bytes(written)}; gradients take up to "
+            f"{format_bytes(gradients)} besides"
         )
+        lines += _experts_moved(experts_moved(engine, cluster, micro_batches), several=cluster.size > 1)
     else:
         lines.append("experts per step  not known yet: rehearse a step, or take one")
     return [*lines, *_growth(engine, times)]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsMoved:
+    """What steps are expected to reach of all layers of experts, and to move; `seen`: as the last steps have shown it."""
+
+    touched: float
+    new: float
+    seen: bool
+    bytes: ExpertBytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {"touched": self.touched, "new": self.new, "seen": self.seen} | {
+            f"{name}_bytes": value for name, value in asdict(self.bytes).items()
+        }
+
+
+def experts_moved(engine: "Engine", cluster: Cluster, micro_batches: int) -> ExpertsMoved | None:
+    """That, of steps of so many micro-batches on a cluster; None without such layers, and before a rehearsal or step."""
+    reached = engine.experts.expected(micro_batches, cluster)
+    if not reached:
+        return None
+    seen = all(layer.reached_per_step is not None for layer in engine.growing.layers.values())
+    return ExpertsMoved(
+        sum(found.touched for found in reached.values()), sum(found.new for found in reached.values()), seen,
+        engine.experts.bytes_of(reached),
+    )  # fmt: skip
+
+
+def _experts_moved(found: ExpertsMoved | None, *, several: bool) -> list[str]:
+    if found is None:
+        return []
+    moved, about = found.bytes, f"about {found.touched:,.0f} reached"
+    said = f"lately {about}, {found.new:,.1f} of them new" if found.seen else f"by even chance {about}, by text fewer"
+    upto = "" if found.seen else "up to "
+    links = f"; links: down {format_bytes(moved.down)}, up {format_bytes(moved.up)}" if several else ""
+    return [
+        f"experts move      {said}: disk: read {upto}{format_bytes(moved.read)}, written {upto}{format_bytes(moved.written)}, "
+        f"by compaction up to {format_bytes(moved.compacted)} each way{links}"
+        + (", of all ranks together" if several else "")
+    ]
 
 
 def _growth(engine: "Engine", times: float) -> list[str]:

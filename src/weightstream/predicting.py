@@ -6,7 +6,7 @@ and the allotment that the run itself would have.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
 
@@ -19,9 +19,10 @@ from weightstream.costing import Costs, Product, Sparse, hardware_of, slowdown_o
 from weightstream.engine import DTYPES, Engine
 from weightstream.machine.profile import Profile
 from weightstream.multiplying import kept_structure_bytes
+from weightstream.reaching import ExpertBytes, Reached
 from weightstream.schedule.allotment import Allotment, Facts, buffers_bytes
 from weightstream.schedule.flows import disk_bound
-from weightstream.simulator.durations import Durations
+from weightstream.simulator.durations import Durations, ExpertWork
 from weightstream.simulator.hardware import Hardware
 from weightstream.simulator.simulator import Simulation, simulate
 from weightstream.sparse.choosing import Curve, Piece, speedup_of
@@ -49,8 +50,8 @@ class Inputs:
 class Prediction:
     """A steady step: its length, and how long each resource works for it if it never waits, in seconds.
 
-    Bytes are of all ranks together; `memory_bytes` of the rank that holds most and `all_memory_bytes` of all together, beyond
-    what idle processes have.
+    Bytes are of all ranks together, with those of `experts`; `memory_bytes` of the rank that holds most and
+    `all_memory_bytes` of all together, beyond what idle processes have.
     """
 
     inputs: Inputs
@@ -64,6 +65,7 @@ class Prediction:
     written_bytes: int
     memory_bytes: int
     all_memory_bytes: int
+    experts: ExpertBytes | None = None
 
     @property
     def binds(self) -> str:
@@ -142,9 +144,13 @@ def census_of(engine: Engine, micro_batch: Any, loss_fn: Callable[[nn.Module, An
     modules = [visit.module for visit in engine.runtime.facts.visits]
     forwards = {module: engine.worker.own_forward(module) for module in modules}
     dense = {p.name: p.shape for block in engine.store.blocks for p in block.parameters if p.name in engine.multiplied}
-    return take(
-        engine.model, modules, loss_fn, micro_batch, dtype=DTYPES[engine.precision], forwards=forwards, shapes=dense
-    )
+    with_experts = frozenset[int]().union(*engine.experts.blocks.values())
+    by_values = {visit.module for visit in engine.runtime.facts.visits if visit.block in with_experts}
+    with engine.experts.standing_in():
+        return take(
+            engine.model, modules, loss_fn, micro_batch, dtype=DTYPES[engine.precision], forwards=forwards, shapes=dense,
+            by_values=by_values,
+        )  # fmt: skip
 
 
 def predict(
@@ -159,6 +165,7 @@ def predict(
     step: int | None = None,
     census: Census | None = None,
     keep_spans: bool = False,
+    reached: Mapping[str, Reached] | None = None,
 ) -> Prediction:
     """A steady step of so many micro-batches like this one, on the virtual clock; with its spans if asked for.
 
@@ -168,6 +175,7 @@ def predict(
         threads: of each rank.
         step: of training, which says how sparse the model is; by default as it is now.
         census: of this micro-batch, where it is known already.
+        reached: what the step reaches of layers of experts; by default what is expected (`Experts.expected`).
 
     Raises:
         PlanError: such steps do not fit, or the model makes other calls than planned.
@@ -187,9 +195,35 @@ def predict(
             engine, profile, step, kept_places=allotment.kept_places, tokens=_tokens_of(micro_batch), threads=threads
         ),
     )  # fmt: skip
+    if reached is None:
+        reached = engine.experts.expected(micro_batches, cluster)
+    experts = _experts(engine, costs, cluster, reached, facts)
+    durations = replace(durations, experts=experts)
     inputs = Inputs(facts, allotment, durations, hardware_of(profile, cluster, threads=threads))
     whole = engine.outlook.facts_at(cluster, micro_batches, step, whole=True)
-    return _prediction_of(inputs, engine, profile, whole, keep_spans=keep_spans)
+    return _prediction_of(inputs, engine, profile, whole, reached, keep_spans=keep_spans)
+
+
+def _experts(
+    engine: Engine, costs: Costs, cluster: Cluster, reached: Mapping[str, Reached], facts: Facts
+) -> tuple[ExpertWork, ...]:
+    """What a rank does for the experts that are reached; each owner and each worker has an equal part."""
+    owners, workers = len(cluster.memory_ranks), cluster.workers
+    found = []
+    for name, own in reached.items():
+        moved = engine.experts.bytes_of({name: own})
+        seconds = costs.experts_s(
+            own.touched / owners, facts.present * own.each, engine.experts.numel(name), load_bytes=moved.read // owners,
+            record_bytes=moved.written // owners, clipped=engine.clip_norm is not None, dtype=_dtype_of(engine),
+        )  # fmt: skip
+        found.append(
+            ExpertWork(
+                block=min(engine.experts.blocks[name]), read_bytes=moved.read // owners,
+                written_bytes=moved.written // owners, update=seconds,
+                down_bytes=moved.down // workers, up_bytes=moved.up // workers,
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
 def _dtype_of(engine: Engine) -> str:
@@ -205,7 +239,15 @@ def _tokens_of(micro_batch: Any) -> int:
     return first.shape[0] if first.is_floating_point() else first.numel()
 
 
-def _prediction_of(inputs: Inputs, engine: Engine, profile: Profile, whole: Facts, *, keep_spans: bool) -> Prediction:
+def _prediction_of(
+    inputs: Inputs,
+    engine: Engine,
+    profile: Profile,
+    whole: Facts,
+    reached: Mapping[str, Reached],
+    *,
+    keep_spans: bool,
+) -> Prediction:
     """The simulation of what was put together for it, and what each resource works."""
     facts, allotment, durations, hardware = inputs.facts, inputs.allotment, inputs.durations, inputs.hardware
     simulation = simulate(facts, allotment, durations, hardware, keep_spans=keep_spans)
@@ -215,18 +257,24 @@ def _prediction_of(inputs: Inputs, engine: Engine, profile: Profile, whole: Fact
     if size > 1:  # of all ranks together; the simulation tells of the one that moves most
         bound = disk_bound(whole, allotment)
         read, written = bound.read, bound.written
-    memory = _memory_by_rank(inputs, engine, profile)
+    experts = engine.experts.bytes_of(reached) if reached else None
+    if experts is not None and size > 1:
+        read, written = read + experts.read, written + experts.written
+    memory = _memory_by_rank(inputs, engine, profile, reached)
+    handed = [sum(each.down_bytes for each in durations.experts), sum(each.up_bytes for each in durations.experts)]
+    rate = hardware.link.bytes_per_s if hardware.link else float("inf")
+    link_s = max(busy.get(way, 0.0) + nbytes / rate for way, nbytes in zip(("down", "up"), handed, strict=True))
     return Prediction(
         inputs=inputs, simulation=simulation, seconds_per_step=simulation.step_s,
         compute_s=crowded * sum(_computed(inputs, kind) for kind in ("forward", "backward", "turn", "reduce")),
-        optimizer_s=crowded * _computed(inputs, "update"), disk_s=_disk_s(busy, hardware),
-        link_s=max(busy.get("down", 0.0), busy.get("up", 0.0)), read_bytes=read,
-        written_bytes=written, memory_bytes=max(memory), all_memory_bytes=sum(memory),
+        optimizer_s=crowded * (_computed(inputs, "update") + sum(each.update for each in durations.experts)),
+        disk_s=_disk_s(busy, hardware), link_s=link_s, read_bytes=read, written_bytes=written,
+        memory_bytes=max(memory), all_memory_bytes=sum(memory), experts=experts,
     )  # fmt: skip
 
 
-def _memory_by_rank(inputs: Inputs, engine: Engine, profile: Profile) -> list[int]:
-    """What is allotted, what a process needs besides, and the holes of the heap.
+def _memory_by_rank(inputs: Inputs, engine: Engine, profile: Profile, reached: Mapping[str, Reached]) -> list[int]:
+    """What is allotted, what a process needs besides, experts that are reached, and the holes of the heap.
 
     All ranks have the same plan; of buffers for records only that fills which a rank owns.
     """
@@ -234,6 +282,7 @@ def _memory_by_rank(inputs: Inputs, engine: Engine, profile: Profile) -> list[in
     facts, allotment = engine.outlook.planned_for(cluster, inputs.facts.micro_batches)  # there is room for every step
     besides = allotment.device_bytes + profile.executor.process_bytes + _holes_bytes(facts, allotment)
     besides += allotment.host_bytes - buffers_bytes(facts, allotment)
+    besides += engine.experts.held_bytes(reached, len(cluster.memory_ranks), facts.present, facts.sums_at_once)
     every = [facts] * cluster.size
     if cluster.size > 1:
         every = [engine.outlook.facts_of_rank(rank, cluster, facts.micro_batches) for rank in range(cluster.size)]

@@ -28,7 +28,8 @@ from weightstream.hub import initial_values
 from weightstream.machine.profile import DEFAULT_PATH, Profile, load_profile
 from weightstream.machine.sparsity import auto_kernels
 from weightstream.multiplying import AutoKernels
-from weightstream.plan_text import flows_now, plan_text, reach_of
+from weightstream.nn import Pool
+from weightstream.plan_text import experts_moved, flows_now, plan_text, reach_of
 from weightstream.predicting import Stretch, census_of, commonest, predict, prediction_text, stretches
 from weightstream.preflight import require_memory, require_same_text, store_exists
 from weightstream.ranks import ALONE, RunRanks
@@ -240,6 +241,9 @@ def engine_settings(config: RunConfig, say: Say = lambda text: None) -> dict[str
         "allow_other_numerics": settings.allow_other_numerics,
         "sparsity": config.sparsity.settings(config.training.steps),
         "kernels": _kernels(config, say),
+        "experts_memory": settings.experts_memory,
+        "experts_pool": {pool.pattern: Pool(pool.limit, pool.when_full) for pool in settings.experts_pool} or None,
+        "compaction_share": settings.compaction_share,
     }
 
 
@@ -347,6 +351,7 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
         whose: dict[str, Any] = {"cluster": cluster, "micro_batches": micro_batches, "step": step}
         _, allotment = engine.outlook.planned_for(cluster, micro_batches)
         flows, (own, dense) = flows_now(engine, **whose), reach_of(engine)
+        experts = experts_moved(engine, cluster, micro_batches)
         disk_bytes = shutil.disk_usage(engine.store.path).total
         each = config.training.micro_batch_size * config.training.sequence_length
         told = "seconds per step  not known: run `weightstream calibrate` first"
@@ -372,6 +377,7 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
             "read_bytes_per_step": flows.disk_read.planned,
             "written_bytes_per_step": flows.disk_written.planned,
             "moved_per_step": flows.to_json(),
+            "experts_per_step": None if experts is None else experts.to_json(),
             "room_parameters": {"disk": own.disk, "ram": own.ram},
             "room_parameters_dense": None if dense is None else {"disk": dense.disk, "ram": dense.ram},
             "kernels": engine.kernels,

@@ -293,6 +293,7 @@ class Runtime:
                 self._make_room_for_sums()
                 with self._computing():
                     self.worker.backward(visit, micro_batch)
+                    self.keeper.touching.through(visit, micro_batch)
             case Spill(visit, micro_batch):
                 self.worker.spill(visit, micro_batch, to_disk=self._tier(visit) == "disk")
             case Restore(visit, micro_batch):

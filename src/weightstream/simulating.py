@@ -211,6 +211,11 @@ def shape_of(config: RunConfig) -> ModelShape:
     """
     from weightstream.architectures import architecture, vocabulary_of
 
+    if config.model.factory is not None:
+        raise ConfigError(
+            f"model.factory: {config.model.factory} is known by its code, and a simulation of clusters goes by the sizes of a "
+            f"decoder; `weightstream plan` predicts its steps on a machine that was measured, --model takes a preset"
+        )
     whole, _ = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
     found = whole.get_text_config()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightstream.errors import ConfigError
-from weightstream.touching import TouchedFacts
+from weightstream.tallying import TouchedFacts
 
 
 @dataclass(frozen=True, slots=True)

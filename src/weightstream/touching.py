@@ -6,7 +6,7 @@ micro-batches as `fabric/reduction.py` has it, of squares per tensor. A record's
 optimizer steps.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,157 +17,18 @@ from torch import Tensor
 
 from weightstream.cluster import owned
 from weightstream.errors import PlanError
+from weightstream.fabric.packed import Gradients, Packed, Sums, over_groups
 from weightstream.fabric.reduction import Squares, sum_of_squares
-from weightstream.schedule.reduction import group_of, tree
+from weightstream.store.arena import Arena
 from weightstream.store.families import NUMBER, Family
 from weightstream.store.futures import done, gather
-from weightstream.store.layout import ALIGN_PART, RecordLayout
 from weightstream.store.optimizers import Optimizer
-from weightstream.store.segments import AlignedBuffer, RecordBuffer
 from weightstream.store.store import Store
-from weightstream.units import align, format_bytes
+from weightstream.tallying import Gate, Tally, TouchedFacts, Walking
+from weightstream.units import format_bytes
 
 T = TypeVar("T")
 Wait = Callable[["Future[T]"], T]
-Node = tuple[int, int]
-"""A node of the contract's tree: its first reduction group, and the one behind its last."""
-
-
-@dataclass(frozen=True, slots=True)
-class TouchedFacts:
-    """What one step reached of a family: records, of those the ones never written before, how often in all, and the one
-    reached most often; how often another one, which does not exist and may not come to, was meant."""
-
-    touched: int
-    new: int
-    assignments: int
-    most: int
-    redirected: int = 0
-
-
-@dataclass(slots=True)
-class Packed:
-    """A tensor per template parameter, (records, *shape) in fp32, of the records of these numbers."""
-
-    numbers: Tensor
-    tensors: list[Tensor]
-
-    def of(self, which: Tensor) -> "Packed":
-        """Those for which this is true."""
-        return Packed(self.numbers[which], [tensor[which] for tensor in self.tensors])
-
-    def plus(self, other: "Packed") -> "Packed":
-        """The sum of both, in the memory of this one where that is enough. A record that only one has is as it is there."""
-        found, by_number = torch.sort(self.numbers)
-        place = torch.searchsorted(found, other.numbers).clamp_(max=found.numel() - 1)
-        both = found[place] == other.numbers
-        rows, only = by_number[place[both]], ~both
-        if not bool(both.all()):
-            self.numbers = torch.cat([self.numbers, other.numbers[only]])
-            self.tensors = [torch.cat([a, b[only]]) for a, b in zip(self.tensors, other.tensors, strict=True)]
-        for mine, others in zip(self.tensors, other.tensors, strict=True):
-            mine.index_add_(0, rows, others[both])
-        return self
-
-
-Sums = dict[int, dict[Node, Packed]]
-"""Partial sums of gradients, by use and by node."""
-
-
-class Gradients:
-    """What a rank's micro-batches give of one family in a step, until it is summed."""
-
-    def __init__(self, groups: int) -> None:
-        self._groups = groups
-        self._found: dict[int, dict[int, Packed]] = defaultdict(dict)  # by use and micro-batch
-
-    def add(self, use: int, micro_batch: int, numbers: Tensor, gradients: Sequence[Tensor]) -> None:
-        packed = Packed(numbers.cpu(), [gradient.to("cpu", torch.float32) for gradient in gradients])
-        before = self._found[use].get(micro_batch)
-        self._found[use][micro_batch] = packed if before is None else before.plus(packed)
-
-    def partial_sums(self, micro_batches: int, share: range) -> Sums:
-        """The sums of the largest subtrees that lie within a share of the reduction groups; what was given is gone."""
-        found, self._found = self._found, defaultdict(dict)
-        return {use: self._within(found[use], micro_batches, share) for use in sorted(found)}
-
-    def _within(self, found: Mapping[int, Packed], micro_batches: int, share: range) -> dict[Node, Packed]:
-        sums: dict[Node, Packed] = {}
-        for micro_batch in sorted(found):
-            group = group_of(micro_batch, micro_batches, self._groups)
-            before = sums.get((group, group + 1))
-            sums[group, group + 1] = found[micro_batch] if before is None else before.plus(found[micro_batch])
-        _sum_up(sums, self._groups, share)
-        return sums
-
-    def clear(self) -> None:
-        self._found.clear()
-
-
-def over_groups(sums: dict[Node, Packed], groups: int) -> Packed:
-    """The sum of partial sums that have no group in common, in the contract's order, whoever made them."""
-    _sum_up(sums, groups, range(groups))
-    (total,) = sums.values()
-    return total
-
-
-def _sum_up(sums: dict[Node, Packed], groups: int, share: range) -> None:
-    """Puts the sums of the largest subtrees within the share in the place of those that they are made of."""
-    for low, middle, high in tree(groups):
-        if low < share.start or high > share.stop:
-            continue
-        left, right = sums.pop((low, middle), None), sums.pop((middle, high), None)
-        if left is not None and right is not None:
-            sums[low, high] = left.plus(right)
-        elif left is not None or right is not None:
-            sums[low, high] = left or right  # type: ignore[assignment]
-
-
-def redirected(numbers: Tensor, existing: Callable[[Sequence[int]], list[int]]) -> Tensor:
-    """What assignments go to, each different one asked for once."""
-    asked, place = torch.unique(numbers.cpu(), return_inverse=True)
-    return torch.tensor(existing(asked.tolist()), dtype=torch.int64)[place].to(numbers.device)
-
-
-class Arena:
-    """Memory for so many records of one family. Nothing is resident until it is used."""
-
-    def __init__(self, layout: RecordLayout, records: int) -> None:
-        self._layout, self._stride = layout, self.slot_bytes(layout)
-        self._memory = AlignedBuffer(records * self._stride)
-        self._buffers: dict[int, RecordBuffer] = {}
-        self._records = records
-
-    @staticmethod
-    def slot_bytes(layout: RecordLayout) -> int:
-        """What one record takes."""
-        return align(layout.image_nbytes, ALIGN_PART)
-
-    def buffer(self, slot: int) -> RecordBuffer:
-        found = self._buffers.get(slot)
-        if found is None:
-            found = RecordBuffer(self._layout.image_nbytes, within=(self._memory, slot * self._stride))
-            self._buffers[slot] = found
-        return found
-
-    def tensors(self, part: str) -> list[Tensor]:
-        """The tensors of a part of all records, (records, *shape) each, as views."""
-        place, found = self._layout.part(part), []
-        for spec in place.tensors:
-            itemsize = spec.dtype.itemsize
-            whole = torch.frombuffer(self._memory.view, dtype=spec.dtype)
-            inner = torch.empty(spec.shape, device="meta").stride()
-            at = (place.offset + spec.offset) // itemsize
-            found.append(whole.as_strided((self._records, *spec.shape), (self._stride // itemsize, *inner), at))
-        return found
-
-    @property
-    def nbytes(self) -> int:
-        return self._records * self._stride
-
-    def close(self) -> None:
-        self._buffers.clear()
-        self._memory.close()
 
 
 @dataclass(slots=True)
@@ -193,7 +54,7 @@ class Touched:
         member: which of how many ranks that own the records this is (`cluster.owner_of`).
         replayed: gradients of zeros are made up for, of the steps that a record was not reached in: for each optimizer
             step, counted from 1, the training step and the optimizer that it had. None where they are nothing.
-        walking: the use (visit) and micro-batch that is computed now; None outside of steps.
+        walking: what is computed now; None outside of steps.
     """
 
     def __init__(
@@ -207,7 +68,7 @@ class Touched:
         device: torch.device,
         groups: int,
         wait: Wait,
-        walking: Callable[[], tuple[int, int] | None],
+        walking: Callable[[], Walking | None],
         member: tuple[int, int] = (0, 1),
         replayed: "Callable[[int], tuple[int, Optimizer]] | None" = None,
     ) -> None:
@@ -232,19 +93,20 @@ class Touched:
         self._reading: list[_Reading] = []
         self._writes: deque[tuple[Future[None], list[int]]] = deque()  # with the slots that are free afterwards
         self._gradients = Gradients(groups)
-        self._reached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._instead: dict[int, int] | None = None  # what is reached for each number, where not all may come to exist
+        self.reached = Tally()
+        self._gate = Gate(self._found_for, self.capacity)
         self.first_written = 0
         """Records that this has written which did not exist before."""
-        self._redirected: dict[tuple[int, int], int] = {}
+        self.least_bytes = 0
+        """What the step had to read and write for those that it has updated."""
         self._total: Packed | None = None
-        self._micro_batches = 0
         self._count = 0  # optimizer steps that untouched records have had before this step, where they are replayed
 
     def begin(self, micro_batches: int, count: int) -> None:
         """A step of so many micro-batches begins; the store has had `count` optimizer steps."""
         self.drop()
-        self._micro_batches, self._count = micro_batches, count
+        self._gradients.begin(micro_batches, range(self._groups))
+        self._count, self.least_bytes = count, 0
 
     # which ones exist
 
@@ -267,22 +129,22 @@ class Touched:
     def gate(self, instead: Mapping[int, int] | None) -> None:
         """From now on only records that exist are reached: of these numbers, what they lead to; of others, which follow from
         no tokens, the next that does, looked up when it is wanted. None: all are."""
-        self._instead = None if instead is None else dict(instead)
+        self._gate.set(instead)
 
     def existing(self, numbers: Sequence[int]) -> list[int]:
         """The records that are reached for these; it follows from what the steps before have written alone."""
-        instead = self._instead
-        if instead is None:
-            return list(numbers)
-        asked = [number for number in numbers if number not in instead]
-        if asked:
-            here = self.written(asked)
-            others = [number for number in asked if number not in here]
-            instead |= {number: number for number in here}
-            instead |= {
-                n: found for n, found in zip(others, self.next_written(others), strict=True) if found is not None
-            }
-        return [instead[number] for number in numbers]
+        return self._gate.existing(numbers)
+
+    @property
+    def looked_up(self) -> int:
+        """How many answers are kept of what is reached for a number; as many as there is memory for records at most."""
+        return self._gate.kept
+
+    def _found_for(self, numbers: Sequence[int]) -> dict[int, int]:
+        here = self.written(numbers)
+        others = [number for number in numbers if number not in here]
+        following = zip(others, self.next_written(others), strict=True)
+        return {number: number for number in here} | {n: found for n, found in following if found is not None}
 
     @property
     def _indices(self) -> range:
@@ -292,11 +154,9 @@ class Touched:
 
     def routed(self, numbers: Tensor) -> Tensor:
         """The records that these assignments of a micro-batch go to."""
-        if self._instead is None:
-            return numbers
-        result = redirected(numbers, self.existing)
-        if (walking := self._walking()) is not None:
-            self._redirected[walking] = int((result != numbers).sum())
+        result = self._gate.routed(numbers)
+        if result is not numbers:
+            self.reached.sent_elsewhere(self._walking(), int((result != numbers).sum()))
         return result
 
     def expect(self, numbers: Sequence[int]) -> None:
@@ -316,15 +176,17 @@ class Touched:
 
     def weights(self, numbers: Tensor, counts: Tensor) -> list[Tensor]:
         packed = self.packed(numbers.tolist())
-        walking = self._walking()
-        if walking is not None:
-            self.reached(walking, numbers, counts)
+        self.reached.called(self._walking(), numbers, counts)
         return [tensor.to(self._device) for tensor in packed]
 
     def gradients(self, numbers: Tensor, gradients: list[Tensor]) -> None:
         walking = self._walking()
         assert walking is not None, "gradients are made in steps"
-        self._gradients.add(*walking, numbers, gradients)
+        self._gradients.add(walking.use, walking.micro_batch, numbers, gradients)
+
+    def through(self, use: int, micro_batch: int) -> None:
+        """A micro-batch is back through a use: it gives no more gradients there."""
+        self._gradients.through(use, micro_batch)
 
     # for other ranks as well
 
@@ -334,10 +196,6 @@ class Touched:
         self._await_reads()
         slots = torch.tensor([self._held[number].slot for number in numbers], dtype=torch.int64)
         return [masters.index_select(0, slots).to(self._dtype) for masters in self._parts["param"]]
-
-    def reached(self, place: tuple[int, int], numbers: Tensor, counts: Tensor) -> None:
-        """These records, which are here, are reached so often, in a place that is said once."""
-        self._reached[place] = numbers, counts
 
     def _make_room(self, records: int) -> None:
         """Waits for records that are being written where there is no room without.
@@ -380,7 +238,7 @@ class Touched:
             sums: of all ranks, where there are several; by default what the layer gave here.
         """
         if sums is None:
-            sums = self._gradients.partial_sums(self._micro_batches, range(self._groups))
+            sums = self._gradients.partial_sums()
         total: Packed | None = None
         for use in sorted(sums):
             summed = over_groups(sums[use], self._groups)
@@ -430,7 +288,9 @@ class Touched:
         for number in numbers:  # where that was refused they are still held, and dropped with the step
             del self._held[number]
         self._writes.append((writing, [each.slot for each in held]))
-        self.first_written += sum(each.new for each in held)
+        new = sum(each.new for each in held)
+        self.first_written += new
+        self.least_bytes += len(held) * self.record_bytes + (len(held) - new) * self.loaded_bytes
         return writing
 
     def _optimize(self, numbers: Sequence[int], gradients: Sequence[Tensor], step: int) -> None:
@@ -480,8 +340,8 @@ class Touched:
             each.versions.exception()
         self._reading.clear()
         self._gradients.clear()
-        self._reached.clear()
-        self._redirected.clear()
+        self.reached.clear()
+        self._gate.forget()
         self._total = None
         self._free.extend(held.slot for held in self._held.values())
         self._held.clear()
@@ -489,15 +349,17 @@ class Touched:
     @property
     def facts(self) -> TouchedFacts | None:
         """What the step has reached so far; None if nothing."""
-        if not self._reached:
+        numbers, counts = self.reached.numbers, self.reached.counts
+        if not numbers.numel():
             return None
-        numbers = torch.cat([numbers for numbers, _ in self._reached.values()]).cpu()
-        counts = torch.cat([counts for _, counts in self._reached.values()]).cpu()
-        found, place = torch.unique(numbers, return_inverse=True)
-        reached = torch.zeros(found.numel(), dtype=torch.int64).index_add_(0, place, counts)
-        new = sum(self._held[number].new for number in found.tolist())
-        redirected = sum(self._redirected.values())
-        return TouchedFacts(found.numel(), new, int(reached.sum()), int(reached.max()), redirected)
+        new = sum(self._held[number].new for number in numbers.tolist())
+        calls, redirected = self.reached.calls, self.reached.redirected
+        return TouchedFacts(numbers.numel(), new, int(counts.sum()), int(counts.max()), redirected, calls)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What is held of gradients until their sums are closed."""
+        return self._gradients.nbytes
 
     def close(self) -> None:
         """Waits for writes and gives the memory back."""
@@ -538,11 +400,17 @@ class Lending(Protocol):
     def leave(self, block: int) -> None:
         """This rank's micro-batches are through a visit of a block: serves the others until theirs are."""
 
+    def through(self, use: int, micro_batch: int) -> None:
+        """One of this rank's micro-batches is back through a visit."""
+
     def collect(self) -> tuple[dict[str, Sums], dict[str, TouchedFacts]]:
         """At the end of backward: what this rank is to sum up, and what all have reached."""
 
     def drop(self) -> None:
         """Lets go of what was borrowed and of all gradients."""
+
+    def close(self) -> None:
+        """Gives the memory back."""
 
 
 @dataclass(slots=True)
@@ -573,6 +441,11 @@ class Touching:
         if self.lending is not None:
             self.lending.begin(micro_batches, expected)
 
+    @property
+    def least_bytes(self) -> int:
+        """What the step had to read and write, of the records that this rank owns."""
+        return sum(family.least_bytes for family in self.families.values())
+
     def lends(self, block: int) -> bool:
         """Whether ranks lend each other records when micro-batches go through a block."""
         return self.lending is not None and block in self.lending.blocks
@@ -586,6 +459,14 @@ class Touching:
         """They are through, as far as they are this rank's."""
         if self.lending is not None:
             self.lending.leave(block)
+
+    def through(self, use: int, micro_batch: int) -> None:
+        """One of this rank's micro-batches is back through a visit: what it gave there may be summed."""
+        if self.lending is not None:
+            self.lending.through(use, micro_batch)
+        else:
+            for family in self.families.values():
+                family.through(use, micro_batch)
 
     def collect(self) -> None:
         """Before sums are closed: they come to the owners. Notes what the step has reached."""
@@ -624,5 +505,7 @@ class Touching:
             family.drop()
 
     def close(self) -> None:
+        if self.lending is not None:
+            self.lending.close()
         for family in self.families.values():
             family.close()

@@ -74,6 +74,12 @@ def export_weights(
             )
         settings = load_config(run)
         own = load_tokenizer(run / "data" / _prepared(run))
+        if settings.model.factory is not None:
+            raise ConfigError(
+                f"store '{inner}' holds a model that {settings.model.factory} builds, and an export is for models of "
+                f"transformers; read its tensors with weightstream.Store.open(…).items(), or give a folder with config.json "
+                f"by --config"
+            )
         config, _ = architecture(settings.model, vocabulary=own.size, end_of_text=own.end_of_text)
         tokenizer = _for_transformers(own)
     return export_store(

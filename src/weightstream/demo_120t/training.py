@@ -103,17 +103,11 @@ def train(
 
 def _step(engine: Engine, workload: Bytewise, text: Tensor) -> dict[str, Any]:
     result = engine.step(workload.batches(text, engine.step_count + 1), loss_fn)
-    least = result.bytes.bound  # of all but experts
-    for first, family in engine.store.layouts.families:
-        facts = result.experts[family.name.removesuffix(".{}")]
-        layout = engine.store.layout(first)
-        states = sum(part.nbytes for part in layout.states)
-        least += (facts.touched - facts.new) * states + facts.touched * layout.parts_nbytes
     return {
         "step": result.step, "loss": result.loss, "seconds": result.elapsed_s,
         "touched": sum(facts.touched for facts in result.experts.values()),
         "new": sum(facts.new for facts in result.experts.values()),
-        "read": result.bytes.read, "written": result.bytes.written, "least": least, "rss": peak_rss_bytes(),
+        "read": result.bytes.read, "written": result.bytes.written, "least": result.bytes.bound, "rss": peak_rss_bytes(),
     }  # fmt: skip
 
 

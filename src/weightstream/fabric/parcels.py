@@ -45,14 +45,31 @@ class Parcels:
         Raises:
             FabricError: a rank is gone or silent.
         """
+        found = {
+            source: list(given[source])
+            if source == self.rank
+            else [torch.empty(tuple(shape), dtype=dtype) for dtype, shape in sizes]
+            for source, sizes in expected.items()
+        }
+        self._hand(given, {source: tensors for source, tensors in found.items() if source != self.rank}, direction)
+        return found
+
+    def hand_into(
+        self, memory: Mapping[int, Sequence[Tensor]], given: Mapping[int, Sequence[Tensor]], direction: Direction
+    ) -> None:
+        """The same, where there is memory for what comes: by rank, contiguous tensors that it goes to. This rank's own are
+        copied there."""
+        for mine, own in zip(memory.get(self.rank, ()), given.get(self.rank, ()), strict=True):
+            mine.copy_(own)
+        self._hand(given, {source: tensors for source, tensors in memory.items() if source != self.rank}, direction)
+
+    def _hand(
+        self, given: Mapping[int, Sequence[Tensor]], coming: Mapping[int, Sequence[Tensor]], direction: Direction
+    ) -> None:
         began_s, rank = time.perf_counter(), self.rank
-        found, under_way, came, left = dict[int, list[Tensor]](), list[tuple[Handle, Tensor]](), 0, 0
-        for source, sizes in expected.items():
-            if source == rank:
-                found[rank] = list(given[rank])
-                continue
-            found[source] = [torch.empty(tuple(shape), dtype=dtype) for dtype, shape in sizes]
-            for number, tensor in enumerate(found[source]):
+        under_way, came, left = list[tuple[Handle, Tensor]](), 0, 0
+        for source, tensors in coming.items():
+            for number, tensor in enumerate(tensors):
                 if tensor.numel():
                     came += tensor.nbytes
                     data = _as_bytes(tensor)
@@ -68,7 +85,6 @@ class Parcels:
             handle.wait()
         if under_way:
             self._log.note(_NOTED[direction], None, direction, began_s, time.perf_counter(), max(came, left))
-        return found
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

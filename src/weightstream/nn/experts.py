@@ -1,7 +1,7 @@
 """A mixture-of-experts layer of any number of experts, of which none exists in memory until a token reaches it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -126,9 +126,10 @@ class StreamedExperts(nn.Module):
         check_numbers(self.router, numbers, self.experts)
         return numbers, gates
 
-    def attach(self, source: Source | None) -> None:
-        """Takes its weights from there from now on."""
-        self._source = source
+    def attach(self, source: Source | None) -> Source | None:
+        """Takes its weights from there from now on; gives where they came from before."""
+        before, self._source = self._source, source
+        return before
 
     def resident(self, name: str = "experts", seed: int = 0) -> "StreamedExperts":
         """Holds all experts as parameters, with the values that a store of this seed has for a layer of this name.
@@ -207,15 +208,16 @@ class _Streamed(torch.autograd.Function):
             result, given, outputs = grouping.forward(
                 hidden, gates, w_in, w_out, products.grouping, products.activation
             )
-        ctx.products = products
-        ctx.save_for_backward(hidden, gates, given, outputs)
+        none = torch.empty(0, dtype=torch.int64)  # what autograd keeps for us is measured, and dropped where it may be
+        ctx.products = replace(products, grouping=products.grouping.of(none, none, none, none))
+        ctx.save_for_backward(hidden, gates, given, outputs, *products.grouping.tensors)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        products: _Products = ctx.products
+        hidden, gates, given, outputs, *grouped = ctx.saved_tensors
+        products: _Products = replace(ctx.products, grouping=ctx.products.grouping.of(*grouped))
         w_in, w_out = products.weights()
-        hidden, gates, given, outputs = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             hidden_grad, gate_grad, *own = grouping.backward(
                 grads[0].contiguous(),

@@ -56,6 +56,15 @@ class Grouping:
     buckets: tuple[Bucket, ...]
     top_k: int
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What of it grows with rows and experts."""
+        return self.numbers, self.counts, self.order, self.place
+
+    def of(self, numbers: Tensor, counts: Tensor, order: Tensor, place: Tensor) -> "Grouping":
+        """The same of these tensors."""
+        return Grouping(numbers, counts, order, place, self.buckets, self.top_k)
+
 
 def group(experts: Tensor) -> Grouping:
     """Sorts assignments, (tokens, top_k) of int64, by expert."""

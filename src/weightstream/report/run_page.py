@@ -66,7 +66,7 @@ def report(run: Path) -> str:
         _memory(drawn, config),
         _bytes(drawn, several=several),
         _stalls(drawn),
-        *_masks(lines),
+        *_masks_and_experts(lines),
     ]
     sections += [_utilisation(comparison), *_timelines(trace), _comparison(comparison)]
     return page(f"weightstream: {run.resolve().name}", sections, subtitle=_standing(config, steps, validations))
@@ -208,12 +208,13 @@ def _stalls(steps: Sequence[Step]) -> Section:
     ])  # fmt: skip
 
 
-def _masks(lines: Sequence[Step]) -> list[Section]:
-    """How masks of sparse parameters changed; nothing where none did."""
+def _masks_and_experts(lines: Sequence[Step]) -> list[Section]:
+    """How masks of sparse parameters changed, and how many experts steps reached; nothing where there was none of it."""
     found = []
     for kind, title, axis in (
         ("density", "Part of each sparse parameter that exists", "density"),
         ("turnover", "Part of what exists that a mask update made", "turnover"),
+        ("experts", "Experts that a step reached", "experts"),
     ):
         points = [line for line in lines if line.get("kind") == kind]
         names = sorted({name for line in points for name in line} - {"kind", "step", "time"})

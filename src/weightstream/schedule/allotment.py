@@ -62,6 +62,11 @@ class Facts:
         """Micro-batches that are in one rank's memory at once."""
         return self.micro_batches if self.share is None else self.share
 
+    @property
+    def sums_at_once(self) -> int:
+        """Partial sums of gradients that one rank has at once, at most."""
+        return partial_sums(self.present, self.share_groups or self.reduction_groups)
+
 
 @dataclass(frozen=True, slots=True)
 class Allotment:
@@ -111,10 +116,7 @@ def allot(facts: Facts) -> Allotment:
     staged_bytes = max((block.staged_bytes for block in trained), default=0)
     shared = sharing_records(facts.blocks)
     record_bytes = max((block.record_bytes for block in shared), default=0)
-    partials = max(
-        0,
-        partial_sums(facts.present, facts.share_groups or facts.reduction_groups) - (1 if facts.host_is_device else 0),
-    )
+    partials = max(0, facts.sums_at_once - (1 if facts.host_is_device else 0))
     stations = stations_of(facts.visits)
     # sums that stay open while other blocks' come and go cannot share room for partial sums
     often = {b for b, count in Counter(s.block for s in stations).items() if count > 1}

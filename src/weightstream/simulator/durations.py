@@ -5,6 +5,23 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWork:
+    """What one rank does in a step for a layer of experts in a block, beside the schedule's operations.
+
+    When a step begins it begins to read `read_bytes`, which it needs, and `down_bytes` that it is lent, before the block's
+    first micro-batch; at the end of backward it gives `up_bytes` of gradients back, sums and updates for `update` seconds,
+    and begins to write `written_bytes`. A rank that owns no records reads, updates and writes nothing.
+    """
+
+    block: int
+    read_bytes: int
+    written_bytes: int
+    update: float
+    down_bytes: int = 0
+    up_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Durations:
     """Seconds on one rank; where these come from is not the simulator's concern.
 
@@ -13,6 +30,7 @@ class Durations:
     visit. `update` and `reduce` are per block: the optimizer step on all that the block has, and closing its sum. `expand`,
     where anything is sparse, is also per block: one thread fills a slab with what has arrived, beside what computes.
     `overhead` is what the executor itself needs per operation, by kind; `between_steps` passes outside of all operations.
+    `experts` has one entry for each layer of experts.
     """
 
     forward: tuple[float, ...]
@@ -24,3 +42,4 @@ class Durations:
     expand: tuple[float, ...] = ()
     overhead: Mapping[str, float] = field(default_factory=dict)
     between_steps: float = 0.0
+    experts: tuple[ExpertWork, ...] = ()

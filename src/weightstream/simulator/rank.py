@@ -27,9 +27,9 @@ from weightstream.schedule.operations import (
     Update,
     Write,
 )
-from weightstream.simulator.durations import Durations
+from weightstream.simulator.durations import Durations, ExpertWork
 from weightstream.simulator.hardware import Hardware
-from weightstream.simulator.machine import URGENT, WRITES, Fabric, Host, Work, until
+from weightstream.simulator.machine import RECORDS, URGENT, WRITES, Fabric, Host, Work, until
 from weightstream.simulator.memory import Memory
 from weightstream.simulator.records import Records
 from weightstream.simulator.resources import Process
@@ -91,6 +91,7 @@ class Rank:
         self._bounces: list[simpy.Event] = []
         self._restores: dict[tuple[int, int], simpy.Event | None] = {}
         self._meetings = {"down": 0, "up": 0, "agree": 0}
+        self._experts: list[tuple[ExpertWork, simpy.Event | None]] = []  # that are not needed yet, and their reads
 
     # what everything here is made of
 
@@ -159,6 +160,7 @@ class Rank:
             yield from self.compute(None, self.durations.between_steps)
         if self.records:
             self.records.begin(schedule)
+        self._expect_experts()
         for operation in program:
             yield from self._run(operation)
         if self.facts.deferred:
@@ -173,6 +175,7 @@ class Rank:
         match operation:
             case Forward(visit, block, micro_batch):
                 yield from self.wait(*(self._arrivals[index] for index in self.residents), self._arrivals[block])
+                yield from self._borrow_experts(block)
                 self.began(operation, self.log)
                 self.memory.forward(visit, micro_batch)
                 seconds = self.durations.forward[visit] + self.overhead_s(operation)
@@ -315,10 +318,51 @@ class Rank:
         """All ranks learn what the others found; sums that are still on their way come first."""
         for block in list(self._reducing):
             yield from self._settle(block)
-        if self.alone:
+        for experts in self.durations.experts:
+            yield from self._hand(Reduce(experts.block), "up", experts.up_bytes)
+        if not self.alone:
+            number, self._meetings["agree"] = self._meetings["agree"], self._meetings["agree"] + 1
+            self.cause = yield from self.fabric.agree(number, self.cause)
+        yield from self._update_experts()
+
+    # experts
+
+    def _expect_experts(self) -> None:
+        """Begins to read the experts that the step will reach."""
+        for experts in self.durations.experts:
+            reading: simpy.Event | None = None
+            if self.records and experts.read_bytes:
+                operation = Load(experts.block)
+                reading = self.env.process(self.transfer(operation, experts.read_bytes, RECORDS, self.cause, self.log))
+            self._experts.append((experts, reading))
+
+    def _borrow_experts(self, block: int) -> Process[None]:
+        """Before a block's first micro-batch its experts are here, and this rank has the values that others own."""
+        needed = [each for each in self._experts if each[0].block == block]
+        for experts, reading in needed:
+            self._experts.remove((experts, reading))
+            yield from self.wait(*([] if reading is None else [reading]))
+            yield from self._hand(Fetch(block, 0), "down", experts.down_bytes)
+
+    def _hand(self, operation: Operation, way: str, nbytes: int) -> Process[None]:
+        """All ranks hand each other records of experts, and stand still meanwhile."""
+        if not nbytes or not self.share or self.hardware.link is None:
             return
-        number, self._meetings["agree"] = self._meetings["agree"], self._meetings["agree"] + 1
-        self.cause = yield from self.fabric.agree(number, self.cause)
+        work = self.work(operation, way, nbytes)
+        yield self.env.timeout(nbytes / self.hardware.link.bytes_per_s + self.hardware.link.latency_s)
+        work.ended_s, self.cause = self.env.now, work
+
+    def _update_experts(self) -> Process[None]:
+        """The norm is known: the experts that were reached are updated here and now, and written meanwhile."""
+        self._experts.clear()
+        for experts in self.durations.experts if self.records else ():
+            assert self.records
+            yield from self.compute(None, experts.update)
+            if experts.written_bytes:
+                operation = Write(experts.block)
+                self.records.writes(
+                    self.env.process(self.transfer(operation, experts.written_bytes, WRITES, self.cause, self.log))
+                )
 
     def _update(self, operation: Update, block: int) -> Process[None]:
         issued_s = self.env.now

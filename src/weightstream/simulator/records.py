@@ -209,6 +209,10 @@ class Records:
         written = yield from self._rank.transfer(operation, facts.record_bytes, WRITES, cause, log)
         return (yield from until(self._env, written, *copies))
 
+    def writes(self, written: simpy.Event) -> None:
+        """Something else is being written that the next commit publishes."""
+        self._writes.append(written)
+
     def commit(self, operation: Commit) -> Process[None]:
         """Publishes what was written, in the background, as soon as it is on disk and the commit before is done."""
         rank = self._rank

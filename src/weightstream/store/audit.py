@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from weightstream.store.arena import Arena
+from weightstream.store.families import Family
 from weightstream.store.layout import DTYPE_NAMES, MASK, RecordLayout
+from weightstream.store.many import read_entries
 from weightstream.store.masks import bits_of, dense_of, expanded
 from weightstream.store.records import Entry, Record
 from weightstream.store.rows import RecordRow
@@ -19,6 +23,9 @@ from weightstream.store.whole import Reader
 
 if TYPE_CHECKING:
     from weightstream.store.store import Store
+
+READ_BYTES = 16 << 20
+"""Of records of families that the digest reads, as many are read at a time as fit here, two at least."""
 
 
 def items(store: "Store") -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -74,12 +81,15 @@ def digest(store: "Store") -> str:
     hashing: dict[tuple[str, str], _Hashing] = {}
     try:
         for unit in store.units:
-            lines += _lines(store, unit.index, store.versions.records[unit.index].committed, buffer, hashing)
+            entry = store.versions.records[unit.index].committed
+            buffer.bind(layout := store.versions.layout_of(unit.index, entry))
+            targets = {part.name: buffer.view(part.name) for part in layout.states}
+            store.versions.read_entry(unit.index, entry, targets, "states").result()
+            lines += _lines(store, unit.index, entry, buffer, hashing)
         for first, family in store.layouts.families:
             facts = json.dumps([family.name, family.count, family.to_json(), store.seed], sort_keys=True)
             lines.append(f"family {facts}\n")
-            for row in store.living(first, first + family.count):
-                lines += _lines(store, row.block, Record.load([row], ()).committed, buffer, hashing)
+            lines += _lines_of_family(store, first, family, hashing)
     finally:
         buffer.close()
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
@@ -94,17 +104,39 @@ class _Hashing:
     sparse: bool = False  # any of them
 
 
+def _lines_of_family(store: "Store", first: int, family: Family, hashing: dict[tuple[str, str], _Hashing]) -> list[str]:
+    """Of the records that were ever updated, read in the order in which they lie; while some are hashed others are read."""
+    rows = sorted(store.living(first, first + family.count), key=lambda row: (row.file, row.offset))
+    layout = store.layout(first + family.count - 1)  # whose header is the longest
+    at_once = max(1, READ_BYTES // 2 // Arena.slot_bytes(layout))
+    arena = Arena(layout, min(2 * at_once, len(rows)))
+
+    def read(start: int) -> "tuple[list[tuple[int, Entry, RecordBuffer]], Future[list[int]]]":
+        entries = [
+            (row.block, Record.load([row], ()).committed, arena.buffer(place % (2 * at_once)))
+            for place, row in enumerate(rows[start : start + at_once], start)
+        ]
+        return entries, read_entries(store.versions, entries, "states")
+
+    lines = []
+    try:
+        ahead = read(0)
+        for start in range(0, len(rows), at_once):
+            (entries, reading), ahead = ahead, read(start + at_once)
+            reading.result()
+            for index, entry, buffer in entries:
+                lines += _lines(store, index, entry, buffer, hashing)
+    finally:
+        arena.close()
+    return lines
+
+
 def _lines(
     store: "Store", index: int, entry: Entry, buffer: RecordBuffer, hashing: dict[tuple[str, str], _Hashing]
 ) -> list[str]:
-    """A line for each tensor that ends in this record. One that is frozen had no optimizer step, whatever its record
-    had."""
-    layout = store.versions.layout_of(index, entry)
-    buffer.bind(layout)
-    store.versions.read_entry(
-        index, entry, {part.name: buffer.view(part.name) for part in layout.states}, "states"
-    ).result()
-    lines = []
+    """A line for each tensor that ends in this record, which is in the buffer. One that is frozen had no optimizer step,
+    whatever its record had."""
+    layout, lines = buffer.layout, []
     trained = {parameter.name for parameter in store.parameters_of(index) if parameter.trainable}
     kept = _kept(layout, buffer)
     for part in layout.states:

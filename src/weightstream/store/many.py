@@ -134,6 +134,25 @@ def read_many(
     return gather(futures)
 
 
+def read_entries(
+    versions: "Versions", records: Sequence[tuple[int, Entry, RecordBuffer]], kind: str
+) -> "Future[list[int]]":
+    """The same of these versions of records of families, which lie in files and need not be the newest.
+
+    Raises (in the future):
+        DamagedRecordError: the bytes are not those that were written.
+    """
+    wanted: list[list[Part]] = []
+    futures: list[Future[int] | None] = [None] * len(records)
+    for index, entry, record in records:
+        record.bind(versions.layout_of(index, entry))
+        wanted.append(list(record.layout.states))
+    with versions.shared.lock:
+        found = [(number, entry) for number, (_, entry, _) in enumerate(records)]
+        _read_together(versions, found, [(index, record) for index, _, record in records], wanted, kind, futures)
+    return gather(future for future in futures if future is not None)
+
+
 def _read_some(
     versions: "Versions", records: Sequence[tuple[int, RecordBuffer]], parts: Collection[str] | None, kind: str
 ) -> "list[Future[int]]":
@@ -145,21 +164,10 @@ def _read_some(
         record.bind(layout)
         wanted.append(list(layout.states if parts is None else (p for p in layout.parts if p.name in parts)))
     futures: list[Future[int] | None] = [None] * len(records)
-    files: dict[str, list[tuple[int, Entry]]] = defaultdict(list)
     with versions.shared.lock:
         entries, unwritten = _entries(versions, [index for index, _ in records])
-        for number, (index, _) in enumerate(records):
-            entry = entries.get(index)
-            if entry is None or not wanted[number]:
-                continue
-            assert entry.slot is not None
-            files[entry.slot].append((number, entry))
-            futures[number] = future = new_future()
-            entry.add_reader(future)
-            versions.shared.reading(entry.slot, future)
-            versions.track(future)
-        for name, found in files.items():  # a commit may move them as soon as the lock is let go
-            _read_file(versions, name, found, records, wanted, kind, futures)
+        found = [(n, entries[index]) for n, (index, _) in enumerate(records) if index in entries and wanted[n]]
+        _read_together(versions, found, records, wanted, kind, futures)
     made = _made(versions, [(*records[n], wanted[n]) for n, (index, _) in enumerate(records) if index in unwritten])
     alone = []
     for number, (index, record) in enumerate(records):
@@ -215,6 +223,32 @@ def _entries(versions: "Versions", indices: Sequence[int]) -> tuple[dict[int, En
 def _is_written(entry: Entry) -> bool:
     """Whether it lies in its file. Of one that could not be written whoever reads it by itself is told why."""
     return entry.ready.done() and entry.ready.exception() is None
+
+
+def _read_together(
+    versions: "Versions",
+    found: Sequence[tuple[int, Entry]],
+    records: Sequence[tuple[int, RecordBuffer]],
+    wanted: Sequence[Sequence[Part]],
+    kind: str,
+    futures: "list[Future[int] | None]",
+) -> None:
+    """Begins to read versions that lie in shared files, file by file, and puts a future for each into its place. The caller
+    holds the lock: a commit may move them as soon as it is let go.
+
+    Args:
+        found: the versions, each with its place among the records.
+    """
+    files: dict[str, list[tuple[int, Entry]]] = defaultdict(list)
+    for number, entry in found:
+        assert entry.slot is not None
+        files[entry.slot].append((number, entry))
+        futures[number] = future = new_future()
+        entry.add_reader(future)
+        versions.shared.reading(entry.slot, future)
+        versions.track(future)
+    for name, placed in files.items():
+        _read_file(versions, name, placed, records, wanted, kind, futures)
 
 
 def _read_file(

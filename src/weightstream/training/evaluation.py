@@ -87,7 +87,7 @@ def generate(
 def _continue(
     model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, end: int, tokens: int, temperature: float, seed: int
 ) -> torch.Tensor:
-    """(prompts, up to `tokens`) new ids; greedy at temperature 0."""
+    """(prompts, up to `tokens`) new ids; greedy at temperature 0. A model without a cache is given all tokens each time."""
     generator = torch.Generator().manual_seed(seed)
     cache = None
     step_ids, new = ids, []
@@ -97,7 +97,7 @@ def _continue(
         output = model(
             input_ids=step_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         logits = output.logits[:, -1].float()
         if temperature > 0:
             step_ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
@@ -109,6 +109,8 @@ def _continue(
         if finished.all():
             break
         mask = torch.cat([mask, torch.ones_like(step_ids)], dim=1)
+        if cache is None:
+            step_ids = torch.cat([ids, *new], dim=1)
     return torch.cat(new, dim=1)
 
 

@@ -165,6 +165,12 @@ class Trainer:
             skipped=facts.skipped,
             **({} if not ranks else ranks[self.engine.rank].sent_figures()),
         )
+        if result.experts:
+            found = result.experts.values()
+            self.metrics.write(
+                "experts", facts.step, touched=sum(each.touched for each in found), new=sum(each.new for each in found),
+                redirected=sum(each.redirected for each in found),
+            )  # fmt: skip
         if result.masks:
             step = facts.step
             self.metrics.write("density", step, **{name: found.density for name, found in result.masks.items()})

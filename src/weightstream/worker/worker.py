@@ -84,6 +84,8 @@ class Worker:
         self._audited: set[str] = set()
         self._recomputed_whole: set[str] = set()  # modules with autograd functions of their own
         self._walking: tuple[int | None, int, int] = (None, 0, 0)  # block or None for glue, use, micro-batch
+        self.going_back = False
+        """Whether what is computed now is on the way back, forwards that are repeated there included."""
         self.outside: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self._intercept()
         self._order = {name: position for position, name in enumerate(self._forwards)}
@@ -205,7 +207,7 @@ class Worker:
         assert self.slabs is not None
         assert self.activations is not None
         call = self._call(visit, request, route)
-        self._walking = (call.block, visit, micro_batch)
+        self._walking, self.going_back = (call.block, visit, micro_batch), False
         for tensor in call.tensors:
             if id(tensor) in route.thread.superseded:
                 raise route.thread.changed_in_place("an operation", tensor)
@@ -327,6 +329,7 @@ class Worker:
 
         def walking(position: int | None) -> None:
             self._walking = (block, visit, micro_batch) if position is None else (None, position, micro_batch)
+            self.going_back = True
 
         return walking
 
