@@ -67,6 +67,7 @@ GRID: tuple[tuple[int, int, int, int, bool, str, bool, int], ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, help="instead of calibrating first")
+    parser.add_argument("--once", action="store_true", help="calibrate before the first runs only")
     parser.add_argument("--runs", type=int, default=len(GRID), help="so many of the grid, spread over it")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4], help="only runs of so many")
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each run")
@@ -155,8 +156,10 @@ def held_against(
     idle = idle_bytes()
     held = Held([], [])
     again: dict[int, float] = {}
+    profile = given
     for first in range(0, len(wanted), AT_ONCE):
-        profile = given or calibrated(folder, held, steadiness, arguments.patience)
+        if profile is None or not (given or arguments.once):
+            profile = calibrated(folder, held, steadiness, arguments.patience)
         batch = list(enumerate(wanted))[first : first + AT_ONCE]
         predicted = {number: predicted_of(run, profile, folder / "plan", idle) for number, run in batch}
         repeated = [(number, run, True) for number, run in batch if number % AGAIN == 0]

@@ -387,6 +387,7 @@ class Runtime:
         return block not in self.residents and sum(visit.block == block for visit in self.visits) == 1
 
     def _reduce(self, block: int) -> None:
+        self._make_room_for_sums()  # a rank without micro-batches would be ahead by as many blocks as it serves
         with self._computing():
             self._reducing[block] = self.peers.reduce(block)
         for earlier in list(self._reducing):
@@ -395,7 +396,7 @@ class Runtime:
             self.settle(earlier)
 
     def _make_room_for_sums(self) -> None:
-        """Before gradients come that need memory: waits for sums that are on their way to other ranks."""
+        """Before gradients come that need memory: waits for sums that are on their way between ranks."""
         while len(self._reducing) >= SUMS_TRAVELLING:
             self.settle(next(iter(self._reducing)))
 

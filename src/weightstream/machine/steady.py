@@ -24,7 +24,8 @@ NOTICED = 1.15
 """So many times the least that the reference ever took, and it is not the same machine."""
 FEW = 0.2
 """The part of many measurements that may be disturbed: their medians hardly notice."""
-_PAUSE_S = 0.3
+_PAUSE_S = 1.5
+"""A host leaves processors where they are that are idle for less."""
 
 
 @dataclass(slots=True)

@@ -284,6 +284,7 @@ class Rank:
         self.memory.backward_ends(visit, micro_batch)
 
     def _reduce(self, operation: Reduce, block: int) -> Process[None]:
+        yield from self._make_room_for_sums()
         self.began(operation, self.log)
         seconds = self.durations.reduce[block] if self.share else 0.0
         yield from self.compute(operation, seconds + self.overhead_s(operation))
