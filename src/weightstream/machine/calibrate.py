@@ -47,7 +47,7 @@ class Effort:
     sparse_tokens: tuple[int, ...] = sparsity.TOKENS
     sparse_densities: tuple[float, ...] = sparsity.DENSITIES
     processes: bool = True
-    patience_s: float = 20.0
+    patience_s: float = 10.0
     """How long is measured again what was measured while the machine was not at its best, all times together."""
 
 
