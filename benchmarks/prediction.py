@@ -13,8 +13,8 @@ can meet.
 Keys: `runs` (how many), `step_error_median`, `step_error_p90` (of |predicted / measured - 1|), `memory_error_max`,
 `memory_under` (runs that used more than was predicted), `bytes_exact` (whether all predicted bytes are those moved),
 `noise_median`, `noise_max` (a run against itself), `calibrate_s` (of each calibration), `disturbed_share` (of all looks at
-the reference), `disturbed_times` (how much longer it took then, at most), `taken_back` (steps); `table` has each run with its
-figures.
+the reference), `disturbed_times` (how much longer it took then, at most), `taken_back` (pairs of steps); `table` has each run
+with its figures.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def held_against(
         for number, repeats, side, closed in measure(
             [(n, run, False) for n, run in batch] + repeated, arguments, folder, held, steadiness
         ):
-            taken = median(side.turns)
+            taken = median(side.last_steps)
             if repeats:
                 again[number] = taken
                 continue
@@ -192,11 +192,12 @@ def calibrated(folder: Path, held: Held, steadiness: Steadiness, patience_s: flo
 
 def row_of(predicted: dict[str, Any], side: Side, closed: dict[str, Any]) -> dict[str, Any]:
     """One run beside its prediction."""
-    taken, facts = median(side.turns), side.facts[-1]
-    bytes_of_steps = (median(fact[key] for fact in side.facts) for key in ("read", "written"))
+    taken, facts = median(side.last_steps), side.facts[-1]
+    pairs = list(zip(side.facts[::2], side.facts[1::2], strict=True))  # what one is ahead the other has less to do
+    bytes_of_steps = (median((one[key] + other[key]) / 2 for one, other in pairs) for key in ("read", "written"))
     read, written = closed.pop("whole_step", None) or bytes_of_steps
     return predicted | {
-        "measured_s": taken, "measured_s_spread": [min(side.turns), max(side.turns)],
+        "measured_s": taken, "measured_s_spread": [min(side.last_steps), max(side.last_steps)],
         "error": predicted["predicted_s"] / taken - 1, "measured_read": read,
         "measured_written": written, "measured_memory_bytes": side.peak.nbytes,
         "memory_error": predicted["predicted_memory_bytes"] / side.peak.nbytes - 1,
@@ -235,14 +236,13 @@ def counted_turn(side: Side, steadiness: Steadiness) -> int:
     """Two steps, of which the second counts: caches were the others' at first, and what is predicted is a step among its like.
 
     Returns:
-        How many steps were taken back, since the machine was not at its best from beginning to end.
+        How many such pairs were taken back, since the machine was not at its best from beginning to end.
     """
     taken_back = 0
     while True:
         steady = steadiness.wait()
         started = time.perf_counter()
-        side.turn(1, counted=False)
-        side.turn(1, counted=True)
+        side.turn(2, counted=True)
         if not steady or steadiness.patience_s <= 0 or steadiness.look():
             return taken_back
         steadiness.patience_s -= time.perf_counter() - started

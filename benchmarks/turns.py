@@ -87,6 +87,7 @@ class Side:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.turns: list[float] = []  # seconds per step, one figure per counted turn
+        self.last_steps: list[float] = []  # seconds of the last step of each of them, by the side's own clock
         self.facts: list[dict[str, Any]] = []  # of every counted step
         self._disk: list[tuple[int, int, int]] = []  # bytes read, bytes written, steps of every counted turn
         with log.open("w") as errors:
@@ -130,15 +131,16 @@ class Side:
         self._signal(signal.SIGSTOP)
         if counted:
             self.turns.append(seconds)
+            self.last_steps.append(reply["seconds"][-1])
             after = disk_bytes(self.process.pid)
             self._disk.append((after[0] - before[0], after[1] - before[1], steps))
             self.facts.extend(reply["facts"])
         return seconds
 
     def take_back(self) -> None:
-        """The last counted turn, of one step, does not count after all."""
-        for kept in (self.turns, self.facts, self._disk):
-            kept.pop()
+        """The last counted turn does not count after all."""
+        _, _, steps = self._disk.pop()
+        del self.turns[-1:], self.last_steps[-1:], self.facts[-steps:]
 
     @property
     def disk_read_bytes_per_step(self) -> float:
