@@ -193,8 +193,8 @@ def calibrated(folder: Path, held: Held, steadiness: Steadiness, patience_s: flo
 def row_of(predicted: dict[str, Any], side: Side, closed: dict[str, Any]) -> dict[str, Any]:
     """One run beside its prediction."""
     taken, facts = median(side.last_steps), side.facts[-1]
-    pairs = list(zip(side.facts[::2], side.facts[1::2], strict=True))  # what one is ahead the other has less to do
-    bytes_of_steps = (median((one[key] + other[key]) / 2 for one, other in pairs) for key in ("read", "written"))
+    # of all ten steps: what one reads ahead the next one has less to read, so that pairs would not do
+    bytes_of_steps = (median(fact[key] for fact in side.facts) for key in ("read", "written"))
     read, written = closed.pop("whole_step", None) or bytes_of_steps
     return predicted | {
         "measured_s": taken, "measured_s_spread": [min(side.last_steps), max(side.last_steps)],
