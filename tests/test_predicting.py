@@ -73,7 +73,9 @@ def test_a_step_is_predicted_before_it_is_made(tmp_path: Path, clip_norm: float 
         record = max(block.record_bytes for block in one.inputs.facts.blocks)
         buffers = one.inputs.allotment.record_buffers
         for key, predicted in (("read", one.read_bytes), ("written", one.written_bytes)):
-            assert abs(sum(getattr(result.bytes, key) for result in results[2:]) - 3 * predicted) <= (buffers + 1) * record
+            assert (
+                abs(sum(getattr(result.bytes, key) for result in results[2:]) - 3 * predicted) <= (buffers + 1) * record
+            )
     assert sum(one.seconds_by_kind().values()) <= one.seconds_per_step
     assert one.disk_s > 0
     text = prediction_text([Stretch(None, 100, one)], tokens_per_micro_batch=32)
