@@ -1,10 +1,7 @@
 """What the operating system says of a process from outside: peak memory, children included; bytes to and from disk."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
-
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def children(pid: int) -> list[int]:
@@ -15,14 +12,6 @@ def children(pid: int) -> list[int]:
             for task in Path(f"/proc/{one}/task").iterdir():
                 found.extend(int(child) for child in (task / "children").read_text().split())
     return found
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident set of one process now; 0 when it has ended."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
-    except (OSError, IndexError):
-        return 0
 
 
 def high_water_bytes(pid: int) -> int:

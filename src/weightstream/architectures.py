@@ -1,6 +1,5 @@
 """From the `model` section to a transformers configuration, or a factory, and from that to a function that builds it."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from weightstream.config import ModelConfig
-from weightstream.errors import ConfigError
+from weightstream.errors import ConfigError, did_you_mean
 from weightstream.factories import FactoryModel, from_factory
 
 # Accepted by transformers, though the configuration classes do not list them.
@@ -37,7 +36,7 @@ def architecture(
         if model_class is None or getattr(model_class, "config_class", None) is None:
             raise ConfigError(
                 f"model.architecture: transformers {transformers.__version__} has no model {config.architecture!r}"
-                f"{_did_you_mean(config.architecture, dir(transformers))}"
+                f"{did_you_mean(config.architecture, dir(transformers))}"
             )
     found = _from_folder(config) if config.path else _from_keys(config, model_class, vocabulary, end_of_text)
     if model_class is None:
@@ -90,7 +89,7 @@ def _from_keys(config: ModelConfig, model_class: Any, vocabulary: int, end_of_te
     else:
         raise ConfigError(
             f"model.model_type: transformers has no {config.model_type!r}"
-            f"{_did_you_mean(str(config.model_type), list(CONFIG_MAPPING.keys()))}"
+            f"{did_you_mean(str(config.model_type), list(CONFIG_MAPPING.keys()))}"
         )
     _check_keys(config_class, config.settings)
     own = {"vocab_size": vocabulary, "eos_token_id": end_of_text, "bos_token_id": end_of_text, "pad_token_id": None}
@@ -107,13 +106,8 @@ def _check_keys(config_class: Any, settings: dict[str, Any]) -> None:
     for key in settings:
         if key not in known:
             public = sorted(name for name in known if not name.startswith("_"))
-            hint = _did_you_mean(key, public) or f"; known: {', '.join(public)}"
+            hint = did_you_mean(key, public) or f"; known: {', '.join(public)}"
             raise ConfigError(f"model.{key}: unknown key of {config_class.__name__}{hint}")
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,9 @@ Each message names the object, what was expected, what was found and what to do.
 code 2 and one screen of text; none of them leaves anything changed on disk.
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class WeightstreamError(Exception):
     """Base of all errors that weightstream raises on purpose."""
@@ -54,3 +57,9 @@ class FabricError(ConnectionError):
 
     Nothing that a person has to put right: the same command goes on, and so it ends one with another exit code than 2.
     """
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a message about a name that is unknown: the nearest of those that are known, if one is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

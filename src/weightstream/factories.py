@@ -1,6 +1,5 @@
 """`model.factory`: a function or class of one's own that builds the model, found by the name that the configuration gives."""
 
-import difflib
 import inspect
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from weightstream.config import ModelConfig
-from weightstream.errors import ConfigError
+from weightstream.errors import ConfigError, did_you_mean
 
 VOCABULARY = "vocab_size"
 """The argument by which a factory learns how many tokens there are."""
@@ -124,5 +123,4 @@ def _check_arguments(place: str, function: Callable[..., Any], settings: dict[st
 
 
 def _known(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+    return did_you_mean(name, known) or f"; known: {', '.join(sorted(known)) or 'none'}"

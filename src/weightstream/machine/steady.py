@@ -41,18 +41,14 @@ class Steadiness:
     reference: Callable[[], float] | None = None
     looks: int = 0
     disturbed: int = 0
+    times: float = 1.0
+    """How many times longer the reference took at most, where it was noticed."""
     _least_s: dict[int, float] = field(default_factory=dict)
-    _most: float = 1.0
 
     @property
     def share(self) -> float:
         """The part of all looks that found threads apart."""
         return self.disturbed / self.looks if self.looks else 0.0
-
-    @property
-    def times(self) -> float:
-        """How many times longer the reference took at most, where it was noticed."""
-        return self._most
 
     def look(self) -> bool:
         """Whether the machine is at its best now, as far as that is known; one thread meets nobody."""
@@ -65,7 +61,7 @@ class Steadiness:
         steady = taken_s <= NOTICED * least_s
         if not steady:
             self.disturbed += 1
-            self._most = max(self._most, taken_s / least_s)
+            self.times = max(self.times, taken_s / least_s)
         return steady
 
     def wait(self) -> bool:

@@ -92,8 +92,13 @@ class Device:
 
     def sync_directory(self, directory: Path) -> None:
         """Names made or removed in the directory are on the medium."""
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    """Names made or removed in the directory are on the medium; for what has no device of its own, such as manifests."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

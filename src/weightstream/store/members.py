@@ -18,7 +18,7 @@ from typing import Any
 
 from weightstream.errors import StoreError
 from weightstream.store import directory
-from weightstream.store.device import Device
+from weightstream.store.device import Device, sync_directory
 from weightstream.store.manifest import Manifest
 from weightstream.store.rows import CommitRow
 
@@ -214,11 +214,7 @@ def _replace(path: Path, data: bytes) -> Manifest:
     for leftover in (path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
         leftover.unlink(missing_ok=True)  # a log of the old one would be played into the new one
     partial.rename(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_directory(path.parent)
     return Manifest.open(path, writable=True)
 
 

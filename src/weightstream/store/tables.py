@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from weightstream.errors import DamagedRecordError, StoreError
+from weightstream.store.device import sync_directory
 
 FORMAT_NUMBER, SPARSE_FORMAT_NUMBER = 4, 5
 """Of a store without sparse parameters, and of one with them: its rows say how sparse each version is."""
@@ -101,11 +102,7 @@ class Tables:
         finally:
             connection.close()
         partial.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
 
     @classmethod
     def open(cls, path: Path, *, writable: bool) -> "Tables":
