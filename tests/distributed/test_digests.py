@@ -197,7 +197,16 @@ class TestRefusals:
         assert found[0][0] is PlanError
         assert "training.micro_batches=4" in found[0][1]
 
-    def test_too_little_memory(self, tmp_path: Path) -> None:
+    def test_too_little_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The store is removed again, while other ranks than the first are still closing their part of it."""
+        close = Store.close
+
+        def later(store: Store) -> None:
+            if store._place != store.path:
+                time.sleep(0.2)
+            close(store)
+
+        monkeypatch.setattr(Store, "close", later)
         settings = {"optimizer": ws.AdamW(), "device_memory": "64KiB", "max_block_bytes": "1MiB"}
         found = self.refused(Cluster(3), ZOO["llama"], tmp_path / "s", range(1, 2), 8, **settings)
         assert len(set(found)) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from weightstream.store.layout import ALIGN_PART
 from weightstream.store.segments import AlignedBuffer
+from weightstream.store.syncing import sync_directory
 
 log = logging.getLogger("weightstream.store")
 
@@ -93,12 +94,3 @@ class Device:
     def sync_directory(self, directory: Path) -> None:
         """Names made or removed in the directory are on the medium."""
         sync_directory(directory)
-
-
-def sync_directory(directory: Path) -> None:
-    """Names made or removed in the directory are on the medium; for what has no device of its own, such as manifests."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
@@ -167,10 +168,10 @@ def unlock(handle: int) -> None:
 
 
 def clear_scratch(path: Path) -> None:
-    """Remove what a process kept for itself."""
-    (path / SCRATCH).mkdir(exist_ok=True)
-    for file in (path / SCRATCH).iterdir():  # the directory stays: on a full disk it could not be made again
-        file.unlink(missing_ok=True)
+    """Remove what a process kept for itself; of a store that another rank has removed meanwhile nothing is left."""
+    with suppress(FileNotFoundError):
+        for file in (path / SCRATCH).iterdir():  # the directory stays: on a full disk it could not be made again
+            file.unlink(missing_ok=True)
 
 
 def records(

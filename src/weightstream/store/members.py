@@ -18,9 +18,10 @@ from typing import Any
 
 from weightstream.errors import StoreError
 from weightstream.store import directory
-from weightstream.store.device import Device, sync_directory
+from weightstream.store.device import Device
 from weightstream.store.manifest import Manifest
 from weightstream.store.rows import CommitRow
+from weightstream.store.syncing import sync_directory
 
 
 @dataclass(frozen=True, slots=True)

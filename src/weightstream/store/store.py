@@ -232,6 +232,7 @@ class Store:
                         f"uses {disk.chunk_bytes}; give Disk(chunk_bytes={chunk_bytes})"
                     )
                 if writable:
+                    (place / directory.SCRATCH).mkdir(exist_ok=True)
                     directory.clear_scratch(place)
                     disk.device.probe(place / directory.SCRATCH)
                 store = cls(store_path, manifest, disk, lock_handle, accept_damage, members, common)

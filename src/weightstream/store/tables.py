@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from weightstream.errors import DamagedRecordError, StoreError
-from weightstream.store.device import sync_directory
+from weightstream.store.syncing import sync_directory
 
 FORMAT_NUMBER, SPARSE_FORMAT_NUMBER = 4, 5
 """Of a store without sparse parameters, and of one with them: its rows say how sparse each version is."""

@@ -16,6 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from weightstream.errors import StoreError, WeightstreamError
+from weightstream.store.syncing import sync_directory
 from weightstream.units import format_bytes
 
 PARTIAL = ".partial"
@@ -94,7 +95,7 @@ class Target:
             for folder in folders:
                 self.filesystem.makedirs(f"{self.path}/{folder}", exist_ok=True)
             if self.local:
-                _sync_directory(Path(self.path))
+                sync_directory(Path(self.path))
 
     def names(self) -> list[str]:
         """What is directly in the target, files and folders; nothing if it does not exist; a file gives its own name."""
@@ -209,13 +210,4 @@ def _write_local(path: Path, pieces: Sequence[memoryview | bytes]) -> None:
     finally:
         os.close(handle)
     partial.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    """Names made in the directory are on the medium."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_directory(path.parent)
