@@ -193,9 +193,7 @@ def calibrated(folder: Path, held: Held, steadiness: Steadiness, patience_s: flo
 def row_of(predicted: dict[str, Any], side: Side, closed: dict[str, Any]) -> dict[str, Any]:
     """One run beside its prediction."""
     taken, facts = median(side.last_steps), side.facts[-1]
-    # of all ten steps: what one reads ahead the next one has less to read, so that pairs would not do
-    bytes_of_steps = (median(fact[key] for fact in side.facts) for key in ("read", "written"))
-    read, written = closed.pop("whole_step", None) or bytes_of_steps
+    read, written = closed.pop("whole_step")
     return predicted | {
         "measured_s": taken, "measured_s_spread": [min(side.last_steps), max(side.last_steps)],
         "error": predicted["predicted_s"] / taken - 1, "measured_read": read,

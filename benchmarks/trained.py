@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from weightstream.cluster import Cluster
 from weightstream.fabric.distributed import connect
 from weightstream.fabric.links import Links
 
+STILL_S = 0.3  # without a transfer that ends: nothing is under way
 GROUPS = 4  # reduction groups: as many as the most workers
 
 
@@ -68,9 +70,10 @@ class Run:
     def close(self) -> dict[str, Any]:
         self.engine.gather("close")
         allotment = self.engine.allotment
-        found = {"device_bytes": allotment.device_bytes, "host_bytes": allotment.host_bytes}
-        if not self.wanted["clip"]:
-            found["whole_step"] = whole_step(self.engine, self.wanted)
+        found = {
+            "device_bytes": allotment.device_bytes, "host_bytes": allotment.host_bytes,
+            "whole_step": whole_step(self.engine, self.wanted),
+        }  # fmt: skip
         self.engine.close()
         if self.links is not None:
             self.links.close()
@@ -90,15 +93,25 @@ def stepped(engine: ws.Engine, wanted: dict[str, Any], number: int) -> dict[str,
 
 
 def whole_step(engine: ws.Engine, wanted: dict[str, Any]) -> tuple[int, int]:
-    """Bytes read and written by one more step of all ranks from its first to its last: without clipping a step's writes
-    go on into the next one, and are counted there."""
-    engine.commit()
-    before = moved_bytes(engine)
+    """Bytes read and written by one more step of all ranks, from its first to its last: a step's writes go on into the next
+    one, and with clipping it reads ahead for it, as far as it comes. So a step begins and ends here where nothing moves."""
+    before = settled_bytes(engine, wanted)
+    engine.gather("all have counted")
     engine.step(workload_of(wanted).batches(0), loss_fn)
-    engine.commit()
-    both = [after - earlier for after, earlier in zip(moved_bytes(engine), before, strict=True)]
+    both = [after - earlier for after, earlier in zip(settled_bytes(engine, wanted), before, strict=True)]
     every = engine.gather(both)
     return sum(read for read, _ in every), sum(written for _, written in every)
+
+
+def settled_bytes(engine: ws.Engine, wanted: dict[str, Any]) -> tuple[int, int]:
+    """What this rank has moved once all that is under way is done; with clipping a step's updates are the next one's."""
+    if not wanted["clip"]:
+        engine.commit()
+    while True:
+        moved = moved_bytes(engine)
+        time.sleep(STILL_S)
+        if moved_bytes(engine) == moved:
+            return moved
 
 
 def moved_bytes(engine: ws.Engine) -> tuple[int, int]:
@@ -115,8 +128,7 @@ def follow(wanted: dict[str, Any], store: Path) -> None:
     while engine.gather(None)[0] == "step":
         number += 1
         stepped(engine, wanted, number)
-    if not wanted["clip"]:
-        whole_step(engine, wanted)
+    whole_step(engine, wanted)
     engine.close()
     links.close()
     os._exit(0)
