@@ -1,4 +1,4 @@
-"""What `headline.py` trains, `weightstream.bytewise`, as a side (`turns.py`).
+"""What `headline.py` trains, `weightstream.demo_120t.bytewise`, as a side (`turns.py`).
 
 python benchmarks/bytewise.py --store runs/x --experts 4294967296 --steps 3       # alone: seconds, loss, what was reached
 """
@@ -16,7 +16,15 @@ from torch import Tensor
 from turns import serve
 
 import weightstream as ws
-from weightstream.bytewise import CLIP_NORM, LEARNING_RATE, WEIGHT_DECAY, Bytewise, loss_fn, read_text, write_text
+from weightstream.demo_120t.bytewise import (
+    CLIP_NORM,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    Bytewise,
+    loss_fn,
+    read_text,
+    write_text,
+)
 from weightstream.errors import ConfigError
 from weightstream.nn import HashRouter
 

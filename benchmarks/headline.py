@@ -2,7 +2,7 @@
 
     python benchmarks/headline.py --json
 
-A small decoder on bytes (`weightstream.bytewise`) with two layers of 256**4 experts, in turn with the same one with 131,072
+A small decoder on bytes (`demo_120t/bytewise.py`) with two layers of 256**4 experts, in turn with the same one with 131,072
 experts a layer, and with none. It shows capacity and exactness, not quality (`docs/120t.md`). As it is by default it
 needs some 60 GB of disk, that is both families' experts and about as many dead bytes again; fewer `--steps` need less.
 
@@ -35,7 +35,7 @@ from results import SCRATCH, provenance, summary, write
 from scratch import scratch
 from turns import Side, in_turn
 
-from weightstream.bytewise import TEXTS, write_text
+from weightstream.demo_120t.bytewise import TEXTS, write_text
 
 HERE = Path(__file__).resolve().parent
 STATE_BYTES = 12  # per parameter: fp32 master and AdamW's two moments

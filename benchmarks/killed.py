@@ -1,4 +1,4 @@
-"""The process that `kills.py` kills: `weightstream.run.fit`, in a fork of a process that has imported all it needs.
+"""The process that `kills.py` kills: `weightstream.commands.run.fit`, in a fork of a process that has imported all it needs.
 
 Importing PyTorch takes seconds, a small model's step a tenth of one, so that a kill in a process that must first import
 would hit an import. A fork has what its parent has imported, and the parent has computed nothing: no other thread, no OpenMP
@@ -26,10 +26,10 @@ import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 from rich.console import Console
 
-from weightstream import run
-from weightstream.config import RunConfig
-from weightstream.engine import Engine
-from weightstream.runtime import Runtime
+from weightstream.commands import run
+from weightstream.config.config import RunConfig
+from weightstream.engine.engine import Engine
+from weightstream.runtime.runtime import Runtime
 from weightstream.schedule.operations import Operation
 from weightstream.store.device import Device
 from weightstream.store.manifest import Manifest

@@ -4,9 +4,9 @@
 
 A small Llama trains on the standard library's text. Its processes are killed one after another, each at a random moment
 of its life: reading the text, opening the store, some steps, closing. The next process goes on from what it finds. What
-is killed is `weightstream.run.fit` on the disk at `--scratch` (`killed.py` says how, and why this is a killed command).
-First and last piece of the killed run, and the whole of the undisturbed one, are the command `weightstream fit` itself.
-A process is told to train `--piece` steps beyond where the run stands, so every kill meets a running process; one that
+is killed is `weightstream.commands.run.fit` on the disk at `--scratch` (`killed.py` says how, and why this is a killed
+command). First and last piece of the killed run, and the whole of the undisturbed one, are the command `weightstream fit`
+itself. A process is told to train `--piece` steps beyond where the run stands, so every kill meets a running process; one that
 ended before its moment counts as no kill.
 
 Keys: `kills`, `lost_steps_max` (steps that a process had finished and the next one did not find; promised: at most 2
@@ -34,7 +34,7 @@ import killed
 from results import SCRATCH, provenance, write
 from scratch import scratch
 
-from weightstream.config import RunConfig, check_config
+from weightstream.config.config import RunConfig, check_config
 
 PROMISED_LOSS = {True: 2, False: 1}  # steps at most, with clipping and without
 _PATIENCE_S = 120.0

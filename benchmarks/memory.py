@@ -89,7 +89,7 @@ def growth(arguments: argparse.Namespace, folder: Path) -> dict:
 
 def idle_bytes() -> int:
     """Peak resident memory of a process that has imported what the streamed side imports, and done nothing."""
-    program = "import streamed, weightstream.engine; print('imported', flush=True); input()"
+    program = "import streamed, weightstream.engine.engine; print('imported', flush=True); input()"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

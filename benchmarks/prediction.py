@@ -40,7 +40,7 @@ from weightstream.cluster import Cluster
 from weightstream.machine.calibrate import calibrate
 from weightstream.machine.profile import Profile, load_profile
 from weightstream.machine.steady import Steadiness
-from weightstream.predicting import predict
+from weightstream.prediction.predicting import predict
 
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 6

@@ -46,7 +46,7 @@ from sparse_quality import (
 )
 from torch import Tensor, nn
 
-from weightstream.architectures import architecture
+from weightstream.config.architectures import architecture
 from weightstream.data.batches import Batches, in_portions, micro_batch
 from weightstream.data.dataset import Dataset, prepare
 from weightstream.store.schedules import cosine

@@ -32,8 +32,8 @@ from rich.console import Console
 from scratch import lasting
 from sparse_curves import ALGORITHMS
 
-from weightstream.config import RunConfig, check_config
-from weightstream.run import fit
+from weightstream.commands.run import fit
+from weightstream.config.config import RunConfig, check_config
 from weightstream.training.metrics import read_metrics
 
 NAME = "sparse_quality"

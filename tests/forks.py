@@ -26,8 +26,9 @@ CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "torch.distributed.launcher.api", "transformers.models.auto.modeling_auto",
-        "transformers.models.llama.modeling_llama", "weightstream.cli", "weightstream.commands", "weightstream.run",
-        "weightstream.fabric.distributed", "weightstream.presets", "tests.distributed.processes", __name__,
+        "transformers.models.llama.modeling_llama", "weightstream.cli", "weightstream.commands.fit",
+        "weightstream.commands.run", "weightstream.fabric.distributed", "weightstream.config.presets",
+        "tests.distributed.processes", __name__,
     ]
 )  # fmt: skip
 _STARTED: list["Command"] = []

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from weightstream.blocks import call_order, split
-from weightstream.census import Census, flops, take
+from weightstream.engine.steps import default_loss
 from weightstream.errors import PlanError
-from weightstream.steps import default_loss
+from weightstream.prediction.census import Census, flops, take
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH, HIDDEN, HEADS, KEY_HEADS = 2, 16, 96, 32, 80, 4, 2
 TOKENS = SEQUENCES * LENGTH

@@ -16,8 +16,8 @@ import yaml
 from tests.machine.profiles import profile
 from tests.store.cases import segment
 
-from weightstream import run
 from weightstream.cli import main
+from weightstream.commands import run
 from weightstream.store.store import Store
 from weightstream.trace.spans import Span
 
@@ -144,8 +144,8 @@ def test_the_prediction_of_a_run_is_kept_and_compared(shell: Shell) -> None:
     """Whoever can predict a run gives its spans; what it made of the same run last time would be right, on average."""
     from rich.console import Console
 
-    from weightstream.config import load_config
-    from weightstream.run import Run, fit, summary
+    from weightstream.commands.run import Run, fit, summary
+    from weightstream.config.config import load_config
     from weightstream.trace.files import read_trace
 
     def predict(run: Run, say: Any) -> list[Span]:

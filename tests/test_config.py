@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from weightstream.config import RunConfig, check_config, load_config
+from weightstream.commands.run import engine_settings
+from weightstream.config.config import RunConfig, check_config, load_config
 from weightstream.errors import ConfigError
-from weightstream.run import engine_settings
 from weightstream.store.optimizers import AdamW, Optimizer, Torch
 
 TEXT = """

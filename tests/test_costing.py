@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tests.machine.profiles import ELEMENTS, SIZES, profile
 from tests.schedule.examples import chain
 
-from weightstream.census import Census, Kernel, VisitCensus
 from weightstream.cluster import Cluster
-from weightstream.costing import Costs, Tables, hardware_of, slowdown_of
+from weightstream.prediction.census import Census, Kernel, VisitCensus
+from weightstream.prediction.costing import Costs, Tables, hardware_of, slowdown_of
 from weightstream.schedule.allotment import Facts, allot
 from weightstream.simulator.durations import Durations
 

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from tests.forks import Command
 
-from weightstream import demo_workers
-from weightstream.config import RunConfig, check_config
-from weightstream.presets import push_button
+from weightstream.config.config import RunConfig, check_config
+from weightstream.config.presets import push_button
+from weightstream.demo import workers
 
 TEXT = [str(Path(sysconfig.get_path("stdlib"), name)) for name in ("collections", "json")]
 DEMO = """
 import json
 from tests.test_demo import shorter
-from weightstream import demo
+from weightstream.demo import resume
 
-demo.check_config, said = shorter, []
-report = demo.run(said.append)
-print(json.dumps([report, demo.summary(report), said]))
+resume.check_config, said = shorter, []
+report = resume.run(said.append)
+print(json.dumps([report, resume.summary(report), said]))
 """
 
 
@@ -58,12 +58,12 @@ def test_workers_of_which_one_is_killed_end_like_one_alone(monkeypatch: pytest.M
         text = [f"data.sources={TEXT}", "data.validation_share=0.1"]
         return push_button(*arguments, overrides=[*overrides, *text], **settings)
 
-    monkeypatch.setattr(demo_workers, "WORKERS", 2)
-    monkeypatch.setattr(demo_workers, "KILLED", 1)
-    monkeypatch.setattr(demo_workers, "push_button", with_less_text)
+    monkeypatch.setattr(workers, "WORKERS", 2)
+    monkeypatch.setattr(workers, "KILLED", 1)
+    monkeypatch.setattr(workers, "push_button", with_less_text)
     said: list[str] = []
-    report = demo_workers.run(said.append)
-    assert report["equal"], demo_workers.summary(report)
+    report = workers.run(said.append)
+    assert report["equal"], workers.summary(report)
     assert any("rank 1 was killed by SIGKILL" in line for line in report["said"])
     assert report["sent_by_rank_0_bytes"] > 0
-    assert "equal, bit for bit" in demo_workers.summary(report)
+    assert "equal, bit for bit" in workers.summary(report)

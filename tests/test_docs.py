@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import weightstream
 from benchmarks import sparse_curves, table
 from weightstream.cli import app
-from weightstream.config import RunConfig, _keys, load_config
+from weightstream.config.config import RunConfig, _keys, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = Path(weightstream.__file__).parent

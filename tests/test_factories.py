@@ -12,11 +12,11 @@ from tests.test_cli import CONFIG, Shell
 from tests.test_cli import shell as cli_shell
 from torch import nn
 
-from weightstream.architectures import architecture
-from weightstream.config import ModelConfig, load_config
+from weightstream.commands.run import engine_settings
+from weightstream.config.architectures import architecture
+from weightstream.config.config import ModelConfig, load_config
 from weightstream.errors import ConfigError
 from weightstream.nn import Pool
-from weightstream.run import engine_settings
 from weightstream.store.compaction import SHARE
 from weightstream.store.store import Store
 from weightstream.training.loop import Trainer

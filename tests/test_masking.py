@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from weightstream.blocks import Parameter, Unit
-from weightstream.masking import Masking
+from weightstream.masking.masking import Masking
 from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
 from weightstream.store.block_bytes import block_bytes
 from weightstream.store.layout import RecordLayout, record_layout

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import weightstream as ws
 from weightstream.cluster import Cluster
-from weightstream.costing import Costs
-from weightstream.engine import Engine
-from weightstream.predicting import Stretch, census_of, predict, prediction_text, stretches
+from weightstream.engine.engine import Engine
+from weightstream.prediction.costing import Costs
+from weightstream.prediction.predicting import Stretch, census_of, predict, prediction_text, stretches
 from weightstream.schedule.allotment import buffers_bytes
 from weightstream.sparse.choosing import Curve
 from weightstream.sparse.codec import decoding_steps

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import weightstream as ws
 from weightstream.cluster import Cluster
-from weightstream.engine import Engine
+from weightstream.engine.engine import Engine
+from weightstream.experts.reaching import ExpertSizes, bytes_of, counted, different, pool_of
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
 from weightstream.nn import HashRouter, StreamedExperts
-from weightstream.predicting import predict
-from weightstream.reaching import ExpertSizes, bytes_of, counted, different, pool_of
+from weightstream.prediction.predicting import predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -332,7 +332,7 @@ def test_a_terminal_of_80_columns_gets_a_bar_and_all_facts() -> None:
     assert "a [note]" in shown
 
 
-@pytest.mark.parametrize("module", ["weightstream", "weightstream.commands", "weightstream.store.glance"])
+@pytest.mark.parametrize("module", ["weightstream", "weightstream.commands.fit", "weightstream.store.glance"])
 def test_what_only_starts_ranks_does_not_import_torch(module: str) -> None:
     """It takes a second; `fit` with several ranks is a launcher, which has no use for it."""
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"

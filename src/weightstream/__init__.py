@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightstream import nn
     from weightstream.blocks import Block, Parameter
-    from weightstream.engine import Engine
+    from weightstream.engine.engine import Engine
     from weightstream.machine.sparsity import auto_kernels
     from weightstream.sparse.settings import Ramp, Sparsity, SparsityGroup
     from weightstream.store.families import Family
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Engine": "weightstream.engine",
+    "Engine": "weightstream.engine.engine",
     "Store": "weightstream.store.store",
     "Block": "weightstream.blocks",
     "Parameter": "weightstream.blocks",

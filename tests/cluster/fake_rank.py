@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from weightstream.board import Board
 from weightstream.errors import RefusedError, StoreError
-from weightstream.ranks import Place, as_rank, place
+from weightstream.launch.board import Board
+from weightstream.launch.ranks import Place, as_rank, place
 
 
 def main() -> int:

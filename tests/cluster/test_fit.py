@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from tests.forks import Command
 
-from weightstream.processes import children
 from weightstream.store.store import Store
+from weightstream.system.processes import children
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "weightstream"
 STEPS = 6
@@ -189,7 +189,7 @@ def test_loopback_between_hosts_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_the_button_plans_the_rest(tmp_path: Path) -> None:
-    from weightstream.presets import push_button
+    from weightstream.config.presets import push_button
 
     one, many = (push_button("llama-1m", workers=n, out=tmp_path, steps=3) for n in (1, 8))
     assert one.model_dump() | {"cluster": None} == many.model_dump() | {"cluster": None}

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from weightstream import folders
-from weightstream.folders import memory_folder, temporary_folder
+from weightstream.system import folders
+from weightstream.system.folders import memory_folder, temporary_folder
 
 HOLDER = """
 import sys, time, tempfile
 from pathlib import Path
-from weightstream import folders
+from weightstream.system import folders
 tempfile.tempdir, folders._MEMORY = sys.argv[1], Path(sys.argv[1])
 with folders.temporary_folder("kept-") as board, folders.memory_folder(Path(sys.argv[2])) as memory:
     (memory / "part").touch()

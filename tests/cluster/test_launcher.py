@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from tests.forks import Command
 
-from weightstream.processes import children
+from weightstream.system.processes import children
 
 FAKE = Path(__file__).with_name("fake_rank.py")
 STARTER = """
 import sys
 from pathlib import Path
-from weightstream.launcher import Launch, Launcher
+from weightstream.launch.launcher import Launch, Launcher
 folder, ranks, restarts, port = Path(sys.argv[1]), *map(int, sys.argv[2:5])
 def progress():
     try:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from weightstream.cluster import Cluster
-from weightstream.config import RunConfig, check_config
+from weightstream.commands.preflight import require_memory, require_same_text, store_exists
+from weightstream.config.config import RunConfig, check_config
 from weightstream.errors import FabricError, RefusedError, StoreError
 from weightstream.fabric.agreement import gather, together
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
-from weightstream.preflight import require_memory, require_same_text, store_exists
-from weightstream.ranks import ALONE, Place, RunRanks, _check_same
+from weightstream.launch.ranks import ALONE, Place, RunRanks, _check_same
 from weightstream.training.ranks import RankFacts, describe
 
 SIZE = 3

@@ -15,8 +15,8 @@ from tests.parity.pairwise import pairwise
 from tests.parity.zoo import ZOO, ZooModel
 
 import weightstream as ws
-from weightstream import opening
 from weightstream.cluster import Cluster
+from weightstream.engine import opening
 from weightstream.errors import AuditError, FabricError, PlanError, StoreMismatchError
 from weightstream.fabric.links import Channel, Links
 from weightstream.fabric.local import run_ranks

@@ -15,7 +15,7 @@ from weightstream.errors import PlanError
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
 from weightstream.fabric.parcels import Parcels
-from weightstream.lending import Borrowed
+from weightstream.families.lending import Borrowed
 from weightstream.store.families import Family
 from weightstream.store.recipes import Recipe, Step
 

@@ -126,9 +126,9 @@ def test_an_interrupted_import_is_completed_by_repeating_it(
     """As after a kill: the store is there, its values are not."""
     store = tmp_path / "store"
     with monkeypatch.context() as patched:
-        patched.setattr("weightstream.opening.fill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("weightstream.engine.opening.fill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         kept = SimpleNamespace(rmtree=lambda *_, **__: None, disk_usage=shutil.disk_usage)
-        patched.setattr("weightstream.opening.shutil", kept)
+        patched.setattr("weightstream.engine.opening.shutil", kept)
         with pytest.raises(KeyboardInterrupt):
             import_directory(llama_folder, store, OPTIMIZER, **SETTINGS)
     with pytest.raises(StoreError, match="its import was not completed"):

@@ -14,13 +14,13 @@ from tests.faults.device import Filling
 from tests.nn.test_experts import engine, loss_fn, text
 
 import weightstream as ws
+from weightstream.engine.outlook import Outlook
 from weightstream.errors import StoreError
-from weightstream.keeping import Keeper
-from weightstream.outlook import Outlook
+from weightstream.families.touching import Touched
+from weightstream.runtime.keeping import Keeper
 from weightstream.store import tiers
 from weightstream.store.futures import chain, new_future
 from weightstream.store.optimizers import AdamW
-from weightstream.touching import Touched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,11 +24,11 @@ import torch
 import torch.fx.experimental.symbolic_shapes  # which autograd imports in its first backward: here once for all forks
 from tests.nn.test_experts import engine, loss_fn, text
 
-from weightstream.keeping import Keeper
+from weightstream.families.touching import Touched
+from weightstream.runtime.keeping import Keeper
 from weightstream.store.device import Device
 from weightstream.store.manifest import Manifest
 from weightstream.store.store import Store
-from weightstream.touching import Touched
 
 STEPS = 24  # a process that is killed comes two steps further at most
 KILLS = {Device: 3, Manifest: 1, Touched: 3, Keeper: 3}

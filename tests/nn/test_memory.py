@@ -25,11 +25,11 @@ from tests.nn.test_pool import LAYERS, pooled
 from torch import Tensor
 
 from weightstream.errors import PlanError
+from weightstream.experts.reaching import Reached
 from weightstream.fabric.packed import Gradients
+from weightstream.families.touching import Touching
 from weightstream.nn import HashRouter, ProductKeyRouter, StreamedExperts
-from weightstream.reaching import Reached
 from weightstream.schedule.reduction import partial_sums
-from weightstream.touching import Touching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,7 +3,7 @@
 import json
 
 import weightstream as ws
-from weightstream.past import Past
+from weightstream.families.past import Past
 
 
 def test_a_count_leads_to_its_step_and_optimizer_after_skips_and_changes() -> None:

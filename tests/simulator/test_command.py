@@ -11,8 +11,8 @@ from tests.machine.profiles import profile
 
 from weightstream.cli import main
 from weightstream.cluster import Cluster
-from weightstream.costing import hardware_of
 from weightstream.errors import PlanError
+from weightstream.prediction.costing import hardware_of
 from weightstream.simulator.published import FIGURES
 
 GPT_J = ("--model", "gpt-j-6b", "--cluster", "cs-2", "--workers", "2", "--batch", "120")

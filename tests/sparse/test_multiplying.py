@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import weightstream as ws
 from weightstream.cluster import Cluster
+from weightstream.engine.multiplying import AutoKernels, structures
 from weightstream.errors import AuditError, ConfigError, StoreMismatchError
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
-from weightstream.multiplying import AutoKernels, structures
 from weightstream.sparse.choosing import Curve
 from weightstream.sparse.kernels import Kernel
 from weightstream.sparse.native.compiling import compiled

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tests.sparse.exact import DTYPES, check, sides
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from weightstream.engine.multiplying import _structure_bytes
 from weightstream.errors import ConfigError
-from weightstream.multiplying import _structure_bytes
 from weightstream.sparse.kernels import Kernel, multiply, supports
 from weightstream.sparse.native import compiling
 from weightstream.sparse.native.compiling import FLAGS, THREADS, cache_folder, compiled

@@ -10,11 +10,11 @@ import torch
 import yaml
 from torch import nn
 
-from weightstream import run
-from weightstream.architectures import architecture
-from weightstream.config import RunConfig, load_config
-from weightstream.engine import Engine
-from weightstream.multiplying import AutoKernels
+from weightstream.commands import run
+from weightstream.config.architectures import architecture
+from weightstream.config.config import RunConfig, load_config
+from weightstream.engine.engine import Engine
+from weightstream.engine.multiplying import AutoKernels
 from weightstream.sparse.choosing import Curve
 
 pytestmark = pytest.mark.usefixtures("one_thread")

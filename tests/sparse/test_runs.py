@@ -28,8 +28,8 @@ from tests.sparse.masked import (
 
 import weightstream as ws
 from weightstream.errors import ConfigError, StoreMismatchError
-from weightstream.first_masks import counts_now
-from weightstream.masking import Masking
+from weightstream.masking.first_masks import counts_now
+from weightstream.masking.masking import Masking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import weightstream as ws
 from weightstream.cluster import Cluster
 from weightstream.fabric.local import run_ranks
-from weightstream.runtime import Runtime
+from weightstream.runtime.runtime import Runtime
 from weightstream.schedule.allotment import Allotment, Facts
 from weightstream.schedule.operations import (
     Commit,

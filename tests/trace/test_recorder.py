@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import weightstream as ws
 from weightstream.cluster import Cluster
+from weightstream.engine.steps import StepResult
 from weightstream.fabric.links import Links
 from weightstream.fabric.local import run_ranks
 from weightstream.schedule.operations import Load, Schedule, Update, describe
 from weightstream.schedule.verify import verify
-from weightstream.steps import StepResult
 from weightstream.trace.recorder import SHARE, WARM_UP_STEPS, Recorder
 from weightstream.trace.spans import Span, shares, totals
 

@@ -12,7 +12,7 @@ from weightstream.cli.showing import AsJson, Overrides, RunFolder, Source, as_li
 from weightstream.errors import ConfigError, WeightstreamError
 
 if TYPE_CHECKING:
-    from weightstream.config import RunConfig
+    from weightstream.config.config import RunConfig
 
 app = typer.Typer(
     name="weightstream",
@@ -41,10 +41,10 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Train; the same command again goes on where the last one stopped. With cluster.workers=N, on so many ranks."""
-    from weightstream.ranks import place
+    from weightstream.launch.ranks import place
 
     def read() -> "RunConfig":
-        from weightstream.presets import push_button
+        from weightstream.config.presets import push_button
 
         if model is not None:
             given = [str(source)] if source is not None else []
@@ -57,17 +57,17 @@ def fit(
 
     own = place()
     if own is not None:
-        from weightstream.commands import fit_as_rank
+        from weightstream.commands.fit import fit_as_rank
 
         _leave(fit_as_rank(own, read, launched, as_json=as_json))
     config = read()
     if model is not None:
         say(config.to_yaml())
     if config.cluster.roles.size > 1:
-        from weightstream.commands import launch
+        from weightstream.commands.fit import launch
 
         raise typer.Exit(launch(config, sys.argv[2:]))
-    from weightstream.commands import fit_alone
+    from weightstream.commands.fit import fit_alone
 
     raise typer.Exit(fit_alone(config, on_stderr(), _command_again(), as_json=as_json))
 
@@ -88,7 +88,7 @@ def evaluate(
 ) -> None:
     """The loss and perplexity of a trained store on held-out text."""
     config = config_of(source, overrides)
-    from weightstream.run import measure
+    from weightstream.commands.run import measure
 
     show(
         measure(config, say, sequences=sequences),
@@ -114,7 +114,7 @@ def generate(
 ) -> None:
     """Continue prompts with a trained store; weights are fetched once per token for all of them."""
     config = config_of(source, set_)
-    from weightstream.run import complete
+    from weightstream.commands.run import complete
 
     show(
         complete(config, say, prompts, tokens=tokens, temperature=temperature, seed=seed),
@@ -135,7 +135,7 @@ def plan(
 ) -> None:
     """What a run would use and take: blocks, memory, bytes and seconds per step; nothing is created."""
     config = config_of(source, overrides)
-    from weightstream.run import plan as run_plan
+    from weightstream.commands.run import plan as run_plan
 
     show(run_plan(config, say, profile), lambda found: str(found["text"]), as_json)
 
@@ -197,7 +197,7 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """A step on a virtual clock: seconds, throughput, what binds, scaling, and what a run would take."""
-    from weightstream import simulating
+    from weightstream.commands import simulating
 
     if validate or claims:
         if claims:
@@ -244,10 +244,9 @@ def demo(
     else:
         if steps is not None or out is not None:
             raise ConfigError(f"demo {what}: --steps and --out are of `weightstream demo 120t` alone; leave them out")
-        from weightstream import demo as resume
-        from weightstream import demo_workers
+        from weightstream.demo import resume, workers
 
-        shown = resume if what == "resume" else demo_workers
+        shown = resume if what == "resume" else workers
         report = shown.run(say)
         show(report, shown.summary, as_json)
     if not report["equal"]:

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from weightstream.config import RunConfig
+    from weightstream.config.config import RunConfig
 
 Source = Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or the folder that a run left.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.steps=100.")]
@@ -20,7 +20,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that 
 
 def config_of(source: Path, overrides: list[str] | None) -> "RunConfig":
     """The settings in a file or in a run's folder, with `key=value` over them."""
-    from weightstream.config import load_config
+    from weightstream.config.config import load_config
 
     return load_config(source, overrides or ())
 

@@ -123,7 +123,7 @@ def store_import(
 ) -> None:
     """Make a run's store of given weights, one tensor at a time; `fit` then trains it."""
     config = config_of(source, overrides)
-    from weightstream.transfer import import_weights
+    from weightstream.commands.transfer import import_weights
 
     show(import_weights(config, weights, masks), as_lines, as_json)
 
@@ -139,7 +139,7 @@ def store_export(
     as_json: AsJson = False,
 ) -> None:
     """Write config.json, safetensors and tokenizer as transformers reads them, one tensor at a time."""
-    from weightstream.transfer import export_weights
+    from weightstream.commands.transfer import export_weights
 
     found = export_weights(store, out, folder=config, dtype=dtype, optimizer_state=optimizer_state, masks=masks)
     show(found, as_lines, as_json)

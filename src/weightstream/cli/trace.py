@@ -17,7 +17,7 @@ def trace_export(
     as_json: AsJson = False,
 ) -> None:
     """Write the traced steps for ui.perfetto.dev: a process per rank, a track per resource."""
-    from weightstream.commands import export_trace
+    from weightstream.commands.fit import export_trace
 
     show(export_trace(run, out or run / "trace.json"), as_lines, as_json)
 
@@ -25,7 +25,7 @@ def trace_export(
 @app.command("diff")
 def trace_diff(run: RunFolder, as_json: AsJson = False) -> None:
     """Predicted against measured: seconds and bytes of a step by kind of operation and resource."""
-    from weightstream.commands import trace_comparison
+    from weightstream.commands.fit import trace_comparison
     from weightstream.trace.compare import text_of
 
     found = trace_comparison(run)

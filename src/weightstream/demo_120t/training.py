@@ -13,7 +13,7 @@ import torch
 import torch.fx.experimental.symbolic_shapes  # which autograd imports in its first backward: here once for all processes
 from torch import Tensor
 
-from weightstream.bytewise import (
+from weightstream.demo_120t.bytewise import (
     CLIP_NORM,
     LEARNING_RATE,
     TEXTS,
@@ -23,7 +23,7 @@ from weightstream.bytewise import (
     read_text,
     write_text,
 )
-from weightstream.engine import Engine
+from weightstream.engine.engine import Engine
 from weightstream.schedule.cost import BlockFacts, lower_bound
 from weightstream.store.compaction import SHARE
 from weightstream.store.layout import record_layout

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightstream.engine import Engine
+from weightstream.engine.engine import Engine
 from weightstream.errors import ConfigError, StoreError, StoreMismatchError
 from weightstream.hub.checkpoint import INDEX, SINGLE, Checkpoint, buffer_problems
 from weightstream.hub.pretrained import FOLDER, build_from, keep, read_config

@@ -3,8 +3,8 @@
 from itertools import chain
 
 from weightstream.cluster import Cluster
-from weightstream.costing import hardware_of, slowdown_of
 from weightstream.machine.profile import Profile
+from weightstream.prediction.costing import hardware_of, slowdown_of
 from weightstream.simulator.clusters import THIS_MACHINE, ClusterPreset
 from weightstream.simulator.jobs import UPDATE_BYTES
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from weightstream.costing import Tables, update_alone_s
 from weightstream.machine import kernels, sharing, sparsity, storing
 from weightstream.machine.codec import codec_rates
 from weightstream.machine.executing import executor
 from weightstream.machine.kernels import significant
 from weightstream.machine.profile import Compute, Contention, Profile, this_machine
 from weightstream.machine.steady import Steadiness, watched
+from weightstream.prediction.costing import Tables, update_alone_s
 from weightstream.schedule.cost import BlockFacts
 from weightstream.sparse.choosing import Curve
 from weightstream.worker.allocator import keep_memory

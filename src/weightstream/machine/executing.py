@@ -17,12 +17,12 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from weightstream.census import Census, Kernels, take
-from weightstream.engine import Engine
+from weightstream.engine.engine import Engine
 from weightstream.errors import ConfigError
 from weightstream.machine.kernels import significant
 from weightstream.machine.profile import Executor
 from weightstream.machine.steady import look
+from weightstream.prediction.census import Census, Kernels, take
 from weightstream.schedule.cost import BlockFacts
 from weightstream.store.optimizers import AdamW
 from weightstream.training.memory import peak_rss_bytes, rss_bytes

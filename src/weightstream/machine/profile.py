@@ -19,9 +19,9 @@ import torch
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from weightstream.errors import ConfigError
-from weightstream.hosts import cores
 from weightstream.section import Section
 from weightstream.sparse.choosing import Curve
+from weightstream.system.hosts import cores
 
 FORMAT = 1
 DEFAULT_PATH = Path("~/.cache/weightstream/profile.toml")

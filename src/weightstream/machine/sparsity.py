@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weightstream.engine.multiplying import AutoKernels
 from weightstream.machine.kernels import Call, in_turn, name_of, seconds, significant
 from weightstream.machine.profile import DEFAULT_PATH, load_profile
-from weightstream.multiplying import AutoKernels
 from weightstream.sparse.choosing import Curve
 from weightstream.sparse.codec import decode_cells, encode_mask
 from weightstream.sparse.grid import Grid

@@ -14,7 +14,7 @@ from weightstream.data.tokenizer import Tokenizer
 from weightstream.errors import DataError
 
 if TYPE_CHECKING:
-    from weightstream.engine import Engine
+    from weightstream.engine.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from weightstream.training.settings import TrainingConfig
 from weightstream.training.stopping import Stop, StopRequest
 
 if TYPE_CHECKING:
-    from weightstream.engine import Engine
-    from weightstream.steps import StepResult
+    from weightstream.engine.engine import Engine
+    from weightstream.engine.steps import StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from weightstream.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from weightstream.engine import Engine
-    from weightstream.steps import StepResult
+    from weightstream.engine.engine import Engine
+    from weightstream.engine.steps import StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
