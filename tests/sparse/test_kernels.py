@@ -86,6 +86,33 @@ def test_bias_leading_dimensions_and_what_needs_no_gradient() -> None:
     assert values.grad is None
 
 
+@pytest.mark.parametrize("found", [float("nan"), float("inf")])
+@pytest.mark.parametrize("block", [(1, 1), (16, 16)], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_finite_is_never_lost(kernel: Kernel, block: tuple[int, int], found: float) -> None:
+    """Also not in a column without a non-zero, or in the gradient of a row without one: as in a dense product."""
+    if not supports(kernel, block, torch.float32, CPU):
+        pytest.skip(f"no {kernel} for {block}")
+    structure = Structure(torch.tensor([[1, 0, 1], [0, 0, 0], [0, 0, 1]], dtype=torch.bool), block)
+    values = torch.ones(structure.nnz, 1, requires_grad=True)
+    weight = structure.mask().float()
+    for column in range(0, structure.shape[1], block[1]):
+        x = torch.ones(4, structure.shape[1])
+        x[2, column] = found
+        y = multiply(x, values, None, structure, kernel)
+        dense = x @ weight.t()
+        assert torch.equal(y[[0, 1, 3]], dense[[0, 1, 3]])
+        assert y[2].isnan().all() if column == block[1] else not y[2].isfinite().all()
+    for row in range(0, structure.shape[0], block[0]):
+        x = torch.ones(4, structure.shape[1], requires_grad=True)
+        grad = torch.ones(4, structure.shape[0])
+        grad[1, row] = found
+        (of_x,) = torch.autograd.grad(multiply(x, values, None, structure, kernel), x, grad)
+        dense = grad @ weight
+        assert torch.equal(of_x[[0, 2, 3]], dense[[0, 2, 3]])
+        assert of_x[1].isnan().all() if row == block[0] else not of_x[1].isfinite().all()
+
+
 def test_masks_as_numbers_are_the_same() -> None:
     kept = torch.rand(6, 5) < 0.5
     by_number = Structure.at(kept.view(-1).nonzero().view(-1), (24, 10), (4, 2))

@@ -15,6 +15,9 @@ No element is ever added to by two threads, and nothing here looks at the number
 of one shape does not depend on it, neither do these bits; the tests hold this for 1 and 2 threads. `native` sums as
 products.c says, the same for any number of threads.
 
+A NaN or an infinity of x is in the results that have a non-zero for it. Where a column of W has none, all results of that
+token are NaN, as in a dense product, so that it is in some result for any W; and likewise with rows, in x's gradient.
+
 Bound against exact arithmetic, for a dot product of n terms (Higham, Accuracy and Stability of Numerical Algorithms,
 2nd ed., section 3.1): |error| ≤ γ(n) Σ|terms| + u |result|, where γ(n) = n·2⁻²⁴ / (1 - n·2⁻²⁴) and u = 2⁻⁸ for bf16, else 0.
 As there, nothing underflows: a processor's dot products of bf16 take what is below 2⁻¹²⁶ for zero, also in torch.
@@ -124,7 +127,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, structure: Structure, kernel: Kernel) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.structure, ctx.kernel = structure, kernel
-        return _FORWARD[kernel](x.contiguous(), _flat(values), structure)
+        y = _FORWARD[kernel](x.contiguous(), _flat(values), structure)
+        return y if structure.fills_columns else _not_finite_as(x, y)
 
     @staticmethod
     @once_differentiable
@@ -135,9 +139,19 @@ class _Product(torch.autograd.Function):
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             of_x = _INPUT_GRADIENT[kernel](grad, _flat(values), structure)
+            of_x = of_x if structure.fills_rows else _not_finite_as(grad, of_x)
         if ctx.needs_input_grad[1]:
             of_values = _WEIGHT_GRADIENT[kernel](grad, x.contiguous(), structure).view(values.shape)
         return of_x, of_values, None, None
+
+
+def _not_finite_as(tokens: Tensor, found: Tensor) -> Tensor:
+    """NaN for tokens with a NaN or an infinity, as a dense product has it, where 0 · NaN is NaN: where a line of W is empty, it
+    could else be in no result at all."""
+    if not tokens.numel():
+        return found
+    least, most = tokens.aminmax(dim=1)
+    return found.masked_fill_(~(least.isfinite() & most.isfinite())[:, None], torch.nan)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -132,6 +132,18 @@ class Structure:
         return [self.block[0] * self.block[1] * count for count in counts]
 
     @cached_property
+    def fills_rows(self) -> bool:
+        """Whether every row has a non-zero."""
+        return bool((self.row_starts.diff() > 0).all())
+
+    @cached_property
+    def fills_columns(self) -> bool:
+        """Whether every column has one."""
+        found = np.zeros(self._grid[1], dtype=np.bool_)
+        found[self.columns.numpy()] = True
+        return bool(found.all())
+
+    @cached_property
     def by_row(self) -> tuple[Lines, ...]:
         """Rows of blocks that are not empty, those with fewest blocks first; blocks are numbered in this order."""
         return self._grouped(self._row, self._column, self._grid[0], torch.arange(self.count), renumber=True)
