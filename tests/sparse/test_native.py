@@ -272,6 +272,26 @@ class TestWhatIsKept:
             cache.chmod(mode)
             assert subprocess.run(loading(small), timeout=120).returncode == 42
 
+    @pytest.mark.parametrize(
+        ("mode", "believed"),
+        [(0o755, True), (0o1777, True), (0o770, True), (0o777, False), (0o707, False)],
+        ids=["one's own", "sticky", "one's own group's", "everyone's", "others'"],
+    )
+    def test_is_not_believed_where_others_can_put_another_folder(
+        self, mode: int, *, believed: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One above it counts, too, but for the group that is this user's alone, and where only owners rename."""
+        assert answered()
+        cache.parents[1].chmod(mode)
+        monkeypatch.setattr(compiling, "_is_own_group", lambda number: number == os.getegid())
+        compiled.cache_clear()
+        made = []
+        monkeypatch.setattr(
+            compiling, "_compile", lambda *told, compile=compiling._compile: made.append(compile(*told))
+        )
+        assert answered()
+        assert (not made) == believed
+
 
 class TestWithoutACompiler:
     def test_there_is_no_such_kernel(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ never loaded, but made anew. It is put in its place as a whole, so that any numb
 """
 
 import ctypes
+import grp
 import hashlib
 import os
 import platform
+import pwd
 import shutil
 import stat
 import subprocess
@@ -66,7 +68,7 @@ def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     with suppress(OSError):
         folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_private(folder)
+        _check_private(folder.resolve())
         path = folder / name
         if _is_whole(path):
             return ctypes.CDLL(str(path))
@@ -96,11 +98,24 @@ def _check_private(folder: Path) -> None:
     """What lies there is run, and anyone can make a library that is whole.
 
     Raises:
-        PermissionError: others can put a library there.
+        PermissionError: others can put a library there, or another folder in the place of one on the way there.
     """
-    about = folder.stat()
-    if about.st_uid not in (0, os.geteuid()) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"'{folder}' may be written by others")
+    for place in (folder, *folder.parents):
+        about, others = place.stat(), stat.S_IWOTH
+        if place == folder or not _is_own_group(about.st_gid):
+            others |= stat.S_IWGRP
+        renamed_by_owners = place != folder and about.st_mode & stat.S_ISVTX  # what is in it, as in /tmp
+        if about.st_uid not in (0, os.geteuid()) or (about.st_mode & others and not renamed_by_owners):
+            raise PermissionError(f"'{place}' may be written by others")
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether a group is this user's alone, as many systems give each one of the same name."""
+    try:
+        group, user = grp.getgrgid(number), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and not {*group.gr_mem} - {user.pw_name}
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
