@@ -20,6 +20,7 @@ from weightstream.engine import opening
 from weightstream.errors import AuditError, FabricError, PlanError, StoreMismatchError
 from weightstream.fabric.links import Channel, Links
 from weightstream.fabric.local import run_ranks
+from weightstream.store.elsewhere import Elsewhere
 from weightstream.store.interval import Interval
 from weightstream.store.store import Store
 
@@ -209,6 +210,21 @@ class TestRefusals:
         monkeypatch.setattr(Store, "close", later)
         settings = {"optimizer": ws.AdamW(), "device_memory": "64KiB", "max_block_bytes": "1MiB"}
         found = self.refused(Cluster(3), ZOO["llama"], tmp_path / "s", range(1, 2), 8, **settings)
+        assert len(set(found)) == 1
+        assert found[0][0] is PlanError
+        assert not (tmp_path / "s").exists()
+
+    def test_leaves_nothing_where_a_store_was_not_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ranks that only compute have a folder in it, and make theirs while the first one removes all, if it may."""
+        make = Elsewhere.__init__
+
+        def later(*arguments: Any) -> None:
+            time.sleep(0.2)
+            make(*arguments)
+
+        monkeypatch.setattr(Elsewhere, "__init__", later)
+        settings = {"optimizer": ws.AdamW(), "device_memory": "64KiB", "max_block_bytes": "1MiB"}
+        found = self.refused(Cluster(2, 1), ZOO["llama"], tmp_path / "s", range(1, 2), 8, **settings)
         assert len(set(found)) == 1
         assert found[0][0] is PlanError
         assert not (tmp_path / "s").exists()

@@ -135,6 +135,7 @@ def opened(
         if store is None:
             store = Elsewhere(wanted.path, catalogue, wanted.path / WORKERS / f"{ranks.rank}")
             store.optimizer = wanted.optimizer
+        ranks.gather(None)  # all have what is theirs there, before the first one may refuse and remove it
         yield cast(Store, store)
     except BaseException:
         if store is not None:
