@@ -236,6 +236,37 @@ class TestResume:
         assert step_and_digest(tmp_path / "store") == whole[0.5][1]
 
 
+class TestOtherFiles:
+    """What lies where a store is asked for is not this engine's to remove, whatever it refuses."""
+
+    @pytest.mark.parametrize("settings", [{}, {"device_memory": 4096}], ids=["the folder", "the budget"])
+    def test_are_left_alone(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        from weightstream.errors import PlanError, StoreError
+
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "one").write_text("of years")
+        with pytest.raises((PlanError, StoreError)):
+            open_engine(tmp_path, **settings)
+        assert [path.name for path in tmp_path.rglob("*")] == ["photos", "one"]
+
+    def test_of_a_store_that_another_process_makes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is refused before the other one has its manifest, or after that."""
+        from weightstream.errors import StoreError, StoreInUseError
+        from weightstream.store import directory
+
+        handle = directory.make(tmp_path / "store")
+        with pytest.raises(StoreInUseError):
+            open_engine(tmp_path / "store")
+        assert (tmp_path / "store" / directory.SEGMENTS).is_dir()
+        directory.unlock(handle)
+        with monkeypatch.context() as patch:
+            patch.setattr(ws.Store, "exists", lambda path: False)
+            train(tmp_path / "store", [1])
+            with pytest.raises(StoreError, match="already holds a store"):
+                open_engine(tmp_path / "store")
+        assert step_and_digest(tmp_path / "store")[0] == 1
+
+
 class TestBudgets:
     @pytest.mark.parametrize("budget", ["device_memory", "host_memory"])
     def test_too_small_names_a_value_that_works_and_makes_nothing(self, budget: str, tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ def opened(
     *,
     exists: bool,
 ) -> Iterator[Store]:
-    """The store, for what else may fail before a run begins: then it is closed again, and removed if it was made here.
+    """The store, for what else may fail before a run begins: then it is closed again, and removed if it was made here; of
+    what was there before nothing is.
 
     A rank that owns nothing has `Elsewhere` in its place.
 
@@ -119,14 +120,22 @@ def opened(
         PlanError: the budgets, or the disk, are too small.
     """
     store: Store | Elsewhere | None = None
+    made = False
+
+    def create() -> Store:
+        nonlocal made
+        new = _create(wanted, model, recipes, initial)
+        made = True
+        return new
+
     try:
         # a store at step 0 may be one whose filling was cut short; what is there already is not written again
         fills = bool(initial) or wanted.sparsity is not None
         begun = exists and fills and ranks.rank == 0 and committed_step(wanted.path) == 0
         if not ranks.alone and ranks.gather(not exists or begun)[0]:
-            ranks.agreed_slowly(lambda: _create_for_all(wanted, model, recipes, initial, ranks, exists=exists))
+            ranks.agreed_slowly(lambda: _create_for_all(wanted, initial, ranks, None if exists else create))
         there = exists or not ranks.alone
-        store = ranks.agreed(lambda: _memory(wanted, model, recipes, initial, ranks, exists=there))
+        store = ranks.agreed(lambda: _memory(wanted, model, initial, ranks, None if there else create))
         if ranks.alone:
             yield cast(Store, store)
             return
@@ -140,39 +149,31 @@ def opened(
     except BaseException:
         if store is not None:
             store.close()
-        if not exists and ranks.rank == 0:
+        if made:
             shutil.rmtree(wanted.path, ignore_errors=True)
         raise
 
 
 def _create_for_all(
-    wanted: Wanted,
-    model: nn.Module,
-    recipes: Mapping[str, Recipe],
-    initial: Mapping[str, Tensor],
-    ranks: Ranks,
-    *,
-    exists: bool,
+    wanted: Wanted, initial: Mapping[str, Tensor], ranks: Ranks, create: Callable[[], Store] | None
 ) -> None:
     """With several ranks the first one makes the store, or fills one that was made, and then all memory ranks open it."""
     if ranks.rank == 0:
-        with Store.open(wanted.path) if exists else _create(wanted, model, recipes, initial) as store:
+        with Store.open(wanted.path) if create is None else create() as store:
             _fill(wanted, store, initial)
 
 
 def _memory(
     wanted: Wanted,
     model: nn.Module,
-    recipes: Mapping[str, Recipe],
     initial: Mapping[str, Tensor],
     ranks: Ranks,
-    *,
-    exists: bool,
+    create: Callable[[], Store] | None,
 ) -> Store | None:
-    """The store of a memory rank."""
+    """The store of a memory rank, that is there already unless it has to be created."""
     if not ranks.owns:
         return None
-    store = _reopen(wanted, model, ranks) if exists else _create(wanted, model, recipes, initial)
+    store = _reopen(wanted, model, ranks) if create is None else create()
     try:
         if ranks.alone:
             _fill(wanted, store, initial)
