@@ -1,6 +1,7 @@
 """What is interrupted in the middle of a step that updates experts: nothing of that step stays, whoever goes on afterwards."""
 
 import contextlib
+import errno
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from tests.nn.test_experts import engine, loss_fn, text
 import weightstream as ws
 from weightstream.engine.outlook import Outlook
 from weightstream.errors import StoreError
+from weightstream.experts.growing import Growing, LayerGrowth
 from weightstream.families.touching import Touched
 from weightstream.runtime.keeping import Keeper
 from weightstream.store import tiers
@@ -139,6 +141,53 @@ def test_a_disk_that_is_full_is_all_that_is_said(
     with contextlib.suppress(StoreError):
         trained.close()
     assert finished(engine(tmp_path / "full", **settings)) == whole[clip_norm]
+
+
+def half_way(path: Path) -> ws.Engine:
+    trained = engine(path)
+    for step in range(STEPS // 2):
+        trained.step(text(step), loss_fn)
+    trained.commit()
+    return trained
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, LayerGrowth], str]:
+    """How layers have grown after making up half-way, and the digest in the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trained = half_way(tmp_path_factory.mktemp("made up"))
+    trained.make_up_experts()
+    found = trained.growing.layers, finished(trained)
+    torch.set_num_threads(before)
+    return found
+
+
+@pytest.mark.parametrize("failing", ["write", "commit", "interrupted"])
+def test_making_up_that_fails_leaves_the_run_as_it_was(
+    failing: str, tmp_path: Path, made_up: tuple[dict[str, LayerGrowth], str]
+) -> None:
+    """With room it is tried again, and steps go on."""
+    device, full = Filling("write"), OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(tiers, "Device", return_value=device):
+        trained = half_way(tmp_path / "failing")
+    before = trained.growing.layers
+    if failing == "interrupted":
+        with interrupted(Growing, "made"):
+            trained.make_up_experts()
+    else:
+        device.room_bytes = 0 if failing == "write" else None
+        publish = {"side_effect": full} if failing == "commit" else {"wraps": trained.store.manifest.publish}
+        with (
+            mock.patch.object(trained.store.manifest, "publish", **publish),
+            pytest.raises(StoreError, match="No space left on device"),
+        ):
+            trained.make_up_experts()
+        device.room_bytes = None
+    assert trained.growing.layers == before
+    trained.make_up_experts()
+    assert trained.growing.layers == made_up[0]
+    assert finished(trained) == made_up[1]
 
 
 class Held:

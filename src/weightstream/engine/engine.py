@@ -611,8 +611,17 @@ class Engine:
         """Brings all experts of layers with `untouched="dense"` to the present step, and commits: for small families, as it
         reads and writes each of them. Otherwise an expert makes up for missed steps when it is next reached."""
         self.commit()
-        own = self.store.progress.get("(engine)", {}) | self.experts.make_up(self._updates)
-        self.store.commit(self.step_count, {**self.store.progress, "(engine)": own}).result()
+
+        def commit(facts: dict[str, Any]) -> None:
+            own = self.store.progress.get("(engine)", {}) | facts
+            self.store.commit(self.step_count, {**self.store.progress, "(engine)": own}).result()
+
+        try:
+            self.experts.make_up(self._updates, commit)
+        except BaseException:
+            self.runtime.keeper.undo_writes()
+            self.experts.touching.undone()
+            raise
 
     def snapshot(self, name: str) -> None:
         """Holds the present state under a name: commits, then one row. With several ranks all of them call it."""

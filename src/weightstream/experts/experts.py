@@ -280,15 +280,15 @@ class Experts:
         """What it has reached, if it counts."""
         return self.touching.facts if finite else {}
 
-    def make_up(self, count: int) -> dict[str, Any]:
-        """Brings all experts of layers with `untouched="dense"` to the present step, after so many optimizer steps; gives
-        what is to be committed with them."""
+    def make_up(self, count: int, commit: Callable[[dict[str, Any]], None]) -> None:
+        """Brings all experts of layers with `untouched="dense"` to the present step, after so many optimizer steps; `commit` is
+        given what is to be committed with them."""
         self.outside(count)
         before = {name: family.first_written for name, family in self.touching.families.items()}
         for writing in self.touching.make_up():
             self._wait(writing)
         made = {name: family.first_written - before[name] for name, family in self.touching.families.items()}
-        return {"experts": self.growing.made(made)}
+        self.growing.made(made, lambda counted: commit({"experts": counted}))
 
     # what steps come to
 

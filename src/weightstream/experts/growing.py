@@ -224,12 +224,14 @@ class Growing:
         """What is committed with a step that has written so many new experts, and reached these."""
         return {name: found.to_json() for name, found in self._after(added, facts).items()}
 
-    def made(self, added: Mapping[str, int]) -> dict[str, Any]:
-        """What is committed after this rank has written so many new experts outside of steps."""
+    def made(self, added: Mapping[str, int], commit: Callable[[dict[str, Any]], None]) -> None:
+        """This rank has written so many new experts outside of steps; `commit` is given what is committed with them."""
         every = self._existence.sum(added) if self._several else added
-        for name, found in self._counted.items():
-            self._counted[name] = replace(found, written=found.written + every.get(name, 0))
-        return {name: found.to_json() for name, found in self._counted.items()}
+        counted = {
+            name: replace(found, written=found.written + every.get(name, 0)) for name, found in self._counted.items()
+        }
+        commit({name: found.to_json() for name, found in counted.items()})
+        self._counted = counted
 
     def _after(self, added: Mapping[str, int], facts: Mapping[str, TouchedFacts]) -> dict[str, Counted]:
         return {

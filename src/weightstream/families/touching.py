@@ -334,6 +334,14 @@ class Touched:
             self.drop()
         return writing
 
+    def undone(self) -> None:
+        """What was made up is not to be published: nobody need be told any more what of it could not be written."""
+        self.drop()
+        for writing, slots in self._writes:
+            writing.exception()
+            self._free.extend(slots)
+        self._writes.clear()
+
     def drop(self) -> None:
         """Lets go of all records and sums that are not being written."""
         for each in self._reading:
@@ -497,6 +505,11 @@ class Touching:
     def make_up(self) -> "list[Future[None]]":
         """See `Touched.make_up`."""
         return [writing for family in self.families.values() for writing in family.make_up()]
+
+    def undone(self) -> None:
+        """See `Touched.undone`."""
+        for family in self.families.values():
+            family.undone()
 
     def drop(self) -> None:
         if self.lending is not None:
