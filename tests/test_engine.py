@@ -249,6 +249,18 @@ class TestOtherFiles:
             open_engine(tmp_path, **settings)
         assert [path.name for path in tmp_path.rglob("*")] == ["photos", "one"]
 
+    def test_of_a_store_without_its_manifest(self, tmp_path: Path) -> None:
+        """Its records are files that anyone can read."""
+        from weightstream.errors import StoreError
+
+        with open_engine(tmp_path / "store") as engine:
+            engine.step(tokens(1), loss_fn)
+        (tmp_path / "store" / "manifest.sqlite").rename(tmp_path / "manifest.sqlite")
+        with pytest.raises(StoreError, match=r"expected a new or empty directory .* found segments/.*\.safetensors"):
+            open_engine(tmp_path / "store")
+        (tmp_path / "manifest.sqlite").rename(tmp_path / "store" / "manifest.sqlite")
+        assert step_and_digest(tmp_path / "store")[0] == 1
+
     def test_of_a_store_that_another_process_makes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is refused before the other one has its manifest, or after that."""
         from weightstream.errors import StoreError, StoreInUseError
