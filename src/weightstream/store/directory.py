@@ -65,7 +65,8 @@ def require_new(path: Path) -> None:
         raise StoreError(f"'{path}' already holds a store; open it, or give another path")
     ours = {SEGMENTS, SCRATCH, LOCK}
     strangers = [entry.name for entry in path.iterdir() if _is_strange(entry, ours)] if path.exists() else []
-    if found := next((file for file in (path / SEGMENTS).rglob("*") if not file.is_dir()), None):  # there was a manifest
+    if found := next((file for file in (path / SEGMENTS).rglob("*") if not file.is_dir()), None):
+        # an interrupted creation has none: there was a manifest
         strangers.append(str(found.relative_to(path)))
     if strangers:
         raise StoreError(
