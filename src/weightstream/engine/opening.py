@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from weightstream.blocks import PANEL_ELEMENTS, Block, Rule, Unit, cut
 from weightstream.engine.planning import Budgets, check_blocks, check_disk, split_within
-from weightstream.errors import StoreMismatchError
+from weightstream.errors import PlaceTakenError, StoreInUseError, StoreMismatchError
 from weightstream.fabric.ranks import Ranks
 from weightstream.masking.first_masks import FirstMasks, counts_now, given_counts, require_said
 from weightstream.masking.masking import Masking
 from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.block_bytes import NEVER_SPARSE, Largest, bytes_of_blocks
-from weightstream.store.directory import WORKERS
+from weightstream.store.directory import WORKERS, require_new
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
 from weightstream.store.families import Family
 from weightstream.store.given import fill, first_values, unfilled
@@ -119,14 +119,17 @@ def opened(
         PlanError: the budgets, or the disk, are too small.
     """
     store: Store | Elsewhere | None = None
+    made = False
     try:
         # a store at step 0 may be one whose filling was cut short; what is there already is not written again
         fills = bool(initial) or wanted.sparsity is not None
         begun = exists and fills and ranks.rank == 0 and committed_step(wanted.path) == 0
         if not ranks.alone and ranks.gather(not exists or begun)[0]:
             ranks.agreed_slowly(lambda: _create_for_all(wanted, model, recipes, initial, ranks, exists=exists))
+            made = not exists and ranks.rank == 0
         there = exists or not ranks.alone
         store = ranks.agreed(lambda: _memory(wanted, model, recipes, initial, ranks, exists=there))
+        made = made or not there
         if ranks.alone:
             yield cast(Store, store)
             return
@@ -139,8 +142,20 @@ def opened(
     except BaseException:
         if store is not None:
             store.close()
-        if not exists and ranks.rank == 0:
+        if made:
             shutil.rmtree(wanted.path, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    """A store that is being made here; whatever else there is stays."""
+    try:
+        yield
+    except (PlaceTakenError, StoreInUseError):
+        raise
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
         raise
 
 
@@ -154,8 +169,12 @@ def _create_for_all(
     exists: bool,
 ) -> None:
     """With several ranks the first one makes the store, or fills one that was made, and then all memory ranks open it."""
-    if ranks.rank == 0:
-        with Store.open(wanted.path) if exists else _create(wanted, model, recipes, initial) as store:
+    if ranks.rank == 0 and exists:
+        with Store.open(wanted.path) as store:
+            _fill(wanted, store, initial)
+    elif ranks.rank == 0:
+        store = _create(wanted, model, recipes, initial)
+        with _removed_on_failure(wanted.path), store:
             _fill(wanted, store, initial)
 
 
@@ -172,12 +191,13 @@ def _memory(
     if not ranks.owns:
         return None
     store = _reopen(wanted, model, ranks) if exists else _create(wanted, model, recipes, initial)
-    try:
-        if ranks.alone:
-            _fill(wanted, store, initial)
-    except BaseException:
-        store.close()
-        raise
+    with nullcontext() if exists else _removed_on_failure(wanted.path):
+        try:
+            if ranks.alone:
+                _fill(wanted, store, initial)
+        except BaseException:
+            store.close()
+            raise
     return store
 
 
@@ -188,6 +208,7 @@ def _fill(wanted: Wanted, store: Store, initial: Mapping[str, Tensor]) -> None:
 
 
 def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], initial: Mapping[str, Tensor]) -> Store:
+    require_new(wanted.path)
     if wanted.asked is not None:
         require_said(wanted.asked, model, wanted.dense, initial.keys(), wanted.path)
     panel_elements = PANEL_ELEMENTS if wanted.panel_elements is None else wanted.panel_elements
@@ -210,11 +231,12 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], ini
     contract = dict(wanted.contract)
     if wanted.choose_kernels is not None:
         contract[CHOSEN_KERNELS] = dict(wanted.choose_kernels(blocks, masking))
-    return Store.create(
-        wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
-        contract=contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
-        families=wanted.families,
-    )  # fmt: skip
+    with _removed_on_failure(wanted.path):
+        return Store.create(
+            wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
+            contract=contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
+            families=wanted.families,
+        )  # fmt: skip
 
 
 def _reopen(wanted: Wanted, model: nn.Module, ranks: Ranks) -> Store:
