@@ -1,6 +1,9 @@
-"""Quantities as people write them: bytes with binary or decimal suffixes, seconds, counts."""
+"""Quantities as people write them: bytes with binary or decimal suffixes, seconds, counts; and results as JSON."""
 
+import json
 import re
+from math import isfinite
+from typing import Any
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _BYTE_SUFFIXES = {
@@ -73,6 +76,19 @@ def format_seconds(seconds: float) -> str:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest:02d} s"
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def json_text(found: Any) -> str:
+    """A result as JSON that every parser reads: a number that is not finite is null there."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not isfinite(value) else value
+
+    return json.dumps(finite(found), indent=2, allow_nan=False)
 
 
 def align(offset: int, boundary: int) -> int:

@@ -18,15 +18,23 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from weightstream.commands.preflight import require_memory, require_same_text, store_exists
-from weightstream.commands.sizing import Choice, choose, divided, micro_batch_of, predicted_step, trained_with
+from weightstream.commands.sizing import (
+    Choice,
+    choose,
+    divided,
+    micro_batch_of,
+    predicted_step,
+    rehearse_step,
+    trained_with,
+)
 from weightstream.config.architectures import architecture, vocabulary_of
 from weightstream.config.config import RunConfig
-from weightstream.data.dataset import Dataset, prepare
+from weightstream.data.dataset import Dataset, prepare, tokenizer_of
 from weightstream.data.tokenizer import Tokenizer
 from weightstream.engine.engine import Engine
 from weightstream.engine.multiplying import AutoKernels
 from weightstream.engine.plan_text import experts_moved, flows_now, plan_text, reach_of
-from weightstream.errors import StoreError
+from weightstream.errors import StoreError, StoreMismatchError
 from weightstream.hub import initial_values
 from weightstream.launch.ranks import ALONE, RunRanks
 from weightstream.machine.profile import DEFAULT_PATH, Profile, load_profile
@@ -34,6 +42,7 @@ from weightstream.machine.sparsity import auto_kernels
 from weightstream.nn import Pool
 from weightstream.prediction.predicting import Stretch, census_of, commonest, predict, prediction_text, stretches
 from weightstream.sparse.kernels import Kernel
+from weightstream.store.directory import require_new
 from weightstream.store.glance import glance
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
@@ -79,6 +88,7 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: RunRanks = ALONE
             raise StoreError(
                 f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
             )
+        ranks.first(lambda: require_new(config.store))
         ranks.first(lambda: _try(config, ranks, rehearse=False))
     config = _divided(config, ranks, say)
     weights = ranks.together(lambda: _weights(config, say))
@@ -93,7 +103,9 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: RunRanks = ALONE
             side.check_vocabulary(vocabulary)
         dataset.train_sequences(training.sequence_length, at_least=training.sequences_per_step)
         dataset.validation_sequences(training.sequence_length)
-        if not exists:
+        if exists:
+            _require_trained_on(config, dataset, training=create)
+        else:
             _try(config, ranks, rehearse=True)
 
     def prepared(check: Callable[[Dataset], None]) -> Dataset:
@@ -111,12 +123,29 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: RunRanks = ALONE
         yield Run(config, engine, dataset)
 
 
+def _require_trained_on(config: RunConfig, dataset: Dataset, *, training: bool) -> None:
+    """Refuse text that a store was not trained on, before anything is kept of it; to evaluate and generate any will do whose
+    tokenizer is given, since one that is trained on it would be another one than the store's.
+
+    Raises:
+        StoreMismatchError: naming the tokenizer to give, if it is still there.
+    """
+    found = glance(config.store)
+    trained_on = None if found is None else found.progress.get("data")
+    if trained_on in (None, dataset.digest) or not (training or config.data.tokenizer.path is None):
+        return
+    message = f"store {config.store} was trained so far with data {trained_on}, found {dataset.digest}; "
+    if training:
+        raise StoreMismatchError(f"{message}give the same text and settings, or another `out`")
+    file = tokenizer_of(config.out / "data", trained_on) or "the tokenizer.json of its text"
+    raise StoreMismatchError(f"{message}give the same text and settings, or for other text data.tokenizer.path={file}")
+
+
 def _try(config: RunConfig, ranks: RunRanks, *, rehearse: bool) -> None:
     """Whether an engine as the run would have it works at all, and has room for what one rank computes."""
     with _temporary(config) as engine:
         if rehearse:
-            groups = config.engine.reduction_groups
-            _rehearse(engine, config, ranks.cluster.largest_share(config.training.micro_batches, groups))
+            rehearse_step(engine, config)
 
 
 @contextmanager
@@ -181,11 +210,6 @@ def _chosen(config: RunConfig, profile: Path | None, say: Say) -> Choice:
         return found
     with _temporary(config) as engine:
         return choose(engine, config, _profile(profile, say))
-
-
-def _rehearse(engine: Engine, config: RunConfig, micro_batches: int | None = None) -> None:
-    """One micro-batch of the run's size, so that the plan knows the activations and refuses what will not fit."""
-    engine.rehearse(micro_batch_of(config.training), micro_batches=micro_batches or config.training.micro_batches)
 
 
 def _engine(
@@ -308,7 +332,7 @@ def fit(
         if ranks.speaks:
             (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         if engine.step_count:
-            say(f"going on from step {engine.step_count} of {config.training.steps}")
+            say(_going_on(engine.step_count, config.training.steps))
         with (
             Display(first_step=engine.step_count, steps=config.training.steps, console=console) as display,
             MetricsLog(
@@ -344,7 +368,7 @@ def plan(config: RunConfig, say: Say, profile: Path | None = None) -> dict[str, 
     chosen = _chosen(config, profile, say) if config.training.micro_batch == "auto" else None
     config = config if chosen is None else divided(config, chosen)
     with _temporary(config, say) as engine:
-        _rehearse(engine, config)
+        rehearse_step(engine, config)
         cluster, micro_batches = config.cluster.roles, config.training.micro_batches
         pieces = _predicted(engine, config, say, profile)
         step = commonest(pieces).step if pieces else None
@@ -471,6 +495,12 @@ def complete(
         }
 
 
+def _going_on(step: int, steps: int) -> str:
+    if step < steps:
+        return f"going on from step {step} of {steps}"
+    return f"nothing to train: the store is at step {step}, and training.steps is {steps}"
+
+
 def _report(run: Run, outcome: Outcome, samples: list[dict[str, str]], compared: Comparison | None) -> dict[str, Any]:
     config, info = run.config, run.engine.store.info()
     before, after = outcome.before, outcome.after
@@ -510,7 +540,8 @@ def _state_bytes(store: Store) -> int:
 
 def summary(report: dict[str, Any]) -> str:
     """The report of `fit` as a person reads it."""
-    lines = [f"{report['step']} of {report['steps']} steps, {format_count(report['parameters'])} parameters"]
+    steps = f"{report['step']} of {max(report['step'], report['steps'])} steps"
+    lines = [f"{steps}, {format_count(report['parameters'])} parameters"]
     after, before = report["perplexity_after"], report["perplexity_before"]
     if after is not None:
         lines.append(f"perplexity   {_plain(before)} before, {_plain(after)} after, on held-out text")
