@@ -4,6 +4,7 @@ Commands run in this process through the entry point itself, so that exit codes 
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from weightstream.errors import PlanError
 from weightstream.launch.ranks import ALONE
 from weightstream.store.store import Store
 from weightstream.trace.spans import Span
+from weightstream.units import json_text
 
 
 class Result(NamedTuple):
@@ -347,6 +349,10 @@ def test_a_snapshot_that_lost_a_file_can_be_given_up(shell: Shell) -> None:
     verified = shell("store", "verify", "run")
     assert (verified.code, verified.out.strip()) == (0, "run/store: whole at step 2")
     assert shell("store", "digest", "run").out == digest
+
+
+def test_json_has_numbers_that_every_parser_reads() -> None:
+    assert json.loads(json_text({"a": [math.inf, 1.5], "b": {"c": math.nan}})) == {"a": [None, 1.5], "b": {"c": None}}
 
 
 def test_a_run_beyond_its_last_step_says_so(shell: Shell) -> None:

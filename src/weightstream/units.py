@@ -68,13 +68,15 @@ def format_count(number: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`3723` → `'1 h 02 min'`; `75` → `'1 min 15 s'`; `0.25` → `'0.25 s'`."""
+    """`3723` → `'1 h 02 min'`; `75` → `'1 min 15 s'`; `0.25` → `'0.25 s'`; `0.0025` → `'2.5 ms'`."""
     if seconds >= 3600:
         hours, rest = divmod(round(seconds / 60), 60)
         return f"{hours} h {rest:02d} min"
     if seconds >= 60:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest:02d} s"
+    if 0 < seconds < 0.01:
+        return f"{seconds * 1e3:.2g} ms"
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
 
 

@@ -165,7 +165,9 @@ def simulate(
     model: Annotated[str | None, typer.Option(help="Instead of a file: a preset such as gpt3-175b.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Such as cs-2, 8xh100 or this-machine.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="How many systems compute.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step, all systems together.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=10_000_000, help="Sequences of a step, all systems together.")
+    ] = None,
     sequence: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence; by default the model's.")] = None,
     tokens: Annotated[
         float | None, typer.Option(min=1, max=1e30, help="Of the whole run, such as 1e12; by default 20 a parameter.")

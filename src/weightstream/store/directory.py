@@ -218,12 +218,12 @@ def records(
         if row.file not in sizes and not accept_damage:
             raise StoreError(
                 f"store '{path}': version {row.version} of block {row.block} should be in {SEGMENTS}/{row.file}, which "
-                "is missing; restore the file from a copy of the store"
+                "is missing; restore the file from a copy of the store, or see what `weightstream store verify` says of it"
             )
         if sizes.get(row.file) != expected and not accept_damage:
             raise DamagedRecordError(
                 f"store '{path}': {SEGMENTS}/{row.file} should have {expected} bytes, it has {sizes[row.file]}; "
-                "restore the file from a copy of the store"
+                "restore the file from a copy of the store, or see what `weightstream store verify` says of it"
             )
         by_block[row.block].append(row)
     found = [Record.load(own, held, folder, layouts.initial(index)) for index, own in enumerate(by_block)]
