@@ -1,4 +1,4 @@
-"""Training in a parameter space of 123 trillion: real steps on real text, of which each reaches a few hundred experts.
+"""Training in a parameter space of 123 trillion: real steps on real text, of which each reaches some thousand experts.
 
     python benchmarks/headline.py --json
 

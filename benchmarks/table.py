@@ -20,7 +20,7 @@ END = "<!-- end of measured -->"
 TOKENS = (2048, 512, 128, 8192)  # of `step.py`; the README shows the first that was measured
 HEAD = (
     "## Measured",
-    "Everything on disk and nothing kept in RAM between uses, beside controls that ran in turn; medians.",
+    "Masters and moments on disk alone, none of them kept in RAM between uses, beside controls that ran in turn; medians.",
     "",
     "| tokens per step | how | seconds per step (least to most) | peak memory of the process | checkpoint included |",
     "| ---: | --- | --- | ---: | --- |",

@@ -21,7 +21,7 @@ if _BESIDE_OTHERS:  # beside another one, threads that wait for each other would
 
 # Where a folder or file is not named, it runs after those that are and before the last ones.
 _FIRST = ("test_layers.py", "test_units.py", "test_blocks.py", "test_config.py", "schedule", "store", "data", "worker")
-_LAST = ("parity", "test_training.py", "test_hub.py", "test_cli.py", "test_demo.py", "benchmarks")
+_LAST = ("parity", "test_training.py", "test_cli.py", "test_demo.py", "benchmarks")
 # Their tests need not run in one process.
 _APART = (
     "parity",

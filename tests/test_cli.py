@@ -18,10 +18,9 @@ from tests.machine.profiles import profile
 from tests.store.cases import segment
 
 from weightstream.cli import main
-from weightstream.commands import run
+from weightstream.commands import engines, run
 from weightstream.config.config import load_config
 from weightstream.errors import PlanError
-from weightstream.launch.ranks import ALONE
 from weightstream.store.store import Store
 from weightstream.trace.spans import Span
 from weightstream.units import json_text
@@ -92,7 +91,7 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         body = f"def function_{number}(argument):\n    return argument + {number}\n\n" * (4 + number % 5)
         (tmp_path / "text" / f"{number}.py").write_text(body)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    monkeypatch.setattr(run, "DEFAULT_PATH", tmp_path / "profile.toml")  # of this machine, wherever it was measured
+    monkeypatch.setattr(engines, "DEFAULT_PATH", tmp_path / "profile.toml")  # of this machine, wherever it was measured
     return Shell(tmp_path, capsys, monkeypatch)
 
 
@@ -151,7 +150,8 @@ def test_the_prediction_of_a_run_is_kept_and_compared(shell: Shell) -> None:
     """Whoever can predict a run gives its spans; what it made of the same run last time would be right, on average."""
     from rich.console import Console
 
-    from weightstream.commands.run import Run, fit, summary
+    from weightstream.commands.outcome import summary
+    from weightstream.commands.run import Run, fit
     from weightstream.config.config import load_config
     from weightstream.trace.files import read_trace
 
@@ -285,7 +285,7 @@ def test_bad_settings_are_refused_before_anything_is_made(shell: Shell, override
 def test_what_ranks_would_refuse_is_found_before_text_is_kept(shell: Shell) -> None:
     config = load_config(Path("config.yaml"), ["cluster.workers=2", "cluster.memory=100"])
     with pytest.raises(PlanError, match="but only 5 records to own"):
-        run._try(config, ALONE, rehearse=True)
+        run._try(config, rehearse=True)
 
 
 @pytest.mark.parametrize(

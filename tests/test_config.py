@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from weightstream.commands.run import engine_settings
+from weightstream.commands.engines import engine_settings
 from weightstream.config.config import RunConfig, check_config, load_config
 from weightstream.errors import ConfigError
 from weightstream.store.optimizers import AdamW, Optimizer, Torch

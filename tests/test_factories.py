@@ -12,7 +12,7 @@ from tests.test_cli import CONFIG, Shell
 from tests.test_cli import shell as cli_shell
 from torch import nn
 
-from weightstream.commands.run import engine_settings
+from weightstream.commands.engines import engine_settings
 from weightstream.config.architectures import architecture
 from weightstream.config.config import ModelConfig, load_config
 from weightstream.errors import ConfigError

@@ -1,6 +1,6 @@
 """The same digest for any number of workers and memory ranks, in any order of arrival: virtual ranks of one process.
 
-Beside `test_processes.py`, which does the same with real ones, since those take seconds to start.
+Beside `cluster/test_fit.py`, which does the same with real ones, since those take seconds to start.
 """
 
 import random

@@ -272,7 +272,7 @@ def test_a_record_must_not_wait_for_the_buffer_of_one_that_is_written_later() ->
 
 def test_more_memory_than_there_is() -> None:
     schedule, facts, allotment = steady()
-    refuse(schedule, replace(facts, device_memory=100), allotment, "operation 0", "100")
+    refuse(schedule, replace(facts, device_memory=100), allotment, "the schedule", "of 100")
 
 
 KINDS = [Load, Update, Write, Fetch, Evict, Forward, Turn, Backward, Reduce, Restore, Commit]

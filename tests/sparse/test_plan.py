@@ -10,7 +10,8 @@ import torch
 import yaml
 from torch import nn
 
-from weightstream.commands import run
+from weightstream.commands import engines
+from weightstream.commands.plan import plan
 from weightstream.config.architectures import architecture
 from weightstream.config.config import RunConfig, load_config
 from weightstream.engine.engine import Engine
@@ -69,7 +70,7 @@ def begun(config: RunConfig) -> Iterator[Engine]:
     with torch.device("meta"):
         model = build()
     initial = {name: given(name, parameter) for name, parameter in model.named_parameters()}
-    with run._engine(config, config.store, build, None, initial) as engine:
+    with engines.engine_of(config, config.store, build, None, initial) as engine:
         yield engine
 
 
@@ -86,10 +87,10 @@ def test_kernels_are_those_that_the_run_will_use(
     unknown: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What only weights tell is expanded, though the plan's stand-in has a density."""
-    monkeypatch.setattr(run, "auto_kernels", fast)
-    monkeypatch.setattr(run, "DEFAULT_PATH", tmp_path / "no profile")
+    monkeypatch.setattr(engines, "auto_kernels", fast)
+    monkeypatch.setattr(engines, "DEFAULT_PATH", tmp_path / "no profile")
     config = config_in(tmp_path, **unknown)
-    planned = run.plan(config, lambda text: None)
+    planned = plan(config, lambda text: None)
     with begun(config) as engine:
         assert planned["kernels"] == engine.kernels
         expanded = len(engine.densities()) - len(engine.kernels)

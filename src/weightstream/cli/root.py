@@ -135,7 +135,7 @@ def plan(
 ) -> None:
     """What a run would use and take: blocks, memory, bytes and seconds per step; nothing is created."""
     config = config_of(source, overrides)
-    from weightstream.commands.run import plan as run_plan
+    from weightstream.commands.plan import plan as run_plan
 
     show(run_plan(config, say, profile), lambda found: str(found["text"]), as_json)
 

@@ -126,7 +126,7 @@ def _untraced(run: Path) -> ConfigError:
 
 
 def _reported(report: dict[str, Any], console: Console, again: str | None, *, as_json: bool) -> int:
-    from weightstream.commands.run import summary
+    from weightstream.commands.outcome import summary
 
     print(json_text(report) if as_json else summary(report), flush=True)
     if not report["stopped_by"]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from weightstream.commands.run import engine_settings
+from weightstream.commands.engines import engine_settings
 from weightstream.config.architectures import architecture
 from weightstream.config.config import RunConfig, load_config
 from weightstream.data.dataset import tokenizer_of

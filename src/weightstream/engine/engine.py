@@ -84,19 +84,27 @@ class Engine:
         model: builds the model; called on the meta device, so it never exists as a whole.
         store: directory of the store; created, or reopened at its last commit.
         optimizer: one of `AdamW`, `SGD`, `Lion`, `Adafactor`, `Torch(cls, …)`.
-        clip_norm: global norm to clip to; updates then wait for the norm and overlap the next forward, exactly.
+        clip_norm: global L2 norm to clip to; updates then wait for the norm and overlap the next forward, exactly.
         precision: what streams and computes; masters, moments and sums are fp32.
-        device_memory: bytes for slabs, gradient sums and activations.
-        host_memory: bytes for record buffers, staged gradients, spilled activations and what stays in RAM.
+        device: a device that PyTorch knows, on which blocks are computed.
+        device_memory: for slabs, gradient sums and activations; in bytes, or as text such as "512MiB", as all memory here.
+        host_memory: for record buffers, staged gradients, spilled activations and what stays in RAM.
+        seed: of initial values and of all randomness in steps; may not change on resume.
         reduction_groups: in how many groups micro-batches are summed; fixed when the store is made.
+        threads_per_worker: compute threads (default: PyTorch's); recorded in the store, since bits depend on them.
         max_block_bytes: bound on a block's streamed bytes; default: as small as `device_memory` asks for.
         block_rules: `{pattern of module names: "block" | "split" | "resident"}`, over the rules that split a model; this
             and `max_block_bytes` are fixed when the store is made.
         panel_elements: size of the units that a block is stored in, and of the panels that a larger tensor is cut into
             if the optimizer is elementwise (default 8 Mi elements); fixed when the store is made.
+        activations: `"keep"`, `"recompute"`, or `"auto"`: keep what fits.
+        prefetch: how many blocks ahead are fetched, at least 1.
         ram_tier: whether records may stay in RAM between uses, within `host_memory`.
         max_skipped_steps: how many steps in a row may have gradients that are not finite.
         commit_every: steps from one commit to the next, or a time such as `"30s"`; meanwhile the last commit stays whole.
+        allow_other_numerics: go on, with other bits, under another PyTorch version, kind of device or number of threads than
+            those of the store.
+        log: told what a person should know, such as that a step was skipped, a line each.
         initial: values by parameter name for a new store, asked for one at a time; what it lacks begins as the model's
             code says. Of no effect on a store that is whole.
         cluster: who computes and who owns records, where this process is one rank of several; every rank makes the same
@@ -399,9 +407,12 @@ class Engine:
         Args:
             micro_batches: whatever `loss_fn` takes; tensors are moved to the device.
             loss_fn: `(model, micro_batch) -> scalar tensor`, the mean over the micro-batch's target tokens.
-            weights: what each loss is multiplied by; default: the micro-batch's share of the step's target tokens.
+            weights: what each loss is multiplied by, one for each micro-batch; default: its share of the step's target tokens.
 
         Raises:
+            ConfigError: no micro-batches, none with a target token, or not as many weights.
+            PlanError: a step of so many micro-batches does not fit, or leaves a worker without any.
+            StoreError: bytes could not be read or written; the store is at its last commit.
             AuditError: the model would train wrong; nothing was changed.
             NonFiniteError: too many steps in a row had gradients that are not finite.
         """
@@ -491,7 +502,8 @@ class Engine:
     def rehearse(self, micro_batch: Any, loss_fn: LossFunction = default_loss, *, micro_batches: int = 1) -> None:
         """Runs one micro-batch without any update, learns what it needs, and plans steps of `micro_batches` like it.
 
-        After it `plan`, `allotment` and `bytes_bound` are those of a steady step. Nothing in the store changes.
+        After it `plan`, `allotment` and `bytes_bound` are those of a steady step. What waits is committed; else nothing in the
+        store changes.
 
         Raises:
             PlanError: such steps do not fit; the message names the smallest budget that does.
@@ -605,7 +617,11 @@ class Engine:
             streamed.close()
 
     def commit(self) -> None:
-        """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them."""
+        """Applies what waits and commits; afterwards the store is at `step_count`. With several ranks, on all of them.
+
+        Raises:
+            StoreError: bytes could not be written; the last commit is whole.
+        """
         self.runtime.drain()
         self._next_loads = ()
 
@@ -617,7 +633,11 @@ class Engine:
         self.store.commit(self.step_count, {**self.store.progress, "(engine)": own}).result()
 
     def snapshot(self, name: str) -> None:
-        """Holds the present state under a name: commits, then one row. With several ranks all of them call it."""
+        """Holds the present state under a name: commits, then one row. With several ranks all of them call it.
+
+        Raises:
+            StoreError: the name is taken, or no text.
+        """
         self.commit()
         if self.ranks.owns:
             self.store.snapshot(name)

@@ -36,11 +36,14 @@ class MaskFacts:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One step: mean loss over target tokens, norm before clipping, and what it cost.
+    """One step: its loss, the norm of its gradient before clipping, and what it cost.
 
-    `stalled_s` are the seconds that compute waited for bytes; `seconds` what each kind of operation took. `masks` say of
-    each sparse parameter whose mask was changed during this step what it came to; with clipping that is the update that
-    the step before it led to. `experts` say of each layer of experts what the step reached of it.
+    `loss` is the sum of the micro-batches' losses by their weights: by default the mean over target tokens. `tokens` are
+    these of all micro-batches, or rows where there are no labels; `lr` is the learning rate of this step. A `skipped` step
+    had a gradient that was not finite, and changed nothing. `stalled_s` are those of its `elapsed_s` in which compute waited
+    for bytes; `seconds` what each kind of operation took. `masks` say of each sparse parameter whose mask was changed during
+    this step what it came to; with clipping that is the update that the step before it led to. `experts` say of each layer of
+    experts what the step reached of it.
     """
 
     step: int

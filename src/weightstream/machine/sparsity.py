@@ -136,6 +136,10 @@ def auto_kernels(
         tokens: of one micro-batch.
         profile: what `weightstream calibrate` wrote; by default where it does so. None there, or one from before such
             products were measured: all is expanded and multiplied densely.
+        warn: told where the profile is of another machine.
+
+    Raises (when a store is made):
+        ConfigError: the profile cannot be read.
     """
     path = (profile or DEFAULT_PATH).expanduser()
 

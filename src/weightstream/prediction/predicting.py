@@ -295,13 +295,14 @@ def _holes_bytes(facts: Facts, allotment: Allotment) -> int:
     Its parts are always there, around what one block works in, around kept activations, and around what each passage of a
     micro-batch through a block leaves until its way back. Pages are given back where they exceed the budgets by 2%.
     Where a machine has huge pages to give, all of a buffer is resident however little of it was touched, so that nothing
-    untouched makes up for holes: runs then came to 12 MiB more than half of the first figure would allow for.
+    untouched makes up for holes: runs then came to 12 MiB more than half of the first figure would allow for. Gradients of
+    a block's weights come and go in the heap, too: runs of wide blocks were closest to the bound before it counted them.
     """
     if not facts.host_is_device:
         return 0
     kept = facts.present * sum((facts.kept_bytes or (0,) * len(facts.visits))[visit] for visit in allotment.keep)
     passages = facts.present * len(facts.visits)
-    holes = 32 * MIB + 2 * facts.workspace_bytes + kept // 4 + passages * MIB // 2
+    holes = 32 * MIB + 2 * facts.workspace_bytes + kept // 4 + passages * MIB // 2 + allotment.slab_bytes // 2
     unused = facts.device_memory - allotment.device_bytes + facts.host_memory - allotment.host_bytes
     return min(holes, max(0, unused) + (facts.device_memory + facts.host_memory) // 20)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from weightstream.schedule.operations import Backward, Forward, Operation, Restore, Schedule, Spill, Turn
 from weightstream.simulator.hardware import Hardware
 
+_OF_A_MICRO_BATCH = (Forward, Backward, Turn, Spill, Restore)
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -30,7 +32,7 @@ class Program:
         return tuple(
             (before, type(op), -1 if isinstance(op, Turn) else op.visit, op.micro_batch - first)
             for before, op in self.own
-            if isinstance(op, Forward | Backward | Spill | Restore | Turn)
+            if isinstance(op, _OF_A_MICRO_BATCH)
         )
 
 
@@ -40,7 +42,7 @@ def programs(schedule: Schedule, shares: Mapping[int, range]) -> dict[int, Progr
     common: list[Operation] = []
     own: dict[int, list[tuple[int, Operation]]] = {rank: [] for rank in shares}
     for operation in schedule.operations:
-        if isinstance(operation, Forward | Backward | Turn | Spill | Restore):
+        if isinstance(operation, _OF_A_MICRO_BATCH):
             own[rank_of[operation.micro_batch]].append((len(common), operation))
         else:
             common.append(operation)

@@ -58,6 +58,15 @@ class SparsityGroup:
     `rigl`, up to and including `end` for `gmp`, which so reaches its final sparsity exactly.
 
     Versions before `dense_until` and from `dense_from` on are dense.
+
+    `algorithm`: `static`, masks stay; `gmp`, gradual magnitude pruning (Zhu and Gupta, 2017); `set`, the smallest are dropped
+    and as many grown at random (Mocanu et al., Nature Communications 2018); `rigl`, grown by gradients (Evci et al., ICML
+    2020). `distribution` shares zeros out among matrices: all alike, by their shape (Evci et al., section 3), or by one
+    threshold of magnitudes over the group. `block` are rows and columns of a cell, in elements. `drop_fraction` is the part of
+    what exists that `set` and `rigl` replace; a number falls to 0 along a cosine.
+
+    Raises:
+        ConfigError: settings that do not go together; the message says which.
     """
 
     patterns: tuple[str, ...]
@@ -171,6 +180,7 @@ class SparsityGroup:
         return self.end if self.end is not None else self.begin
 
     def matches(self, name: str) -> bool:
+        """Whether a parameter of this name belongs to the group."""
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def sparse_at(self, version: int) -> bool:
@@ -219,6 +229,7 @@ class Sparsity:
     groups: tuple[SparsityGroup, ...] = ()
 
     def group_of(self, name: str) -> SparsityGroup | None:
+        """The first group that matches a parameter of this name; None if none does."""
         return next((group for group in self.groups if group.matches(name)), None)
 
     def saying(self, made: Mapping[str, Any] | None) -> "Sparsity":

@@ -27,6 +27,9 @@ class Family:
 
     `name` and the names of `parameters` hold `{}` once, where the number goes. `recipes` maps the parameters' names (as
     in the template) to how they begin; every one needs a recipe, and so a record that was never updated takes no space.
+
+    Raises:
+        StoreError: a name without `{}`, no records, no numbers in them, or a parameter without a recipe.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Family:
         ]
 
     def to_json(self) -> dict[str, Any]:
+        """Parameters and recipes as JSON; `from_json` reads it."""
         return {
             "parameters": [
                 {"name": parameter.name, "shape": list(parameter.shape), "trainable": parameter.trainable}
@@ -86,6 +90,7 @@ class Family:
 
     @classmethod
     def from_json(cls, name: str, count: int, facts: Mapping[str, Any]) -> "Family":
+        """The family that `to_json` wrote, under this name and with so many records."""
         parameters = tuple(Parameter(p["name"], tuple(p["shape"]), p["trainable"]) for p in facts["parameters"])
         recipes = {key: Recipe.from_json(recipe) for key, recipe in facts["recipes"].items()}
         return cls(name, count, parameters, recipes)

@@ -43,12 +43,16 @@ class Group:
             check_number(f"group {self.pattern!r}", "weight_decay", self.weight_decay, 0.0)
 
     def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON."""
         return {"pattern": self.pattern, "lr_scale": self.lr_scale, "weight_decay": self.weight_decay}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(ABC):
     """What the store asks of an optimizer.
+
+    `lr` is a number or a schedule, `weight_decay` that of parameters with two dimensions or more; the first of `groups`
+    whose pattern matches a parameter changes either. Settings that cannot be are a `ConfigError`.
 
     `elementwise` says that an element's new value depends on nothing but that element's own numbers, so that a tensor
     may be updated in panels; panels must begin at multiples of 16 elements.

@@ -129,7 +129,7 @@ class Recipe:
 
     @classmethod
     def normal(cls, mean: float, std: float) -> "Recipe":
-        """Independent normal numbers."""
+        """Independent normal numbers, made in fp64 by a counter-based generator (`store/generator.py`) and rounded to fp32."""
         return cls((Step("normal", (mean, std)),))
 
     @classmethod
@@ -138,6 +138,7 @@ class Recipe:
         return cls((Step("fill", (value,)),))
 
     def to_json(self) -> list[dict[str, Any]]:
+        """Its steps as JSON; `from_json` reads them."""
         return [step.to_json() for step in self.steps]
 
     @staticmethod

@@ -116,7 +116,11 @@ class Wsd(_Decaying):
 
 
 def constant(lr: float, *, warmup: int = 0) -> Constant:
-    """The peak `lr` after `warmup` steps of linear warm-up."""
+    """The peak `lr` after `warmup` steps of linear warm-up.
+
+    Raises:
+        ConfigError: a rate below 0, or steps that are no whole number; so with every schedule.
+    """
     return Constant(lr, warmup)
 
 
@@ -126,12 +130,12 @@ def linear(lr: float, *, warmup: int = 0, steps: int, end: float = 0.0) -> Linea
 
 
 def cosine(lr: float, *, warmup: int = 0, steps: int, end: float = 0.0) -> Cosine:
-    """Warm-up to `lr`, then along half a cosine to `end` at step `steps`."""
+    """Warm-up to `lr`, then along half a cosine to `end` at step `steps` (source: `Cosine`)."""
     return Cosine(lr, warmup, steps, end)
 
 
 def wsd(lr: float, *, warmup: int = 0, steps: int, decay: int, end: float = 0.0) -> Wsd:
-    """Warm-up to `lr`, stable, then linearly to `end` over the last `decay` of `steps` steps."""
+    """Warm-up to `lr`, stable, then linearly to `end` over the last `decay` of `steps` steps (source: `Wsd`)."""
     return Wsd(lr, warmup, steps, end, decay)
 
 

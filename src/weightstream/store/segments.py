@@ -80,6 +80,7 @@ class RecordBuffer:
     """A working buffer for any record whose image fits; bound to one layout at a time.
 
     Args:
+        capacity: bytes of the largest image that it will hold, or the layout of it, to which it is then bound.
         within: memory of someone else and where in it to begin, a multiple of pages; by default memory of its own.
     """
 
@@ -99,7 +100,11 @@ class RecordBuffer:
         return self._layout
 
     def bind(self, layout: RecordLayout) -> None:
-        """Take the places of this layout. Padding is zeroed, so that an image depends on its tensors alone."""
+        """Take the places of this layout. Padding is zeroed, so that an image depends on its tensors alone.
+
+        Raises:
+            ValueError: its image is larger than the buffer.
+        """
         if layout is self._layout:
             return
         if layout.image_nbytes > self.capacity_bytes:
