@@ -4,6 +4,7 @@ Commands run in this process through the entry point itself, so that exit codes 
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,9 +18,12 @@ from tests.machine.profiles import profile
 from tests.store.cases import segment
 
 from weightstream.cli import main
-from weightstream.commands import engines
+from weightstream.commands import engines, run
+from weightstream.config.config import load_config
+from weightstream.errors import PlanError
 from weightstream.store.store import Store
 from weightstream.trace.spans import Span
+from weightstream.units import json_text
 
 
 class Result(NamedTuple):
@@ -59,7 +63,9 @@ class Shell:
         return result.err
 
     def state(self) -> dict[str, int]:
-        return {str(path): path.stat().st_size for path in sorted(self.folder.rglob("*")) if path.is_file()}
+        """Sizes of all files but those that SQLite keeps beside a manifest which somebody reads."""
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {str(path): path.stat().st_size for path in files if not path.name.endswith(("-shm", "-wal"))}
 
 
 CONFIG = {
@@ -251,6 +257,10 @@ def test_a_plan_creates_nothing(shell: Shell) -> None:
         (["model.model_type=lama"], "transformers has no 'lama'; did you mean llama?"),
         (["model.hidden_sise=3"], "model.hidden_sise: unknown key of LlamaConfig; did you mean hidden_size?"),
         (["model.hidden_size=wide"], "LlamaConfig refuses these values"),
+        (["model.hidden_size=0"], "llama cannot be built with these values: ZeroDivisionError"),
+        (["engine.device=gpu"], "device: expected one that this PyTorch can use here"),
+        (["engine.block_rules={'*': resident}"], "all of it is resident, by its block_rules"),
+        (["out=config.yaml/run"], "config.yaml is a file, expected a folder"),
         (["model.architecture=LamaForCausalLM"], "did you mean LlamaForCausalLM?"),
         (["model={model_type: vit}"], "vit has no causal language model"),
         (["model=text"], "text has no config.json"),
@@ -270,6 +280,87 @@ def test_a_plan_creates_nothing(shell: Shell) -> None:
 )
 def test_bad_settings_are_refused_before_anything_is_made(shell: Shell, overrides: list[str], said: str) -> None:
     assert said in " ".join(shell.refused("fit", "config.yaml", *overrides).split())
+
+
+def test_what_ranks_would_refuse_is_found_before_text_is_kept(shell: Shell) -> None:
+    config = load_config(Path("config.yaml"), ["cluster.workers=2", "cluster.memory=100"])
+    with pytest.raises(PlanError, match="but only 5 records to own"):
+        run._try(config, rehearse=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.micro_batch_size=1000000000000"], "the logits of one micro-batch of 1000000000000 x 32 tokens"),
+        (["training.sequence_length=2000000000"], "the logits of one micro-batch of 2 x 2000000000 tokens"),
+        (["training.micro_batch=auto", "training.sequence_length=2000000000"], "of 1 x 2000000000 tokens"),
+    ],
+)
+def test_a_plan_makes_no_micro_batch_that_cannot_fit(shell: Shell, overrides: list[str], said: str) -> None:
+    assert said in shell.refused("plan", "config.yaml", *overrides)
+
+
+def test_a_plan_asks_of_a_rank_what_it_has_to_do(shell: Shell) -> None:
+    many = ("plan", "config.yaml", "training.micro_batches=256", "engine.device_memory=2MiB")
+    assert "activations between blocks" in shell.refused(*many)
+    assert shell(*many, "cluster.workers=4", "--json").json()["device_bytes"] <= 2 << 20
+
+
+def test_a_run_makes_no_store_where_something_is(shell: Shell) -> None:
+    (shell.folder / "run" / "store" / "letters").mkdir(parents=True)
+    (shell.folder / "run" / "store" / "letters" / "thesis.txt").write_text("years of work")
+    assert "found letters; give another path" in shell.refused("fit", "config.yaml")
+
+
+def test_other_text_does_not_change_a_trained_run(shell: Shell) -> None:
+    small = ("training.steps=2", "training.sample.prompts=[]")
+    assert shell("fit", "config.yaml", *small).code == 0
+    trained = shell("evaluate", "run", "--json").json()["loss"]
+    (shell.folder / "other").mkdir()
+    for number in range(4):
+        (shell.folder / "other" / f"{number}.txt").write_text("quite other words, again and again\n" * (90 + number))
+    note = (shell.folder / "run" / "data" / "prepared.json").read_bytes()
+    assert "was trained so far with data" in shell.refused("fit", "run", *small, "data.sources=[other]")
+    assert "was trained so far with data" in shell.refused("fit", "run", *small, "data.tokenizer.size=290")
+    told = shell.refused("evaluate", "run", "data.sources=[other]")
+    assert (shell.folder / "run" / "data" / "prepared.json").read_bytes() == note
+    tokenizer = told.split()[-1]
+    assert tokenizer.startswith("data.tokenizer.path=run/data/"), told
+    elsewhere = shell("evaluate", "run", "data.sources=[other]", tokenizer, "--json")
+    assert elsewhere.code == 0, elsewhere.err
+    assert elsewhere.json()["loss"] != trained
+    assert shell("store", "export", "run", "exported").code == 0  # with the run's tokenizer, not the last prepared one
+    assert json.loads((shell.folder / "exported" / "config.json").read_text())["vocab_size"] == 300
+    assert shell("evaluate", "run", "--json").json()["loss"] == trained
+
+
+def test_a_snapshot_that_lost_a_file_can_be_given_up(shell: Shell) -> None:
+    small = ("training.sample.prompts=[]", "optimizer.steps=6")
+    assert shell("fit", "config.yaml", *small, "training.steps=2").code == 0
+    assert shell("store", "snapshot", "run", "early").code == 0
+    digest = shell("store", "digest", "run").out
+    assert shell("fit", "config.yaml", *small, "training.steps=3").code == 0
+    assert shell("store", "snapshot", "run", "late").code == 0
+    with Store.open("run/store", writable=False) as store:
+        segment(store, 1).unlink()
+    assert "went back from step 3 to snapshot 'early'" in shell("store", "verify", "run", "--repair").out
+    assert "late" in shell("store", "snapshots", "run").out
+    assert shell("store", "snapshot", "run", "late", "--delete").code == 0
+    verified = shell("store", "verify", "run")
+    assert (verified.code, verified.out.strip()) == (0, "run/store: whole at step 2")
+    assert shell("store", "digest", "run").out == digest
+
+
+def test_json_has_numbers_that_every_parser_reads() -> None:
+    assert json.loads(json_text({"a": [math.inf, 1.5], "b": {"c": math.nan}})) == {"a": [None, 1.5], "b": {"c": None}}
+
+
+def test_a_run_beyond_its_last_step_says_so(shell: Shell) -> None:
+    small = ("training.sample.prompts=[]", "optimizer.steps=6")
+    assert shell("fit", "config.yaml", *small, "training.steps=2").code == 0
+    again = shell("fit", "config.yaml", *small, "training.steps=1")
+    assert "nothing to train: the store is at step 2, and training.steps is 1" in again.err
+    assert again.out.startswith("2 of 2 steps")
 
 
 def test_empty_text_is_refused(shell: Shell) -> None:

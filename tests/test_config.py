@@ -83,8 +83,19 @@ def test_unknown_keys_name_the_nearest(file: Path, override: str, said: str) -> 
         ("optimizer.lr=-1", "optimizer.lr: expected greater than 0, found -1"),
         ("engine.precision=fp16", "engine.precision: expected 'fp32' or 'bf16', found 'fp16'"),
         ("engine.device_memory=lots", "engine.device_memory: expected a quantity of bytes such as '512MiB'"),
-        ("data.sources=[]", "data.sources: Tuple should have at least 1 item"),
-        ("training=3", "training: expected a valid dictionary"),
+        ("data.sources=[]", "data.sources: expected a list of at least 1 item"),
+        ("data.sources=stdlib", "data.sources: expected a list, found 'stdlib'"),
+        ("training=3", "training: expected a section, that is keys with values, found 3"),
+        ("training=", "training: expected a section, that is keys with values, found nothing; leave it out"),
+        ("out=3", "out: expected a path, found 3"),
+        ("training.clip_norm=.inf", "training.clip_norm: expected a finite number, found inf"),
+        ("cluster.timeout_s=.inf", "cluster.timeout_s: expected a finite number, found inf"),
+        ("cluster.timeout_s=1e300", "cluster.timeout_s: expected less than or equal to 1000000"),
+        ("training.micro_batches=1000000000", "training.micro_batches: expected less than or equal to 1048576"),
+        ("engine.reduction_groups=100000000", "engine.reduction_groups: expected less than or equal to 65536"),
+        ("sparsity.kernels=fast", "sparsity.kernels: expected 'auto', found 'fast'"),
+        ("sparsity.groups=[{patterns: [x], sparsity: {schedul: cubic}}]", "mean sparsity.groups.sparsity.schedule?"),
+        ("engine.experts_pool=-1", "engine.experts_pool: expected a number of experts"),
     ],
 )
 def test_wrong_values_say_what_was_expected(file: Path, override: str, said: str) -> None:
@@ -115,6 +126,8 @@ def test_an_override_below_a_value_is_refused(file: Path) -> None:
         ("", "model: missing"),
         ("model: {hidden_size: 3}", "expected path, model_type or architecture"),
         ("model: x\nseed: 1\nseed: 2", "'seed' is given twice"),
+        ("? [a, b]\n: 1", "found unhashable key"),
+        ("model: " + "[" * 3000 + "]" * 3000, "is not YAML"),
     ],
 )
 def test_wrong_yaml_is_refused(file: Path, text: str, said: str) -> None:

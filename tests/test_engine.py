@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import weightstream as ws
-from weightstream.errors import ConfigError, DamagedRecordError, StoreMismatchError
+from weightstream.errors import ConfigError, DamagedRecordError, PlanError, StoreError, StoreMismatchError
 from weightstream.store.futures import new_future
 from weightstream.store.owned import Holding
 from weightstream.store.pull import pull
@@ -234,49 +234,6 @@ class TestResume:
                 open_engine(tmp_path / "store")
             engine.step(tokens(1), loss_fn)
         assert step_and_digest(tmp_path / "store") == whole[0.5][1]
-
-
-class TestOtherFiles:
-    """What lies where a store is asked for is not this engine's to remove, whatever it refuses."""
-
-    @pytest.mark.parametrize("settings", [{}, {"device_memory": 4096}], ids=["the folder", "the budget"])
-    def test_are_left_alone(self, settings: dict[str, Any], tmp_path: Path) -> None:
-        from weightstream.errors import PlanError, StoreError
-
-        (tmp_path / "photos").mkdir()
-        (tmp_path / "photos" / "one").write_text("of years")
-        with pytest.raises((PlanError, StoreError)):
-            open_engine(tmp_path, **settings)
-        assert [path.name for path in tmp_path.rglob("*")] == ["photos", "one"]
-
-    def test_of_a_store_without_its_manifest(self, tmp_path: Path) -> None:
-        """Its records are files that anyone can read."""
-        from weightstream.errors import StoreError
-
-        with open_engine(tmp_path / "store") as engine:
-            engine.step(tokens(1), loss_fn)
-        (tmp_path / "store" / "manifest.sqlite").rename(tmp_path / "manifest.sqlite")
-        with pytest.raises(StoreError, match=r"expected a new or empty directory .* found segments/.*\.safetensors"):
-            open_engine(tmp_path / "store")
-        (tmp_path / "manifest.sqlite").rename(tmp_path / "store" / "manifest.sqlite")
-        assert step_and_digest(tmp_path / "store")[0] == 1
-
-    def test_of_a_store_that_another_process_makes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is refused before the other one has its manifest, or after that."""
-        from weightstream.errors import StoreError, StoreInUseError
-        from weightstream.store import directory
-
-        handle = directory.make(tmp_path / "store")
-        with pytest.raises(StoreInUseError):
-            open_engine(tmp_path / "store")
-        assert (tmp_path / "store" / directory.SEGMENTS).is_dir()
-        directory.unlock(handle)
-        with monkeypatch.context() as patch:
-            patch.setattr(ws.Store, "exists", lambda path: False)
-            train(tmp_path / "store", [1])
-            with pytest.raises(StoreError, match="already holds a store"):
-                open_engine(tmp_path / "store")
-        assert step_and_digest(tmp_path / "store")[0] == 1
 
 
 class TestBudgets:
@@ -834,3 +791,71 @@ class TestDamage:
         assert step_and_damage(tmp_path / "store") == (2, 1)
         path.write_bytes(content)
         assert train(tmp_path / "store", [1], **settings) == whole[clip_norm][3]
+
+
+class TestPlaces:
+    """What is at a path where an engine makes no store stays there."""
+
+    def files(self, path: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+    def test_somebody_elses_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "letters").mkdir()
+        (tmp_path / "letters" / "thesis.txt").write_text("years of work")
+        with pytest.raises(StoreError, match="found letters; give another path"):
+            open_engine(tmp_path)
+        with pytest.raises(StoreError, match="found letters; give another path"):
+            open_engine(tmp_path, device_memory="1KiB", max_block_bytes=1)  # what else would be refused
+        assert self.files(tmp_path) == {"letters/thesis.txt": b"years of work"}
+
+    def test_a_store_that_lost_its_manifest(self, tmp_path: Path) -> None:
+        train(tmp_path / "store", [1])
+        (tmp_path / "store" / "manifest.sqlite").unlink()
+        before = self.files(tmp_path)
+        with pytest.raises(StoreError, match=r"manifest\.sqlite is missing; restore it from a copy"):
+            open_engine(tmp_path / "store")
+        assert self.files(tmp_path) == before
+
+    def test_a_store_that_another_process_makes_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with open_engine(tmp_path / "store"):
+            before = self.files(tmp_path)
+            monkeypatch.setattr(ws.Store, "exists", lambda path: False)  # as it was when the other one looked
+            with pytest.raises(StoreError, match="already holds a store"):
+                open_engine(tmp_path / "store")
+            monkeypatch.setattr("weightstream.engine.opening.require_new", lambda path: None)
+            monkeypatch.setattr("weightstream.store.directory.require_new", lambda path: None)
+            with pytest.raises(StoreError, match="is being written by process"):
+                open_engine(tmp_path / "store")
+            assert self.files(tmp_path) == before
+
+    def test_what_was_begun_and_failed_is_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("weightstream.store.store.Manifest.create", full)
+        with pytest.raises(StoreError, match="could not be made"):
+            open_engine(tmp_path / "store")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"device": "gpu"}, "device: expected one that this PyTorch can use here, such as 'cpu', found 'gpu'"),
+            ({"device": "meta"}, "found 'meta': no numbers can be computed there"),
+            ({"clip_norm": float("inf")}, "clip_norm: expected a positive finite number or None, found inf"),
+        ],
+    )
+    def test_settings(self, settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=said):
+            open_engine(tmp_path / "store", **settings)
+        assert not (tmp_path / "store").exists()
+
+    def test_a_model_of_which_nothing_streams(self, tmp_path: Path) -> None:
+        with pytest.raises(PlanError, match="nothing of the model Model streams.*leave a layer out of them"):
+            open_engine(tmp_path / "store", block_rules={"*": "resident"})
+        with pytest.raises(PlanError, match="nothing of the model LayerNorm streams.*without weightstream"):
+            open_engine(tmp_path / "store", lambda: nn.LayerNorm(WIDTH))

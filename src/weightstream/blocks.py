@@ -251,7 +251,14 @@ def split(
         raise ConfigError(f"block rule {sorted(unused)[0]!r} matches no module of the model; see `weightstream plan`")
     if root.parameters:
         groups.insert(0, root)
-    return _blocks(model, _merge_tied(groups), names)
+    groups = _merge_tied(groups)
+    if all(group.resident for group in groups):
+        raise PlanError(
+            f"nothing of the model {type(model).__name__} streams: all of it is resident, by "
+            f"{'its block_rules' if rules else 'having no matrix'}; "
+            f"{'leave a layer out of them' if rules else 'train it without weightstream'}"
+        )
+    return _blocks(model, groups, names)
 
 
 def _merge_tied(groups: list[_Group]) -> list[_Group]:

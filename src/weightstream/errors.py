@@ -28,6 +28,10 @@ class StoreError(WeightstreamError):
     """A store that cannot be created, opened or read."""
 
 
+class PlaceTakenError(StoreError):
+    """A new store is to be made where there is something already, which stays as it is."""
+
+
 class StoreInUseError(StoreError):
     """Another process holds the store open for writing."""
 

@@ -13,7 +13,9 @@ from weightstream.units import parse_bytes
 class Section(BaseModel):
     """Base of all sections: `extra="forbid"` is what turns a misspelt key into an error instead of a silent default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

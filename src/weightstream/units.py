@@ -1,6 +1,9 @@
-"""Quantities as people write them: bytes with binary or decimal suffixes, seconds, counts."""
+"""Quantities as people write them: bytes with binary or decimal suffixes, seconds, counts; and results as JSON."""
 
+import json
 import re
+from math import isfinite
+from typing import Any
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _BYTE_SUFFIXES = {
@@ -65,14 +68,29 @@ def format_count(number: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`3723` → `'1 h 02 min'`; `75` → `'1 min 15 s'`; `0.25` → `'0.25 s'`."""
+    """`3723` → `'1 h 02 min'`; `75` → `'1 min 15 s'`; `0.25` → `'0.25 s'`; `0.0025` → `'2.5 ms'`."""
     if seconds >= 3600:
         hours, rest = divmod(round(seconds / 60), 60)
         return f"{hours} h {rest:02d} min"
     if seconds >= 60:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest:02d} s"
+    if 0 < seconds < 0.01:
+        return f"{seconds * 1e3:.2g} ms"
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def json_text(found: Any) -> str:
+    """A result as JSON that every parser reads: a number that is not finite is null there."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not isfinite(value) else value
+
+    return json.dumps(finite(found), indent=2, allow_nan=False)
 
 
 def align(offset: int, boundary: int) -> int:

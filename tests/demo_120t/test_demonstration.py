@@ -95,6 +95,10 @@ def test_what_it_cannot_begin_with_is_refused(tmp_path: Path) -> None:
         demonstration.run(Listening(), tmp_path / "few", 7)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "demo.json").write_text("{")
+    with pytest.raises(ConfigError, match="how far the demonstration is, cannot be read: .*; give another --out"):
+        demonstration.run(Listening(), tmp_path / "damaged", 8)
     with pytest.raises(ConfigError, match="holds something else"):
         demonstration.run(Listening(), tmp_path / "other")
     (tmp_path / "begun").mkdir()

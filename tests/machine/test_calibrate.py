@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from weightstream.errors import ConfigError
 from weightstream.machine.calibrate import Effort
 from weightstream.machine.kernels import name_of
 from weightstream.machine.profile import load_profile
@@ -52,3 +53,15 @@ def test_everything_is_measured_and_nothing_stays(tmp_path: Path) -> None:
         if supports(kernel, block, dtype, torch.device("cpu"))
     }
     assert "gathered 32×32 float32, 8 tokens" in text
+
+
+def test_where_nothing_can_be_kept_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightstream.machine.reporting.calibrate", lambda *_, **__: pytest.fail("it was measured"))
+    (tmp_path / "file").touch()
+    console = Console(quiet=True)
+    for out in (tmp_path, tmp_path / "file" / "p.toml"):
+        with pytest.raises(ConfigError, match="a profile cannot be kept at .*; give another file by --out"):
+            calibrate_here(out, tmp_path, 1, console, TINY)
+    with pytest.raises(ConfigError, match="expected a folder on the disk that stores will be on, found a file"):
+        calibrate_here(tmp_path / "p.toml", tmp_path / "file", 1, console, TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -127,6 +127,8 @@ def test_this_machine_is_a_cluster_of_its_cores(command: Any, tmp_path: Path) ->
     found = json.loads(out)
     assert code == 0
     assert "is of another machine" in err
+    alone = json.loads(command(str(config), "--workers", "1", *told)[1])
+    assert 0.9 < alone["compute_share"] <= 1  # activations are kept, and nothing is computed again
     one, two = found["scaling"]
     assert (found["cluster"], found["energy_kwh"], one["workers"], two["workers"]) == ("this-machine", 0, 1, 2)
     # 1 GFLOP/s of one core: 3 to 4 passes of 2 operations per parameter and token, embedding apart; nothing goes faster

@@ -82,6 +82,7 @@ class TestRefused:
                 r"expected shape \(32, 192\), found \(32, 193\); give masks of the same model",
             ),
             (torch.zeros(WIDTH, INNER), "expected at least one element that exists, found none; leave it out"),
+            (torch.full((WIDTH, INNER), 0.5), "expected 0 or 1 for each element, found other numbers; give masks, not"),
             (None, "has no mask of 'layers.2.down.weight'; add it, or give another init"),
         ):
             given = {name: mask for name, mask in masks.items() if name != "layers.2.down.weight"}

@@ -287,9 +287,8 @@ def test_a_newer_format_and_another_database_are_refused(tmp_path: Path) -> None
 
 
 def test_a_creation_that_was_interrupted_may_be_repeated(tmp_path: Path) -> None:
-    make(tmp_path / "store").close()
-    for file in (tmp_path / "store" / "segments").glob("*.safetensors"):
-        file.unlink()  # they come after the manifest
+    with make(tmp_path / "store") as store:
+        step(store, 1)
     (tmp_path / "store" / "manifest.sqlite").rename(tmp_path / "store" / "manifest.partial")
     assert not Store.exists(tmp_path / "store")
     with pytest.raises(StoreError):

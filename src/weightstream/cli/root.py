@@ -107,8 +107,8 @@ def generate(
         list[str], typer.Argument(metavar="PROMPT...", help="Several at once cost little more than one.")
     ],
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    temperature: Annotated[float, typer.Option(min=0, max=1e9, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1)] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -165,18 +165,21 @@ def simulate(
     model: Annotated[str | None, typer.Option(help="Instead of a file: a preset such as gpt3-175b.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Such as cs-2, 8xh100 or this-machine.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="How many systems compute.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a step, all systems together.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=10_000_000, help="Sequences of a step, all systems together.")
+    ] = None,
     sequence: Annotated[int | None, typer.Option(min=2, help="Tokens of a sequence; by default the model's.")] = None,
     tokens: Annotated[
-        float | None, typer.Option(min=1, help="Of the whole run, such as 1e12; by default 20 a parameter.")
+        float | None, typer.Option(min=1, max=1e30, help="Of the whole run, such as 1e12; by default 20 a parameter.")
     ] = None,
     clipping: Annotated[bool, typer.Option("--clipping", help="By the global norm: updates wait for it.")] = False,
     stragglers: Annotated[
-        float, typer.Option(min=0, metavar="SPREAD", help="Each system is 1 + |normal(0, SPREAD)| times slower.")
+        float,
+        typer.Option(min=0, max=1e6, metavar="SPREAD", help="Each system is 1 + |normal(0, SPREAD)| times slower."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the stragglers.")] = 0,
-    failures: Annotated[float, typer.Option(min=0, metavar="RATE", help="Per system and hour.")] = 0.0,
-    recovery: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="After a failure.")] = 600.0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the stragglers.")] = 0,
+    failures: Annotated[float, typer.Option(min=0, max=1e6, metavar="RATE", help="Per system and hour.")] = 0.0,
+    recovery: Annotated[float, typer.Option(min=0, max=1e9, metavar="SECONDS", help="After a failure.")] = 600.0,
     profile: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Of this-machine; ~/.cache/weightstream/profile.toml by default."),

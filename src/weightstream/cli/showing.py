@@ -1,11 +1,12 @@
 """What commands have in common: arguments, where results and progress go, and how they look."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from weightstream.units import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ def say(text: str) -> None:
 
 def show(found: dict[str, Any], describe: Any, as_json: bool) -> None:
     """A command's result, as a person reads it or as JSON."""
-    print(json.dumps(found, indent=2) if as_json else describe(found), flush=True)
+    print(json_text(found) if as_json else describe(found), flush=True)
 
 
 def as_lines(found: dict[str, Any]) -> str:

@@ -18,7 +18,8 @@ StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A store's fold
 def store_info(
     store: StorePath,
     tbw: Annotated[
-        float | None, typer.Option(min=0, metavar="TB", help="Terabytes written that the disk is rated for.")
+        float | None,
+        typer.Option(min=0, max=1e9, metavar="TB", help="Terabytes written that the disk is rated for."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -62,7 +63,7 @@ def store_snapshot(
     as_json: AsJson = False,
 ) -> None:
     """Hold the last commit under a name: one row, no data is copied."""
-    with _open(store, writable=True) as opened:
+    with _open(store, writable=True, accept_damage=delete) as opened:  # which may be all that is wrong with the store
         if delete:
             found = {"deleted": name, "freed_bytes": opened.remove_snapshot(name)}
         else:
@@ -74,7 +75,7 @@ def store_snapshot(
 @app.command("snapshots")
 def store_snapshots(store: StorePath, as_json: AsJson = False) -> None:
     """Each snapshot with its step and the bytes that it alone holds."""
-    with _open(store) as opened:
+    with _open(store, accept_damage=True) as opened:
         found = opened.info()["snapshots"]
     show(found, _snapshot_lines, as_json)
 

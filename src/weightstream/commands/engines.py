@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightstream.commands.sizing import Choice, choose, micro_batch_of, trained_with
+from weightstream.commands.sizing import Choice, choose, trained_with
 from weightstream.config.architectures import architecture
 from weightstream.config.config import RunConfig
 from weightstream.engine.engine import Engine
@@ -143,11 +143,6 @@ def temporary(config: RunConfig, say: Say | None = None) -> Iterator[Engine]:
             yield engine
         finally:
             engine.close()
-
-
-def rehearse_step(engine: Engine, config: RunConfig, micro_batches: int | None = None) -> None:
-    """One micro-batch of the run's size, so that the plan knows the activations and refuses what will not fit."""
-    engine.rehearse(micro_batch_of(config.training), micro_batches=micro_batches or config.training.micro_batches)
 
 
 def chosen_of(config: RunConfig, profile: Path | None, say: Say) -> Choice:

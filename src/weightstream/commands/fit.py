@@ -1,7 +1,6 @@
 """`weightstream fit` on one rank, as one rank of several, and as the launcher of all of them; each gives the exit code."""
 
 import gc
-import json
 import shlex
 import signal
 import sys
@@ -22,6 +21,7 @@ from weightstream.system.hosts import cores, own_address, require_free_port
 from weightstream.trace.compare import Comparison, compared
 from weightstream.trace.files import read_trace
 from weightstream.trace.perfetto import export
+from weightstream.units import json_text
 
 
 def fit_alone(config: RunConfig, console: Console, again: str, *, as_json: bool) -> int:
@@ -128,7 +128,7 @@ def _untraced(run: Path) -> ConfigError:
 def _reported(report: dict[str, Any], console: Console, again: str | None, *, as_json: bool) -> int:
     from weightstream.commands.outcome import summary
 
-    print(json.dumps(report, indent=2) if as_json else summary(report), flush=True)
+    print(json_text(report) if as_json else summary(report), flush=True)
     if not report["stopped_by"]:
         return 0
     hint = "" if again is None else f"; go on with: weightstream {again}"  # our launcher says it itself

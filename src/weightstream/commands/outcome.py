@@ -56,7 +56,8 @@ def state_bytes(store: Store) -> int:
 
 def summary(report: dict[str, Any]) -> str:
     """The report of `fit` as a person reads it."""
-    lines = [f"{report['step']} of {report['steps']} steps, {format_count(report['parameters'])} parameters"]
+    steps = f"{report['step']} of {max(report['step'], report['steps'])} steps"
+    lines = [f"{steps}, {format_count(report['parameters'])} parameters"]
     after, before = report["perplexity_after"], report["perplexity_before"]
     if after is not None:
         lines.append(f"perplexity   {_plain(before)} before, {_plain(after)} after, on held-out text")

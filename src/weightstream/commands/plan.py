@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from weightstream.commands.engines import Say, chosen_of, profile_of, rehearse_step, temporary
+from weightstream.commands.engines import Say, chosen_of, profile_of, temporary
 from weightstream.commands.outcome import state_bytes
-from weightstream.commands.sizing import divided, micro_batch_of, predicted_step
+from weightstream.commands.sizing import divided, micro_batch_of, predicted_step, rehearse_step
 from weightstream.config.config import RunConfig
 from weightstream.engine.engine import Engine
 from weightstream.engine.plan_text import experts_moved, flows_now, plan_text, reach_of

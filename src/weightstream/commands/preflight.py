@@ -19,16 +19,19 @@ def store_exists(config: RunConfig, ranks: RunRanks) -> bool:
     Raises:
         RefusedError: a host cannot keep its part of the run, or has none of the store that the first rank has.
     """
+    nearest = _nearest(config.out)
     own = {
         "host": socket.gethostname(),
         "exists": Store.exists(config.store),
         "part": config.store.is_dir(),
-        "writable": os.access(_nearest(config.out), os.W_OK | os.X_OK),
+        "writable": os.access(nearest, os.W_OK | os.X_OK),
         "out": str(config.out.absolute()),
     }
     told = ranks.gather(own)
 
     def check() -> None:
+        if not nearest.is_dir():
+            raise StoreError(f"out={own['out']}: {nearest} is a file, expected a folder; give another path")
         if not own["writable"]:
             raise StoreError(
                 f"out={own['out']} cannot be made or written by this user; give a path that every host has"

@@ -13,18 +13,20 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from weightstream.commands.engines import Say, chosen_of, engine_of, profile_of, rehearse_step, temporary, weights_of
+from weightstream.commands.engines import Say, chosen_of, engine_of, profile_of, temporary, weights_of
 from weightstream.commands.outcome import report_of
 from weightstream.commands.preflight import require_memory, require_same_text, store_exists
-from weightstream.commands.sizing import Choice, divided, micro_batch_of
+from weightstream.commands.sizing import Choice, divided, micro_batch_of, rehearse_step
 from weightstream.config.architectures import architecture, vocabulary_of
 from weightstream.config.config import RunConfig
-from weightstream.data.dataset import Dataset, prepare
+from weightstream.data.dataset import Dataset, prepare, tokenizer_of
 from weightstream.data.tokenizer import Tokenizer
 from weightstream.engine.engine import Engine
-from weightstream.errors import StoreError
+from weightstream.errors import StoreError, StoreMismatchError
 from weightstream.launch.ranks import ALONE, RunRanks
 from weightstream.prediction.predicting import predict
+from weightstream.store.directory import require_new
+from weightstream.store.glance import glance
 from weightstream.system.hosts import free_memory_bytes
 from weightstream.trace.spans import Span
 from weightstream.training.display import Display
@@ -61,7 +63,8 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: RunRanks = ALONE
             raise StoreError(
                 f"no store at {config.store}; train one first with `weightstream fit`, or give its run's folder"
             )
-        ranks.first(lambda: _try(config, ranks, rehearse=False))
+        ranks.first(lambda: require_new(config.store))
+        ranks.first(lambda: _try(config, rehearse=False))
     config = _divided(config, ranks, say)
     weights = ranks.together(lambda: weights_of(config, say))
     began_s, training = time.monotonic(), config.training
@@ -75,8 +78,10 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: RunRanks = ALONE
             side.check_vocabulary(vocabulary)
         dataset.train_sequences(training.sequence_length, at_least=training.sequences_per_step)
         dataset.validation_sequences(training.sequence_length)
-        if not exists:
-            _try(config, ranks, rehearse=True)
+        if exists:
+            _require_trained_on(config, dataset, training=create)
+        else:
+            _try(config, rehearse=True)
 
     def prepared(check: Callable[[Dataset], None]) -> Dataset:
         return prepare(config.data, config.out / "data", base=Path.cwd(), check=check)
@@ -93,12 +98,29 @@ def opened(config: RunConfig, say: Say, *, create: bool, ranks: RunRanks = ALONE
         yield Run(config, engine, dataset)
 
 
-def _try(config: RunConfig, ranks: RunRanks, *, rehearse: bool) -> None:
+def _require_trained_on(config: RunConfig, dataset: Dataset, *, training: bool) -> None:
+    """Refuse text that a store was not trained on, before anything is kept of it; to evaluate and generate any will do whose
+    tokenizer is given, since one that is trained on it would be another one than the store's.
+
+    Raises:
+        StoreMismatchError: naming the tokenizer to give, if it is still there.
+    """
+    found = glance(config.store)
+    trained_on = None if found is None else found.progress.get("data")
+    if trained_on in (None, dataset.digest) or not (training or config.data.tokenizer.path is None):
+        return
+    message = f"store {config.store} was trained so far with data {trained_on}, found {dataset.digest}; "
+    if training:
+        raise StoreMismatchError(f"{message}give the same text and settings, or another `out`")
+    file = tokenizer_of(config.out / "data", trained_on) or "the tokenizer.json of its text"
+    raise StoreMismatchError(f"{message}give the same text and settings, or for other text data.tokenizer.path={file}")
+
+
+def _try(config: RunConfig, *, rehearse: bool) -> None:
     """Whether an engine as the run would have it works at all, and has room for what one rank computes."""
     with temporary(config) as engine:
         if rehearse:
-            groups = config.engine.reduction_groups
-            rehearse_step(engine, config, ranks.cluster.largest_share(config.training.micro_batches, groups))
+            rehearse_step(engine, config)
 
 
 def _divided(config: RunConfig, ranks: RunRanks, say: Say) -> RunConfig:
@@ -154,7 +176,7 @@ def fit(
         if ranks.speaks:
             (config.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         if engine.step_count:
-            say(f"going on from step {engine.step_count} of {config.training.steps}")
+            say(_going_on(engine.step_count, config.training.steps))
         with (
             Display(first_step=engine.step_count, steps=config.training.steps, console=console) as display,
             MetricsLog(
@@ -216,6 +238,12 @@ def complete(
             "seconds": time.monotonic() - began_s,
             "samples": [{"prompt": p, "continued": c} for p, c in zip(prompts, continued, strict=True)],
         }
+
+
+def _going_on(step: int, steps: int) -> str:
+    if step < steps:
+        return f"going on from step {step} of {steps}"
+    return f"nothing to train: the store is at step {step}, and training.steps is {steps}"
 
 
 def _describe(dataset: Dataset, seconds: float) -> str:

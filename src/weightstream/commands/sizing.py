@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weightstream.config.architectures import architecture, vocabulary_of
 from weightstream.config.config import RunConfig
-from weightstream.engine.engine import Engine
+from weightstream.engine.engine import DTYPES, Engine
 from weightstream.errors import PlanError
 from weightstream.machine.profile import Profile
 from weightstream.prediction.census import Census
 from weightstream.prediction.predicting import Prediction, predict
-from weightstream.store.glance import MANIFEST
-from weightstream.store.manifest import Manifest
+from weightstream.store.glance import glance
 from weightstream.system.hosts import cores
 from weightstream.training.settings import TrainingConfig
+from weightstream.units import format_bytes
 
 KEY = "micro_batch_size"
 """In a store's progress: the size that its steps had, which goes where the store goes."""
@@ -61,6 +62,32 @@ def micro_batch_of(training: TrainingConfig, size: int | None = None) -> dict[st
     """A micro-batch as a run has them, of any tokens."""
     ids = torch.zeros((size or training.micro_batch_size, training.sequence_length), dtype=torch.long)
     return {"input_ids": ids, "labels": ids}
+
+
+def rehearse_step(engine: Engine, config: RunConfig, size: int | None = None) -> None:
+    """One micro-batch of a run, so that the plan knows its activations, and refuses steps that do not fit on its cluster.
+
+    Args:
+        size: of micro-batches into which a step's sequences are divided; by default as configured.
+
+    Raises:
+        PlanError: they do not fit; before the micro-batch is made where not even its logits do.
+    """
+    training, settings, roles = config.training, config.engine, config.cluster.roles
+    size = size or training.micro_batch_size
+    count = training.sequences_per_step // size
+    roles.check(count, settings.reduction_groups)
+    found, _ = architecture(config.model, vocabulary=config.data.tokenizer.size, end_of_text=0)
+    logits_bytes = size * training.sequence_length * vocabulary_of(found) * DTYPES[settings.precision].itemsize
+    if logits_bytes > settings.device_memory:
+        raise PlanError(
+            f"device_memory={format_bytes(settings.device_memory)} is too small: the logits of one micro-batch of {size} x "
+            f"{training.sequence_length} tokens take {format_bytes(logits_bytes)}; give more, or take smaller micro-batches"
+        )
+    share = roles.largest_share(count, settings.reduction_groups)
+    engine.rehearse(micro_batch_of(training, size), micro_batches=share)
+    engine.experts.measured(count)  # which all ranks reach together
+    engine.outlook.planned_for(roles, count)
 
 
 def predicted_step(
@@ -135,9 +162,7 @@ def fastest(tried: Sequence[Fitting]) -> Fitting:
 
 def _rehearsed(engine: Engine, config: RunConfig, profile: Profile | None, size: int) -> Fitting:
     count = config.training.sequences_per_step // size
-    share = config.cluster.roles.largest_share(count, config.engine.reduction_groups)
-    engine.rehearse(micro_batch_of(config.training, size), micro_batches=share)
-    engine.outlook.planned_for(config.cluster.roles, count)
+    rehearse_step(engine, config, size)
     if profile is None:
         return Fitting(size, count, None)
     found = predicted_step(engine, config, profile, size=size, micro_batches=count)
@@ -151,14 +176,8 @@ def _far_too_large(engine: Engine, times: float) -> bool:
 
 def trained_with(store: Path, config: RunConfig) -> Choice | None:
     """What the steps of a store had so far; None where there are none yet, or a step has other sequences now."""
-    place = store / MANIFEST
-    if not place.exists():
-        return None
-    manifest = Manifest.open(place, writable=False)
-    try:
-        size = manifest.last_commit().progress.get(KEY)
-    finally:
-        manifest.close()
+    found = glance(store)
+    size = None if found is None else found.progress.get(KEY)
     whole = config.training.sequences_per_step
     return Choice(size, whole // size) if size and whole % size == 0 else None
 

@@ -8,12 +8,14 @@ from typing import Any, Literal
 from weightstream.commands.engines import engine_settings
 from weightstream.config.architectures import architecture
 from weightstream.config.config import RunConfig, load_config
+from weightstream.data.dataset import tokenizer_of
 from weightstream.data.tokenizer import Tokenizer, load_tokenizer
 from weightstream.errors import ConfigError, StoreError
 from weightstream.hub import export_store, import_directory, import_model, load_gguf
 from weightstream.hub.pretrained import FOLDER, read_config
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.directory import require_store
+from weightstream.store.glance import glance
 from weightstream.store.optimizers import Optimizer
 from weightstream.store.store import Store
 
@@ -73,7 +75,7 @@ def export_weights(
                 "fit`; give a folder with config.json by --config"
             )
         settings = load_config(run)
-        own = load_tokenizer(run / "data" / _prepared(run))
+        own = load_tokenizer(_tokenizer_file(run, inner))
         if settings.model.factory is not None:
             raise ConfigError(
                 f"store '{inner}' holds a model that {settings.model.factory} builds, and an export is for models of "
@@ -88,12 +90,17 @@ def export_weights(
     )  # fmt: skip
 
 
-def _prepared(run: Path) -> str:
-    """The folder within `data/` that the run trained on."""
+def _tokenizer_file(run: Path, store: Path) -> Path:
+    """The tokenizer of the text that the store was trained on; before its first step that of the run's last preparation."""
+    found = glance(store)
+    trained_on = None if found is None else found.progress.get("data")
+    file = None if trained_on is None else tokenizer_of(run / "data", trained_on)
+    if file is not None:
+        return file
     note = run / "data" / "prepared.json"
     try:
-        return str(json.loads(note.read_text(encoding="utf-8"))["place"])
-    except (OSError, ValueError, KeyError) as error:
+        return note.parent / str(json.loads(note.read_text(encoding="utf-8"))["place"]) / "tokenizer.json"
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"'{note}', which leads to the run's tokenizer, cannot be read: {error}; give --config"
         ) from None

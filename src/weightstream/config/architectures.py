@@ -8,7 +8,7 @@ from torch import nn
 
 from weightstream.config.config import ModelConfig
 from weightstream.config.factories import FactoryModel, from_factory
-from weightstream.errors import ConfigError, did_you_mean
+from weightstream.errors import ConfigError, WeightstreamError, did_you_mean
 
 # Accepted by transformers, though the configuration classes do not list them.
 _ALSO_KNOWN = {"rope_theta", "rope_scaling", "attn_implementation", "dtype"}
@@ -49,9 +49,15 @@ def architecture(
             )
 
     def build() -> nn.Module:
-        if model_class is not None:
-            return model_class(found)
-        return transformers.AutoModelForCausalLM.from_config(found)
+        try:
+            return transformers.AutoModelForCausalLM.from_config(found) if model_class is None else model_class(found)
+        except WeightstreamError:
+            raise
+        except Exception as error:  # whatever a model makes of values that its configuration let pass
+            raise ConfigError(
+                f"model: {found.model_type} cannot be built with these values: {type(error).__name__}: "
+                f"{_first_line(error)}"
+            ) from error
 
     return found, build
 

@@ -165,7 +165,7 @@ class EngineConfig(Section):
     prefetch: int = Field(default=2, ge=1)
     ram_tier: bool = True
     """Whether records may stay in RAM between uses, within `host_memory`."""
-    reduction_groups: int = Field(default=8, ge=1)
+    reduction_groups: int = Field(default=8, ge=1, le=1 << 16)
     threads_per_worker: int | None = Field(default=None, ge=1)
     max_block_bytes: Bytes | None = None
     block_rules: dict[str, Literal["block", "split", "resident"]] = Field(default_factory=dict)
@@ -197,7 +197,7 @@ class ClusterConfig(Section):
     """Ranks that compute."""
     memory: Annotated[int | Literal["colocated"], BeforeValidator(_memory)] = "colocated"
     """Every worker owns its part of the records; or that many ranks own them, which do not compute."""
-    timeout_s: float = Field(default=300.0, gt=0)
+    timeout_s: float = Field(default=300.0, gt=0, le=1e6)
     """How long a rank waits for another one before it takes it to be lost."""
     restarts: int = Field(default=3, ge=0)
     """How many times in a row, without a step committed in between, ranks are started anew after one was lost."""
@@ -275,7 +275,7 @@ def check_config(values: Mapping[str, Any], *, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        problems = [_explain(problem, values) for problem in error.errors(include_url=False)]
         raise ConfigError("\n  ".join([f"{source}: {len(problems)} problem(s)", *dict.fromkeys(problems)])) from None
 
 
@@ -285,6 +285,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused as no key at all by what follows
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
@@ -299,7 +301,7 @@ _Loader.add_implicit_resolver(
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source} is not YAML: {error}") from None
 
 
@@ -319,17 +321,36 @@ def _override(values: dict[str, Any], override: str) -> None:
     place[keys[-1]] = _parse(text, f"override {override!r}")
 
 
-def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+def _explain(problem: Any, values: Any) -> str:
+    place = _place(problem, values)
+    where = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
-        section, key = [part for part in problem["loc"][:-1] if isinstance(part, str)], str(problem["loc"][-1])
+        section, key = [part for part in place[:-1] if isinstance(part, str)], str(place[-1])
         return f"{where}: unknown key; {_nearest(section, key)}"
     if problem["type"] == "missing":
         return f"{where}: missing; it must be given"
+    if problem["type"] == "model_type":
+        found = "nothing; leave it out for its defaults" if problem["input"] is None else repr(problem["input"])
+        return f"{where}: expected a section, that is keys with values, found {found}"
+    if problem["type"] == "path_type":
+        return f"{where}: expected a path, found {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "expected").replace("Input should", "it should")
+    message = message.replace("valid tuple", "list").replace("Tuple should have", "expected a list of")
     found = "" if "found" in message or problem["type"] == "value_error" else f", found {problem['input']!r}"
     return f"{where}: {message}{found}"
+
+
+def _place(problem: Any, values: Any) -> list[str | int]:
+    """Where in the file a problem is: its path without the names of alternatives, which are no keys."""
+    place: list[str | int] = []
+    for part in problem["loc"]:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        place.append(part)
+    return [*place, problem["loc"][-1]] if problem["type"] == "missing" else place
 
 
 def _nearest(section: Sequence[str], key: str) -> str:

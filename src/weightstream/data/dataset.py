@@ -97,7 +97,8 @@ def prepare(config: DataConfig, folder: Path, *, base: Path, check: Callable[[Da
     }
     note = folder / "prepared.json"
     key = _digest({**settings, "files": fingerprint(documents)})
-    place = _place_of(note, key)
+    place, checked = _place_of(note, key), check is None
+    noted = place is not None
     if place is None:
         split = split_documents(documents, config.validation_share)
         place = folder / _digest({**settings, "text": split.digest})[:16]
@@ -109,11 +110,24 @@ def prepare(config: DataConfig, folder: Path, *, base: Path, check: Callable[[Da
                 write_tokens(unfinished / "validation.bin", split.validation, tokenizer)
                 if check is not None:
                     check(_open(unfinished))
-        note.write_text(json.dumps({"key": key, "place": place.name}), encoding="utf-8")
+                    checked = True
     dataset = _open(place)
-    if check is not None:
+    if check is not None and not checked:
         check(dataset)
+    if not noted:
+        note.write_text(json.dumps({"key": key, "place": place.name}), encoding="utf-8")
     return dataset
+
+
+def tokenizer_of(folder: Path, digest: str) -> Path | None:
+    """The tokenizer of the text with that digest, among all that was ever prepared in a folder."""
+    for file in sorted(folder.glob("*/tokenizer.json")):
+        try:
+            if _open(file.parent).digest == digest:
+                return file
+        except (DataError, OSError):  # an unfinished or damaged one is not it
+            continue
+    return None
 
 
 def _open(place: Path) -> Dataset:
@@ -131,7 +145,7 @@ def _place_of(note: Path, key: str) -> Path | None:
         seen = json.loads(note.read_text(encoding="utf-8"))
         place = note.parent / seen["place"]
         return place if seen["key"] == key and place.is_dir() else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # whatever stands in that file
         return None
 
 

@@ -57,7 +57,12 @@ class Progress:
             ConfigError: the folder holds something else, or a demonstration of another size.
         """
         if (folder / _FILE).is_file():
-            found = cls(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
+            try:
+                found = cls(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(
+                    f"'{folder / _FILE}', which says how far the demonstration is, cannot be read: {error}; give another --out"
+                ) from None
             if steps not in (None, found.steps) or sizes != found.sizes:
                 raise ConfigError(
                     f"'{folder}' holds a demonstration of {found.steps} steps, this one is to have {steps}; leave --steps "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -31,6 +32,7 @@ from weightstream.engine.steps import (
     mask_facts,
     target_tokens,
     to_device,
+    usable_device,
 )
 from weightstream.errors import ConfigError, NonFiniteError, StoreError
 from weightstream.experts.experts import Experts, settings_of
@@ -161,8 +163,8 @@ class Engine:
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected 'bf16' or 'fp32', found {precision!r}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ConfigError(f"clip_norm: expected a positive number or None, found {clip_norm!r}")
+        if clip_norm is not None and not 0 < clip_norm < inf:
+            raise ConfigError(f"clip_norm: expected a positive finite number or None, found {clip_norm!r}")
         if reduction_groups < 1 or prefetch < 1:
             raise ConfigError(f"reduction_groups={reduction_groups}, prefetch={prefetch}: expected at least 1 each")
         if panel_elements is not None and panel_elements < 1:
@@ -185,7 +187,7 @@ class Engine:
         self._kernels: Mapping[str, Kernel] = (
             {} if kernels is None or isinstance(kernels, AutoKernels) else dict(kernels)
         )
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         self.threads = threads_per_worker or torch.get_num_threads()
         torch.set_num_threads(self.threads)
         self.optimizer, self.clip_norm, self.precision, self.seed = optimizer, clip_norm, precision, seed

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from weightstream.blocks import PANEL_ELEMENTS, Block, Rule, Unit, cut
 from weightstream.engine.planning import Budgets, check_blocks, check_disk, split_within
-from weightstream.errors import StoreMismatchError
+from weightstream.errors import PlaceTakenError, StoreInUseError, StoreMismatchError
 from weightstream.fabric.ranks import Ranks
 from weightstream.masking.first_masks import FirstMasks, counts_now, given_counts, require_said
 from weightstream.masking.masking import Masking
 from weightstream.sparse.choosing import CHOSEN_KERNELS
 from weightstream.sparse.settings import Sparsity
 from weightstream.store.block_bytes import NEVER_SPARSE, Largest, bytes_of_blocks
-from weightstream.store.directory import WORKERS
+from weightstream.store.directory import WORKERS, require_new
 from weightstream.store.elsewhere import Elsewhere, catalogue_of
 from weightstream.store.families import Family
 from weightstream.store.given import fill, first_values, unfilled
@@ -110,8 +110,7 @@ def opened(
     *,
     exists: bool,
 ) -> Iterator[Store]:
-    """The store, for what else may fail before a run begins: then it is closed again, and removed if it was made here; of
-    what was there before nothing is.
+    """The store, for what else may fail before a run begins: then it is closed again, and removed if it was made here.
 
     A rank that owns nothing has `Elsewhere` in its place.
 
@@ -121,21 +120,16 @@ def opened(
     """
     store: Store | Elsewhere | None = None
     made = False
-
-    def create() -> Store:
-        nonlocal made
-        new = _create(wanted, model, recipes, initial)
-        made = True
-        return new
-
     try:
         # a store at step 0 may be one whose filling was cut short; what is there already is not written again
         fills = bool(initial) or wanted.sparsity is not None
         begun = exists and fills and ranks.rank == 0 and committed_step(wanted.path) == 0
         if not ranks.alone and ranks.gather(not exists or begun)[0]:
-            ranks.agreed_slowly(lambda: _create_for_all(wanted, initial, ranks, None if exists else create))
+            ranks.agreed_slowly(lambda: _create_for_all(wanted, model, recipes, initial, ranks, exists=exists))
+            made = not exists and ranks.rank == 0
         there = exists or not ranks.alone
-        store = ranks.agreed(lambda: _memory(wanted, model, initial, ranks, None if there else create))
+        store = ranks.agreed(lambda: _memory(wanted, model, recipes, initial, ranks, exists=there))
+        made = made or not there
         if ranks.alone:
             yield cast(Store, store)
             return
@@ -154,32 +148,57 @@ def opened(
         raise
 
 
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    """A store that is being made here; whatever else there is stays."""
+    try:
+        yield
+    except (PlaceTakenError, StoreInUseError):
+        raise
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
 def _create_for_all(
-    wanted: Wanted, initial: Mapping[str, Tensor], ranks: Ranks, create: Callable[[], Store] | None
+    wanted: Wanted,
+    model: nn.Module,
+    recipes: Mapping[str, Recipe],
+    initial: Mapping[str, Tensor],
+    ranks: Ranks,
+    *,
+    exists: bool,
 ) -> None:
     """With several ranks the first one makes the store, or fills one that was made, and then all memory ranks open it."""
-    if ranks.rank == 0:
-        with Store.open(wanted.path) if create is None else create() as store:
+    if ranks.rank == 0 and exists:
+        with Store.open(wanted.path) as store:
+            _fill(wanted, store, initial)
+    elif ranks.rank == 0:
+        store = _create(wanted, model, recipes, initial)
+        with _removed_on_failure(wanted.path), store:
             _fill(wanted, store, initial)
 
 
 def _memory(
     wanted: Wanted,
     model: nn.Module,
+    recipes: Mapping[str, Recipe],
     initial: Mapping[str, Tensor],
     ranks: Ranks,
-    create: Callable[[], Store] | None,
+    *,
+    exists: bool,
 ) -> Store | None:
-    """The store of a memory rank, that is there already unless it has to be created."""
+    """The store of a memory rank."""
     if not ranks.owns:
         return None
-    store = _reopen(wanted, model, ranks) if create is None else create()
-    try:
-        if ranks.alone:
-            _fill(wanted, store, initial)
-    except BaseException:
-        store.close()
-        raise
+    store = _reopen(wanted, model, ranks) if exists else _create(wanted, model, recipes, initial)
+    with nullcontext() if exists else _removed_on_failure(wanted.path):
+        try:
+            if ranks.alone:
+                _fill(wanted, store, initial)
+        except BaseException:
+            store.close()
+            raise
     return store
 
 
@@ -190,6 +209,7 @@ def _fill(wanted: Wanted, store: Store, initial: Mapping[str, Tensor]) -> None:
 
 
 def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], initial: Mapping[str, Tensor]) -> Store:
+    require_new(wanted.path)
     if wanted.asked is not None:
         require_said(wanted.asked, model, wanted.dense, initial.keys(), wanted.path)
     panel_elements = PANEL_ELEMENTS if wanted.panel_elements is None else wanted.panel_elements
@@ -212,11 +232,12 @@ def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], ini
     contract = dict(wanted.contract)
     if wanted.choose_kernels is not None:
         contract[CHOSEN_KERNELS] = dict(wanted.choose_kernels(blocks, masking))
-    return Store.create(
-        wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
-        contract=contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
-        families=wanted.families,
-    )  # fmt: skip
+    with _removed_on_failure(wanted.path):
+        return Store.create(
+            wanted.path, blocks=blocks, recipes=recipes, optimizer=wanted.optimizer, precision=wanted.precision,
+            contract=contract, panel_elements=panel_elements, masks=masking.initial() if masking else None,
+            families=wanted.families,
+        )  # fmt: skip
 
 
 def _reopen(wanted: Wanted, model: nn.Module, ranks: Ranks) -> Store:

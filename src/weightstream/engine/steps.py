@@ -101,6 +101,23 @@ def loss_weights(tokens: Sequence[int], given: Sequence[float] | None) -> Sequen
     return [each / whole for each in tokens]
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: PyTorch does not know it, or it is not to be had here.
+    """
+    try:
+        device = torch.device(name)
+        if device.type != "meta":  # which computes nothing
+            torch.empty(1, device=device)
+            return device
+        reason = "no numbers can be computed there"
+    except Exception as error:  # each kind of device raises another one
+        reason = " ".join(str(error).splitlines()[:1])
+    raise ConfigError(f"device: expected one that this PyTorch can use here, such as 'cpu', found {name!r}: {reason}")
+
+
 def to_device(micro_batch: Any, device: torch.device) -> Any:
     """A micro-batch with its tensors on a device."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), micro_batch)

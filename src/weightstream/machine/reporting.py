@@ -1,12 +1,16 @@
 """`weightstream calibrate`: progress while it measures, and what it found in a few lines."""
 
+import errno
+import os
 import time
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from weightstream.errors import ConfigError
 from weightstream.machine.calibrate import Effort, calibrate
 from weightstream.machine.profile import DEFAULT_PATH, Contention, Profile
 from weightstream.units import format_bytes
@@ -33,8 +37,15 @@ def _ticks() -> tuple[int, int]:
 def calibrate_here(
     out: Path | None, disk: Path, threads: int | None, console: Console, effort: Effort | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Measures this machine and keeps the profile: it as JSON, and as text."""
+    """Measures this machine and keeps the profile: it as JSON, and as text.
+
+    Raises:
+        ConfigError: there is no place for it, or no folder to measure the disk in; found before anything is measured.
+    """
     path = (out or DEFAULT_PATH).expanduser()
+    _require_place(path)
+    if disk.exists() and not disk.is_dir():
+        raise ConfigError(f"--disk {disk}: expected a folder on the disk that stores will be on, found a file")
     others = busy_share()
     if others > BUSY:
         console.print(
@@ -50,6 +61,17 @@ def calibrate_here(
         )  # fmt: skip
     profile.save(path)
     return {"profile": str(path)} | profile.model_dump(mode="json"), profile_text(profile, path)
+
+
+def _require_place(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"a profile cannot be kept at {path}: {error.strerror}; give another file by --out") from None
 
 
 def profile_text(profile: Profile, path: Path) -> str:

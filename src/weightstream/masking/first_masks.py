@@ -159,5 +159,10 @@ def _read_mask(path: str, parameter: Parameter, block: tuple[int, int]) -> Mask:
             f"sparsity: cannot read masks from {path}: {error}; give a safetensors file, or one of "
             "random, magnitude, zeros"
         ) from None
+    if bool(((rows != 0) & (rows != 1)).any()):
+        raise ConfigError(
+            f"mask of {parameter.name!r} in {path}: expected 0 or 1 for each element, found other numbers; give masks, not "
+            "weights"
+        )
     grid = Grid.of(parameter.shape, block, name=str(parameter))
     return given_mask(grid, rows, parameter.shape, name=str(parameter))

@@ -65,8 +65,9 @@ class Outcome:
 
     @property
     def compute_share(self) -> float:
-        """The share of the step in which a system computes: 1 if nothing makes it wait."""
-        return self.job.compute_s / self.step_s
+        """The share of the step in which a system computes: 1 if nothing makes it wait; less than `Job.compute_s` where
+        activations are kept."""
+        return min(self.job.compute_s, self.busy_s["compute"]) / self.step_s
 
     @property
     def binds(self) -> str:

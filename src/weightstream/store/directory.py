@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from weightstream.errors import DamagedRecordError, StoreError, StoreInUseError
+from weightstream.errors import DamagedRecordError, PlaceTakenError, StoreError, StoreInUseError
 from weightstream.store.device import Device
 from weightstream.store.families import Layouts
 from weightstream.store.records import FILES_PER_RECORD, Record, slot_of
@@ -33,7 +33,8 @@ def make(path: Path) -> int:
     """Make the empty directories of a new store and lock it; what an interrupted creation left is cleared first.
 
     Raises:
-        StoreError: the path holds a store, or something else.
+        PlaceTakenError: the path holds a store, or something else.
+        StoreInUseError: another process makes one there.
     """
     require_new(path)
     try:
@@ -41,7 +42,7 @@ def make(path: Path) -> int:
         handle = lock(path)
         try:
             if (path / MANIFEST).exists():  # made by a process that had the lock until now
-                raise StoreError(f"'{path}' already holds a store; open it, or give another path")
+                raise PlaceTakenError(f"'{path}' already holds a store; open it, or give another path")
             for name in (SEGMENTS, SCRATCH):
                 shutil.rmtree(path / name, ignore_errors=True)
                 (path / name).mkdir()
@@ -57,19 +58,24 @@ def require_new(path: Path) -> None:
     """Refuse a path where no new store may be made.
 
     Raises:
-        StoreError: it holds a store, or something else.
+        PlaceTakenError: it holds a store, or something else.
     """
     if path.exists() and not path.is_dir():
-        raise StoreError(f"'{path}': expected a new or empty directory for a store, found a file; give another path")
+        raise PlaceTakenError(
+            f"'{path}': expected a new or empty directory for a store, found a file; give another path"
+        )
     if (path / MANIFEST).exists():
-        raise StoreError(f"'{path}' already holds a store; open it, or give another path")
+        raise PlaceTakenError(f"'{path}' already holds a store; open it, or give another path")
+    begun = any(path.glob("manifest.partial*"))
+    if not begun and (_sizes(path / SEGMENTS) or any((path / SEGMENTS / SHARED).glob("*"))):  # made after the manifest
+        raise PlaceTakenError(
+            f"'{path}': expected a new or empty directory for a store, found one whose {MANIFEST} is missing; restore it "
+            "from a copy, or give another path"
+        )
     ours = {SEGMENTS, SCRATCH, LOCK}
     strangers = [entry.name for entry in path.iterdir() if _is_strange(entry, ours)] if path.exists() else []
-    if found := next((file for file in (path / SEGMENTS).rglob("*") if not file.is_dir()), None):
-        # an interrupted creation has none: there was a manifest
-        strangers.append(str(found.relative_to(path)))
     if strangers:
-        raise StoreError(
+        raise PlaceTakenError(
             f"'{path}': expected a new or empty directory for a store, found {', '.join(sorted(strangers)[:3])}"
             f"{' and more' if len(strangers) > 3 else ''}; give another path"
         )
@@ -212,12 +218,12 @@ def records(
         if row.file not in sizes and not accept_damage:
             raise StoreError(
                 f"store '{path}': version {row.version} of block {row.block} should be in {SEGMENTS}/{row.file}, which "
-                "is missing; restore the file from a copy of the store"
+                "is missing; restore the file from a copy of the store, or see what `weightstream store verify` says of it"
             )
         if sizes.get(row.file) != expected and not accept_damage:
             raise DamagedRecordError(
                 f"store '{path}': {SEGMENTS}/{row.file} should have {expected} bytes, it has {sizes[row.file]}; "
-                "restore the file from a copy of the store"
+                "restore the file from a copy of the store, or see what `weightstream store verify` says of it"
             )
         by_block[row.block].append(row)
     found = [Record.load(own, held, folder, layouts.initial(index)) for index, own in enumerate(by_block)]

@@ -12,9 +12,10 @@ MANIFEST = "manifest.sqlite"  # as in directory.py, whose import would bring tor
 
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """The last commit's step, and the contract of `Store.create`."""
+    """The last commit's step and the progress that came with it, and the contract of `Store.create`."""
 
     step: int
+    progress: dict[str, Any]
     contract: dict[str, Any]
 
 
@@ -29,7 +30,8 @@ def glance(path: str | os.PathLike[str]) -> Glance | None:
         return None
     manifest = Manifest.open(place, writable=False)
     try:
-        return Glance(manifest.last_commit().step, dict(manifest.meta()["contract"]))
+        last = manifest.last_commit()
+        return Glance(last.step, dict(last.progress), dict(manifest.meta()["contract"]))
     finally:
         manifest.close()
 

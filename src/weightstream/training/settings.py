@@ -42,7 +42,7 @@ class TrainingConfig(Section):
     """`training`: a step is `micro_batches` of `micro_batch_size` sequences of `sequence_length` tokens."""
 
     steps: int = Field(default=1000, ge=1)
-    micro_batches: int = Field(default=4, ge=1)
+    micro_batches: int = Field(default=4, ge=1, le=1 << 20)
     micro_batch_size: int = Field(default=4, ge=1)
     micro_batch: Literal["given", "auto"] = "given"
     """auto: a step keeps its `micro_batches` times `micro_batch_size` sequences, divided as suits the machine."""
