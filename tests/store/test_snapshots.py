@@ -189,9 +189,9 @@ def test_a_branch_is_refused_where_there_is_something(tmp_path: Path) -> None:
         store.snapshot("first")
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("text")
-        for path in (tmp_path / "mine", tmp_path / "store"):
+        for path in (tmp_path / "mine", tmp_path / "store", tmp_path / "store" / "inside"):
             before = files(tmp_path)
-            with pytest.raises(StoreError, match=r"found thesis.txt|already holds a store"):
+            with pytest.raises(StoreError, match=r"found thesis.txt|already holds a store|lies in the store"):
                 store.branch("first", path)
             assert files(tmp_path) == before
         with pytest.raises(StoreError, match="no snapshot 'other'"):

@@ -29,6 +29,10 @@ def branch(store: "Store", name: str, path: Path) -> None:
     It is made beside its name and moved there whole; what an interrupted branch left is cleared by the next one.
     """
     directory.require_new(path)
+    if store.path.resolve() in path.resolve().parents:
+        raise StoreError(
+            f"'{path}' lies in the store that is branched, whose files are its own; give a path outside of it"
+        )
     manifest = store.manifest
     with manifest.at_one_moment():
         commit = manifest.commit_row(manifest.snapshot(name))
