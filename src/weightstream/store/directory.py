@@ -66,18 +66,18 @@ def require_new(path: Path) -> None:
         )
     if (path / MANIFEST).exists():
         raise PlaceTakenError(f"'{path}' already holds a store; open it, or give another path")
-    begun = any(path.glob("manifest.partial*"))
-    if not begun and (_sizes(path / SEGMENTS) or any((path / SEGMENTS / SHARED).glob("*"))):  # made after the manifest
-        raise PlaceTakenError(
-            f"'{path}': expected a new or empty directory for a store, found one whose {MANIFEST} is missing; restore it "
-            "from a copy, or give another path"
-        )
     ours = {SEGMENTS, SCRATCH, LOCK}
     strangers = [entry.name for entry in path.iterdir() if _is_strange(entry, ours)] if path.exists() else []
     if strangers:
         raise PlaceTakenError(
             f"'{path}': expected a new or empty directory for a store, found {', '.join(sorted(strangers)[:3])}"
             f"{' and more' if len(strangers) > 3 else ''}; give another path"
+        )
+    begun = any(path.glob("manifest.partial*"))
+    if not begun and (_sizes(path / SEGMENTS) or any((path / SEGMENTS / SHARED).glob("*"))):  # made after the manifest
+        raise PlaceTakenError(
+            f"'{path}': expected a new or empty directory for a store, found one whose {MANIFEST} is missing; restore it "
+            "from a copy, or give another path"
         )
 
 
