@@ -43,16 +43,17 @@ def test_emptied_pages_leave_memory_and_can_be_filled_again() -> None:
 
 
 def test_pages_that_were_spilled_take_no_memory_while_they_are_free() -> None:
+    heap = torch.ones(64 << 20, dtype=torch.uint8)  # throughout, as an allocator may keep what it had for it
     before = anonymous_bytes()
     for _ in range(3):  # boundaries that come back one after another
-        made = pages.on_pages(torch.ones(64 << 20, dtype=torch.uint8))
+        made = pages.on_pages(heap)
         pages.empty(made)
         made.fill_(7)
         assert anonymous_bytes() - before > 60 << 20
         del made
         gc.collect()
         assert anonymous_bytes() - before < 10 << 20
-    kept = pages.on_pages(torch.ones(64 << 20, dtype=torch.uint8))  # never spilled: its pages are the next one's
+    kept = pages.on_pages(heap)  # never spilled: its pages are the next one's
     del kept
     gc.collect()
     assert anonymous_bytes() - before > 60 << 20

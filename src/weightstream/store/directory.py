@@ -66,7 +66,7 @@ def require_new(path: Path) -> None:
         )
     if (path / MANIFEST).exists():
         raise PlaceTakenError(f"'{path}' already holds a store; open it, or give another path")
-    ours = {SEGMENTS, SCRATCH, LOCK}
+    ours = {SEGMENTS, SCRATCH, LOCK, f"{MANIFEST}-wal", f"{MANIFEST}-shm"}
     strangers = [entry.name for entry in path.iterdir() if _is_strange(entry, ours)] if path.exists() else []
     if strangers:
         raise PlaceTakenError(
