@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -170,13 +170,12 @@ def _create_for_all(
     exists: bool,
 ) -> None:
     """With several ranks the first one makes the store, or fills one that was made, and then all memory ranks open it."""
-    if ranks.rank == 0 and exists:
-        with Store.open(wanted.path) as store:
-            _fill(wanted, store, initial)
-    elif ranks.rank == 0:
-        store = _create(wanted, model, recipes, initial)
-        with _removed_on_failure(wanted.path), store:
-            _fill(wanted, store, initial)
+    if ranks.rank == 0:
+        if exists:
+            store = _filled(wanted, Store.open(wanted.path), initial)
+        else:
+            store = _made(wanted, model, recipes, initial)
+        store.close()
 
 
 def _memory(
@@ -191,21 +190,27 @@ def _memory(
     """The store of a memory rank."""
     if not ranks.owns:
         return None
-    store = _reopen(wanted, model, ranks) if exists else _create(wanted, model, recipes, initial)
-    with nullcontext() if exists else _removed_on_failure(wanted.path):
-        try:
-            if ranks.alone:
-                _fill(wanted, store, initial)
-        except BaseException:
-            store.close()
-            raise
+    if not exists:
+        return _made(wanted, model, recipes, initial)
+    store = _reopen(wanted, model, ranks)
+    return _filled(wanted, store, initial) if ranks.alone else store
+
+
+def _made(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], initial: Mapping[str, Tensor]) -> Store:
+    store = _create(wanted, model, recipes, initial)
+    with _removed_on_failure(wanted.path):
+        return _filled(wanted, store, initial)
+
+
+def _filled(wanted: Wanted, store: Store, initial: Mapping[str, Tensor]) -> Store:
+    """The store with its first values and masks, if it lacks them; closed where that fails."""
+    try:
+        masking = wanted.masking(store.units) if unfilled(store) else None  # files of masks are read once
+        fill(store, initial, None if masking is None else FirstMasks(masking, partial(first_values, store, initial)))
+    except BaseException:
+        store.close()
+        raise
     return store
-
-
-def _fill(wanted: Wanted, store: Store, initial: Mapping[str, Tensor]) -> None:
-    masking = wanted.masking(store.units) if unfilled(store) else None  # files of masks are read once
-    masks = None if masking is None else FirstMasks(masking, partial(first_values, store, initial))
-    fill(store, initial, masks)
 
 
 def _create(wanted: Wanted, model: nn.Module, recipes: Mapping[str, Recipe], initial: Mapping[str, Tensor]) -> Store:
